@@ -1,0 +1,231 @@
+"""Where a model comes from: a folder, a hub id, `package:NAME/SUBFOLDER`, or a folder with a GGUF file.
+
+Everything ends as a local folder of safetensors, config and tokenizer, loaded in float32. Pickled weights and models
+that bring their own code are refused.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils.quantization_config import GgufConfig
+
+from compresskit.config import did_you_mean
+from compresskit.errors import CompressKitError
+
+TASKS: dict[str, Any] = {
+    "feature-extraction": AutoModel,
+    "text-generation": AutoModelForCausalLM,
+    "text-classification": AutoModelForSequenceClassification,
+    "token-classification": AutoModelForTokenClassification,
+}
+_HASHED = ("*.safetensors", "*.json", "vocab.txt", "merges.txt", "*.model", "*.gguf")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model on this disk.
+
+    Attributes:
+        name: what the user wrote.
+        folder: where its files lie.
+        gguf_file: the file inside `folder` that holds the weights, where they are not safetensors.
+    """
+
+    name: str
+    folder: Path
+    gguf_file: str | None = None
+
+    def fingerprint(self) -> str:
+        """sha256 over the names and contents of weights, config and tokenizer files."""
+        digest = hashlib.sha256()
+        for path in sorted({p for pattern in _HASHED for p in self.folder.glob(pattern)}):
+            digest.update(path.name.encode() + b"\0")
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
+
+def cache_folder() -> Path:
+    """Where converted models and tokenised texts are kept: `$COMPRESSKIT_CACHE`, else `~/.cache/compresskit`."""
+    return Path(os.environ.get("COMPRESSKIT_CACHE") or Path.home() / ".cache" / "compresskit")
+
+
+def find_model(name: str | Path, *, gguf_file: str | None = None) -> ModelSource:
+    """The local folder behind `name`; hub ids are fetched (safetensors and text files only).
+
+    Raises:
+        CompressKitError: nothing there, pickled weights only, or a model that needs its own code.
+    """
+    text = str(name)
+    if text.startswith("package:"):
+        folder = _package_folder(text.removeprefix("package:"))
+    elif Path(text).expanduser().is_dir():
+        folder = Path(text).expanduser().resolve()
+    else:
+        folder = _hub_folder(text)
+    source = ModelSource(text, folder, gguf_file or _only_gguf(folder))
+    _refuse_unsafe(source)
+    return source
+
+
+def _package_folder(text: str) -> Path:
+    package, _, subfolder = text.partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise CompressKitError(
+            f"no installed Python package {package!r}", where="model", fix=f"pip install {package.replace('_', '-')}"
+        )
+    root = Path(next(iter(spec.submodule_search_locations))).resolve()
+    folder = (root / subfolder).resolve()
+    if not folder.is_relative_to(root):
+        raise CompressKitError(
+            f"'package:{text}' leaves the package's folder", where="model", fix="name a folder inside the package"
+        )
+    if not folder.is_dir():
+        inside = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("__"))
+        raise CompressKitError(
+            f"package {package!r} has no folder {subfolder!r}", where="model", fix=f"it has: {', '.join(inside)}"
+        )
+    return folder
+
+
+def _hub_folder(text: str) -> Path:
+    fix = "give an existing folder, 'package:NAME/SUBFOLDER', or a hub id such as 'owner/name'"
+    if text.startswith((".", "/", "~")) or text.count("/") > 1:
+        parent = Path(text).expanduser().parent
+        near = did_you_mean(Path(text).name, (p.name for p in parent.iterdir())) if parent.is_dir() else None
+        raise CompressKitError(
+            f"no folder {text!r}", where="model", fix=f"did you mean '{parent / near}'?" if near else fix
+        )
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "tokenizer*"]
+    try:
+        return Path(snapshot_download(text, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        what = f"{text!r} is no folder here, and the hub did not give it ({type(error).__name__})"
+        raise CompressKitError(what, where="model", fix=fix) from error
+
+
+def _only_gguf(folder: Path) -> str | None:
+    files = sorted(folder.glob("*.gguf"))
+    return files[0].name if len(files) == 1 and not (folder / "config.json").is_file() else None
+
+
+def _refuse_unsafe(source: ModelSource) -> None:
+    folder = source.folder
+    if source.gguf_file:
+        path = (folder / source.gguf_file).resolve()
+        if not path.is_relative_to(folder.resolve()):
+            raise CompressKitError(f"{source.gguf_file!r} leaves {folder}", where="gguf_file", fix="name a file in it")
+        if not path.is_file():
+            files = ", ".join(p.name for p in folder.glob("*.gguf")) or "none"
+            raise CompressKitError(f"no file {path}", where="gguf_file", fix=f"GGUF files there: {files}")
+        return
+    if not (folder / "config.json").is_file():
+        raise CompressKitError(f"{folder} has no config.json", where="model", fix="name the folder that holds it")
+    if not any(folder.glob("*.safetensors")):
+        pickled = [p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl") for p in folder.glob(pattern)]
+        what = f"pickled weights ({pickled[0]}) can run code when loaded" if pickled else "no *.safetensors"
+        raise CompressKitError(
+            f"{folder}: {what}", where="model", fix="save the model with safetensors: model.save_pretrained(folder)"
+        )
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except json.JSONDecodeError as error:
+        raise CompressKitError(f"config.json is not JSON: {error}", where=str(folder), fix="restore it") from error
+    if config.get("model_type") not in CONFIG_MAPPING:
+        what = f"model_type {config.get('model_type')!r} is not built into transformers"
+        if config.get("auto_map"):
+            what += "; the folder wants trust_remote_code, and code from a model folder is never run"
+        raise CompressKitError(what, where=str(folder), fix="use an architecture that transformers carries")
+
+
+def _task_class(task: str) -> Any:
+    if task not in TASKS:
+        near = did_you_mean(task, TASKS)
+        raise CompressKitError(f"unknown task {task!r}", where="task", fix=f"use {near or ', '.join(TASKS)}")
+    return TASKS[task]
+
+
+def safetensors_source(source: ModelSource) -> ModelSource:
+    """`source` itself, or the cached safetensors copy of a GGUF file (converted once, dequantised to float32)."""
+    if not source.gguf_file:
+        return source
+    if importlib.util.find_spec("gguf") is None:
+        raise CompressKitError("reading GGUF needs the package gguf", where="model", fix="pip install gguf")
+    target = cache_folder() / "converted" / source.fingerprint()[:16]
+    if not (target / "config.json").is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=target.parent))
+        model = AutoModelForCausalLM.from_pretrained(
+            source.folder,
+            gguf_file=source.gguf_file,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+        model.save_pretrained(scratch)
+        AutoTokenizer.from_pretrained(source.folder, gguf_file=source.gguf_file).save_pretrained(scratch)
+        try:
+            scratch.rename(target)
+        except OSError:  # another process was first
+            shutil.rmtree(scratch)
+    return ModelSource(source.name, target)
+
+
+def load_config(source: ModelSource) -> PretrainedConfig:
+    """The configuration of a model, without reading a weight (GGUF: after its one conversion)."""
+    return AutoConfig.from_pretrained(safetensors_source(source).folder)
+
+
+def load_empty(source: ModelSource, task: str) -> PreTrainedModel:
+    """The architecture on the meta device: shapes only."""
+    config = load_config(source)
+    with torch.device("meta"):
+        return _task_class(task).from_config(config).eval()
+
+
+def load_model(source: ModelSource, task: str) -> PreTrainedModel:
+    """The model in float32 on the CPU, in eval mode.
+
+    Raises:
+        CompressKitError: weights that lack what the task needs (a head that would be random).
+    """
+    folder = safetensors_source(source).folder
+    model, info = _task_class(task).from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+    )
+    if info["missing_keys"]:
+        names = ", ".join(sorted(info["missing_keys"])[:3])
+        raise CompressKitError(
+            f"{source.name} has no weights for {names}", where="model", fix=f"task {task!r} may be the wrong one"
+        )
+    return model.eval()
+
+
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    """The tokenizer; one without a padding token pads with its end-of-text token."""
+    tokenizer = AutoTokenizer.from_pretrained(safetensors_source(source).folder)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

@@ -1,0 +1,47 @@
+"""The contract of a pass: its fields are its options, `plan` says its edits, `apply` does its work."""
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+
+from compresskit.config import Config, Registry
+from compresskit.student import Student
+from compresskit.surgery.edits import Edit
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Trait = Literal["low_rank", "pruned", "quantized"]
+
+
+class Pass(Config, ABC):
+    """One change to a model. Instances are frozen options and hold no other state."""
+
+    kind: str
+
+    #: What the model is after this pass, and what it must not be before it.
+    adds: ClassVar[frozenset[Trait]] = frozenset()
+    refuses: ClassVar[frozenset[Trait]] = frozenset()
+    #: Raised by one whenever the same options would give other weights; part of every step's fingerprint.
+    version: ClassVar[int] = 1
+
+    @abstractmethod
+    def plan(self, model: "nn.Module") -> list[Edit]:
+        """The edits this pass will ask for, from shapes alone: `model` may be on the meta device and is not changed.
+
+        Raises:
+            CompressKitError: options that do not fit this model; every misfit is listed at once.
+        """
+
+    @abstractmethod
+    def apply(self, student: Student, *, generator: torch.Generator) -> dict[str, Any]:
+        """Change `student.model` through `student.edit`, and return what happened, as data for the report.
+
+        Args:
+            student: the model so far, with its original, tokenizer and corpus.
+            generator: the only source of randomness, seeded by the engine from (seed, position of the pass).
+        """
+
+
+PASSES: Registry[Pass] = Registry("pass")

@@ -1,0 +1,294 @@
+"""Edits: the only way a pass changes the shape of a model, recorded as data and replayed on an empty model.
+
+    student = replay(edits, original architecture on the meta device)   # the student's exact shapes, no weight read
+
+An edit applied to a real model keeps what weights it can: slices copy the kept rows and columns, a low-rank or
+quantised layer starts at zero and is filled by the pass that asked for it.
+"""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BeforeValidator, SerializeAsAny, field_validator
+from torch import Tensor, nn
+
+from compresskit.config import Config, Registry
+from compresskit.errors import CompressKitError
+from compresskit.layers.int8_linear import Int8Linear
+from compresskit.layers.low_rank import LowRankLinear
+from compresskit.layers.quant_embedding import QuantEmbedding
+from compresskit.layers.quant_linear import QuantLinear
+
+_MODULE_PATH = re.compile(r"^[A-Za-z_]\w*(\.\w+)*$")
+
+
+def write_ranges(indices: Iterable[int]) -> str:
+    """Sorted indices as inclusive ranges, `[0, 1, 2, 7]` -> `"0-2,7"`: short enough for config.json."""
+    runs: list[list[int]] = []
+    for index in sorted(indices):
+        if runs and index == runs[-1][1] + 1:
+            runs[-1][1] = index
+        else:
+            runs.append([index, index])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def read_ranges(text: str) -> list[int]:
+    """The indices of `write_ranges`' text, ascending.
+
+    Raises:
+        ValueError: text that `write_ranges` does not write.
+    """
+    indices: list[int] = []
+    for run in text.split(","):
+        first, _, last = run.partition("-")
+        indices.extend(range(int(first), int(last or first) + 1))
+    if not indices or indices != sorted(set(indices)):
+        raise ValueError(f"kept indices {text[:60]!r} are not ascending ranges such as '0-31,40'")
+    return indices
+
+
+def get_module(model: nn.Module, name: str) -> nn.Module:
+    """The submodule called `name`.
+
+    Raises:
+        CompressKitError: a name that is no dotted path of this model (an edits list may come from anywhere).
+    """
+    if not _MODULE_PATH.match(name) or "__" in name:
+        raise CompressKitError(f"{name!r} is not a module name", where="edits", fix="restore the folder's config.json")
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise CompressKitError(
+            f"the model has no module {name!r}", where="edits", fix="use the model that these edits were made for"
+        ) from error
+
+
+def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` in the place called `name`."""
+    parent, _, child = name.rpartition(".")
+    holder = get_module(model, parent) if parent else model
+    setattr(holder, child, module)
+
+
+class Edit(Config, ABC):
+    """One change of shape. `apply` works on meta tensors and on real ones."""
+
+    kind: str
+
+    @abstractmethod
+    def apply(self, model: nn.Module) -> None:
+        """Change `model` in place."""
+
+
+EDITS: Registry[Edit] = Registry("edit")
+AnyEdit = Annotated[SerializeAsAny[Edit], BeforeValidator(EDITS.parse)]
+
+
+class _Replacing(Edit):
+    """Edits that put a new layer where a float linear was."""
+
+    def _linear(self, model: nn.Module, name: str) -> nn.Linear:
+        module = get_module(model, name)
+        if not isinstance(module, nn.Linear):
+            raise CompressKitError(f"{name} is a {type(module).__name__}, not a Linear", where=self.kind)
+        return module
+
+
+@EDITS.add
+class MakeLowRank(_Replacing):
+    """Replace linears that read the same input by factors that share one A."""
+
+    kind: Literal["low_rank"] = "low_rank"
+    targets: tuple[str, ...]
+    rank: int
+    #: whether each layer has a bias afterwards (a centred fit adds one)
+    bias: bool
+
+    def apply(self, model: nn.Module) -> None:
+        """Insert zero factors; the pass fills them."""
+        owner: LowRankLinear | None = None
+        for name in self.targets:
+            old = self._linear(model, name)
+            new = LowRankLinear(
+                old.in_features,
+                old.out_features,
+                self.rank,
+                bias=self.bias or old.bias is not None,
+                shares=owner,
+                device=old.weight.device,
+                dtype=old.weight.dtype,
+            )
+            owner = owner or new
+            set_module(model, name, new)
+
+
+def keep_outputs(module: nn.Module, keep: Tensor) -> None:
+    """Cut a linear (or the last factor of a low-rank one) to the outputs `keep`, in place."""
+    linear = module.expand if isinstance(module, LowRankLinear) else module
+    if not isinstance(linear, nn.Linear):
+        raise CompressKitError(f"cannot cut the outputs of a {type(module).__name__}", fix="prune before quantising")
+    index = keep.to(linear.weight.device)
+    linear.weight = nn.Parameter(linear.weight.detach().index_select(0, index), linear.weight.requires_grad)
+    if linear.bias is not None:
+        linear.bias = nn.Parameter(linear.bias.detach().index_select(0, index), linear.bias.requires_grad)
+    module.out_features = linear.out_features = len(keep)
+
+
+def keep_inputs(module: nn.Module, keep: Tensor) -> None:
+    """Cut a linear (or the first factor of a low-rank one) to the inputs `keep`, in place."""
+    linear = module.factor_in if isinstance(module, LowRankLinear) else module
+    if not isinstance(linear, nn.Linear):
+        raise CompressKitError(f"cannot cut the inputs of a {type(module).__name__}", fix="prune before quantising")
+    index = keep.to(linear.weight.device)
+    linear.weight = nn.Parameter(linear.weight.detach().index_select(1, index), linear.weight.requires_grad)
+    module.in_features = linear.in_features = len(keep)
+
+
+class _Cutting(Edit):
+    @field_validator("keep", "keep_kv", check_fields=False)
+    @classmethod
+    def _is_ranges(cls, text: str) -> str:
+        read_ranges(text)
+        return text
+
+
+@EDITS.add
+class PruneNeurons(_Cutting):
+    """Keep some of an FFN's neurons: outputs of its first linears (up, or gate and up), inputs of its last."""
+
+    kind: Literal["prune_neurons"] = "prune_neurons"
+    inputs: tuple[str, ...]
+    output: str
+    keep: str
+
+    def apply(self, model: nn.Module) -> None:
+        """Slice the weights; real ones keep their values."""
+        keep = torch.tensor(read_ranges(self.keep))
+        for name in self.inputs:
+            keep_outputs(get_module(model, name), keep)
+        keep_inputs(get_module(model, self.output), keep)
+
+
+@EDITS.add
+class PruneHeads(_Cutting):
+    """Keep some attention heads; under grouped queries whole key/value groups, with all their queries."""
+
+    kind: Literal["prune_heads"] = "prune_heads"
+    module: str
+    query: str
+    key: str
+    value: str
+    output: str
+    head_dim: int
+    keep: str
+    keep_kv: str
+
+    def apply(self, model: nn.Module) -> None:
+        """Slice the four projections and correct the attention module's head counts."""
+        heads, kv_heads = read_ranges(self.keep), read_ranges(self.keep_kv)
+        old = {
+            "heads": get_module(model, self.query).out_features // self.head_dim,  # type: ignore[operator]
+            "kv": get_module(model, self.key).out_features // self.head_dim,  # type: ignore[operator]
+        }
+        rows, rows_kv = self._rows(heads), self._rows(kv_heads)
+        keep_outputs(get_module(model, self.query), rows)
+        keep_outputs(get_module(model, self.key), rows_kv)
+        keep_outputs(get_module(model, self.value), rows_kv)
+        keep_inputs(get_module(model, self.output), rows)
+        self._correct_counts(get_module(model, self.module), old, len(heads), len(kv_heads))
+
+    def _rows(self, heads: Sequence[int]) -> Tensor:
+        return (torch.tensor(heads)[:, None] * self.head_dim + torch.arange(self.head_dim)).flatten()
+
+    def _correct_counts(self, module: nn.Module, old: dict[str, int], heads: int, kv_heads: int) -> None:
+        """Set each integer attribute that counts heads, as transformers' modules name them."""
+        for name, value in list(vars(module).items()):
+            if "head" not in name or not isinstance(value, int) or isinstance(value, bool):
+                continue
+            if name.endswith(("head_dim", "head_size")) and not name.startswith("all"):
+                continue
+            if "groups" in name:
+                setattr(module, name, heads // kv_heads)
+            elif "key_value" in name or "kv" in name:
+                setattr(module, name, kv_heads)
+            elif value == old["heads"] * self.head_dim:
+                setattr(module, name, heads * self.head_dim)
+            elif value == old["heads"]:
+                setattr(module, name, heads)
+
+
+@EDITS.add
+class QuantizeLinears(_Replacing):
+    """Hold linears as integers: weight-only in groups, or int8 weights with dynamic int8 activations."""
+
+    kind: Literal["quantize_linears"] = "quantize_linears"
+    targets: tuple[str, ...]
+    bits: Literal[4, 8]
+    #: columns that share a scale; 0 is the whole row
+    group_size: int
+    act: Literal["none", "int8"] = "none"
+
+    def apply(self, model: nn.Module) -> None:
+        """Insert layers of zero codes; the pass fills them."""
+        for name in self.targets:
+            old = self._linear(model, name)
+            shape: dict[str, Any] = {"bias": old.bias is not None, "device": old.weight.device}
+            if self.act == "int8":
+                new: nn.Module = Int8Linear(old.in_features, old.out_features, **shape)
+            else:
+                new = QuantLinear(
+                    old.in_features, old.out_features, bits=self.bits, group_size=self.group_size, **shape
+                )
+            set_module(model, name, new)
+
+
+@EDITS.add
+class QuantizeEmbedding(Edit):
+    """Hold an embedding table as integers; an output head tied to it uses the same integers."""
+
+    kind: Literal["quantize_embedding"] = "quantize_embedding"
+    target: str
+    head: str | None = None
+    bits: Literal[4, 8]
+    group_size: int
+
+    def apply(self, model: nn.Module) -> None:
+        """Insert a table of zero codes; the pass fills it."""
+        old = get_module(model, self.target)
+        if not isinstance(old, nn.Embedding):
+            raise CompressKitError(f"{self.target} is a {type(old).__name__}, not an Embedding", where=self.kind)
+        table = QuantEmbedding(
+            old.num_embeddings,
+            old.embedding_dim,
+            bits=self.bits,
+            group_size=self.group_size,
+            padding_idx=old.padding_idx,
+            device=old.weight.device,
+        )
+        set_module(model, self.target, table)
+        if self.head:
+            head = get_module(model, self.head)
+            bias = isinstance(head, nn.Linear) and head.bias is not None
+            set_module(model, self.head, QuantLinear.tied_to(table, bias=bias))
+        untie(model)
+
+
+def untie(model: nn.Module) -> None:
+    """Forget tied names whose parameters an edit has replaced, so that transformers does not tie them again."""
+    tied: dict[str, str] | None = getattr(model, "all_tied_weights_keys", None)
+    if tied is None:
+        return
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for target, source in list(tied.items()):
+        if target not in names or source not in names:
+            del tied[target]
+
+
+def replay(edits: Iterable[Edit], model: nn.Module) -> None:
+    """Apply `edits` in order to `model`, in place: on an empty original this gives the student's exact shapes."""
+    for edit in edits:
+        edit.apply(model)
