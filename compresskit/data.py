@@ -34,7 +34,9 @@ class Sequences:
     rows: list[list[int]]
     pad_token_id: int
 
-    def batches(self, size: int, *, limit: int | None = None, generator: torch.Generator | None = None) -> Iterator[Batch]:
+    def batches(
+        self, size: int, *, limit: int | None = None, generator: torch.Generator | None = None
+    ) -> Iterator[Batch]:
         """Padded batches in order, or endlessly shuffled ones where a generator is given."""
         raise NotImplementedError
 
@@ -49,8 +51,6 @@ class Corpus:
     fingerprint: str
 
 
-def prepare_corpus(
-    source: DataSource, tokenizer: PreTrainedTokenizerBase, *, pack: bool, seed: int = 0
-) -> Corpus:
+def prepare_corpus(source: DataSource, tokenizer: PreTrainedTokenizerBase, *, pack: bool, seed: int = 0) -> Corpus:
     """Read, split and tokenise `source`; cached by fingerprint."""
     raise NotImplementedError

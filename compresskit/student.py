@@ -1,12 +1,18 @@
-"""The student: a model on its way from the original, with everything a pass needs beside it."""
+"""The student: a model on its way from the original, with everything a pass needs beside it; saving and loading it."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskit.data import Corpus
+from compresskit.models import ModelSource, load_model
 from compresskit.surgery.edits import Edit
+from compresskit.surgery.plugin import config_with_edits, edits_of
+from compresskit.surgery.sites import find_blocks
 
 
 @dataclass
@@ -35,9 +41,45 @@ class Student:
         self.edits.append(edit)
 
 
+def student_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The tensors to store, by name; a tensor that the model ties to another is stored once, under the other's name."""
+    tied = model.all_tied_weights_keys
+    weights = model.state_dict()
+    return {
+        name: tensor.detach().contiguous()
+        for name, tensor in weights.items()
+        if name not in tied or tensor.data_ptr() != weights[tied[name]].data_ptr()
+    }
+
+
 def save_student(student: Student, folder: Path) -> None:
-    """Write weights (safetensors), config with edits, and tokenizer, so that `from_pretrained` reloads them bit for bit."""
+    """Write weights (safetensors), config with edits, and tokenizer: `from_pretrained(folder)` gives the same outputs.
+
+    Args:
+        student: its `original` gives the config that the edits start from.
+        folder: made if absent; files of these names are overwritten.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(student_weights(student.model), folder / "model.safetensors", metadata={"format": "pt"})
+    blocks = len(find_blocks(student.original))
+    config = config_with_edits(student.original.config, student.edits, blocks)
+    config.architectures = [type(student.model).__name__]
+    config.save_pretrained(folder)
+    if student.model.can_generate() and student.model.generation_config is not None:
+        student.model.generation_config.save_pretrained(folder)
+    student.tokenizer.save_pretrained(folder)
 
 
-def load_model(folder: Path, task: str) -> PreTrainedModel:
-    """The saved student's model, in eval mode."""
+def load_student_model(folder: Path, task: str) -> tuple[PreTrainedModel, list[Edit]]:
+    """A saved student's model, in eval mode, and its edits.
+
+    Raises:
+        CompressKitError: a folder that holds no model, or not one for this task.
+    """
+    model = load_model(ModelSource(str(folder), folder), task)
+    return model, edits_of(model.config)
+
+
+def needs_plugin(folder: Path) -> bool:
+    """Whether loading this student needs `import compresskit` (else it is a stock checkpoint)."""
+    return "quantization_config" in json.loads((folder / "config.json").read_text())

@@ -8,7 +8,7 @@ quantised layer starts at zero and is filled by the pass that asked for it.
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import torch
@@ -189,35 +189,37 @@ class PruneHeads(_Cutting):
 
     def apply(self, model: nn.Module) -> None:
         """Slice the four projections and correct the attention module's head counts."""
-        heads, kv_heads = read_ranges(self.keep), read_ranges(self.keep_kv)
-        old = {
-            "heads": get_module(model, self.query).out_features // self.head_dim,  # type: ignore[operator]
-            "kv": get_module(model, self.key).out_features // self.head_dim,  # type: ignore[operator]
-        }
-        rows, rows_kv = self._rows(heads), self._rows(kv_heads)
+        old = get_module(model, self.query).out_features // self.head_dim  # type: ignore[operator]
+        rows, rows_kv = self.rows()
         keep_outputs(get_module(model, self.query), rows)
         keep_outputs(get_module(model, self.key), rows_kv)
         keep_outputs(get_module(model, self.value), rows_kv)
         keep_inputs(get_module(model, self.output), rows)
-        self._correct_counts(get_module(model, self.module), old, len(heads), len(kv_heads))
+        self._correct_counts(get_module(model, self.module), int(old))
 
-    def _rows(self, heads: Sequence[int]) -> Tensor:
-        return (torch.tensor(heads)[:, None] * self.head_dim + torch.arange(self.head_dim)).flatten()
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """The kept outputs of the query projection, and of the key and value projections."""
+        offsets = torch.arange(self.head_dim)
+        heads, kv_heads = torch.tensor(read_ranges(self.keep)), torch.tensor(read_ranges(self.keep_kv))
+        return (
+            (heads[:, None] * self.head_dim + offsets).flatten(),
+            (kv_heads[:, None] * self.head_dim + offsets).flatten(),
+        )
 
-    def _correct_counts(self, module: nn.Module, old: dict[str, int], heads: int, kv_heads: int) -> None:
+    def _correct_counts(self, module: nn.Module, old_heads: int) -> None:
         """Set each integer attribute that counts heads, as transformers' modules name them."""
+        heads, kv_heads = len(read_ranges(self.keep)), len(read_ranges(self.keep_kv))
         for name, value in list(vars(module).items()):
-            if "head" not in name or not isinstance(value, int) or isinstance(value, bool):
-                continue
-            if name.endswith(("head_dim", "head_size")) and not name.startswith("all"):
+            is_count = "head" in name or "key_value" in name
+            if not is_count or not isinstance(value, int) or isinstance(value, bool):
                 continue
             if "groups" in name:
                 setattr(module, name, heads // kv_heads)
             elif "key_value" in name or "kv" in name:
                 setattr(module, name, kv_heads)
-            elif value == old["heads"] * self.head_dim:
+            elif value == old_heads * self.head_dim:
                 setattr(module, name, heads * self.head_dim)
-            elif value == old["heads"]:
+            elif value == old_heads and not name.endswith(("head_dim", "head_size")):
                 setattr(module, name, heads)
 
 

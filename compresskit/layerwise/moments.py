@@ -1,0 +1,110 @@
+"""Second moments of a layer's input and target: all that the layer-wise problem needs to know of the data.
+
+    C = E[x xᵀ]    T = E[t xᵀ]    μ = E[x]    ν = E[t]        x the input, t what the layer should give
+
+Sums are kept in float64, so that moments of any number of tokens add without loss and a quarter of the sequences can be
+held out and added back. Padding never enters: the caller passes only the rows of real tokens.
+"""
+
+# N tokens, I in, O out
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Moments:
+    """Running sums over tokens; add two with `+`.
+
+    Attributes:
+        count: N.
+        x: Σ x, (I,). t: Σ t, (O,). xx: Σ x xᵀ, (I, I). tx: Σ t xᵀ, (O, I). tt: Σ ‖t‖². All float64.
+    """
+
+    count: int
+    x: Tensor
+    t: Tensor
+    xx: Tensor
+    tx: Tensor
+    tt: float
+
+    @classmethod
+    def zeros(cls, in_features: int, out_features: int) -> "Moments":
+        """Empty sums."""
+        options = {"dtype": torch.float64}
+        return cls(
+            0,
+            torch.zeros(in_features, **options),
+            torch.zeros(out_features, **options),
+            torch.zeros(in_features, in_features, **options),
+            torch.zeros(out_features, in_features, **options),
+            0.0,
+        )
+
+    def update(self, x: Tensor, t: Tensor) -> None:
+        """Add tokens: x (N, I) and t (N, O), any float dtype."""
+        x, t = x.double(), t.double()
+        self.count += x.shape[0]
+        self.x += x.sum(0)
+        self.t += t.sum(0)
+        self.xx.addmm_(x.T, x)
+        self.tx.addmm_(t.T, x)
+        self.tt += float(t.square().sum())
+
+    def update_input(self, x: Tensor) -> None:
+        """Add inputs x (N, I) alone; `with_linear_target` then says what their targets are."""
+        x = x.double()
+        self.count += x.shape[0]
+        self.x += x.sum(0)
+        self.xx.addmm_(x.T, x)
+
+    def with_linear_target(self, weight: Tensor, bias: Tensor | None) -> "Moments":
+        """The moments for t = W x + b, exactly, from the input's sums: W (O, I), b (O,)."""
+        W = weight.double()
+        b = torch.zeros(W.shape[0], dtype=W.dtype) if bias is None else bias.double()
+        Wx = W @ self.x
+        tx = W @ self.xx + torch.outer(b, self.x)
+        tt = float((tx @ W.T).trace() + b @ Wx + self.count * (b @ b))
+        return Moments(self.count, self.x, Wx + self.count * b, self.xx, tx, tt)
+
+    def __add__(self, other: "Moments") -> "Moments":
+        return Moments(
+            self.count + other.count,
+            self.x + other.x,
+            self.t + other.t,
+            self.xx + other.xx,
+            self.tx + other.tx,
+            self.tt + other.tt,
+        )
+
+    def mean(self, *, centred: bool) -> "MeanMoments":
+        """Per-token moments, about the means or about zero.
+
+        Raises:
+            ValueError: no token was seen.
+        """
+        if self.count == 0:
+            raise ValueError("no token reached this layer")
+        n = self.count
+        mu, nu = (self.x / n, self.t / n) if centred else (torch.zeros_like(self.x), torch.zeros_like(self.t))
+        C = self.xx / n - torch.outer(mu, mu)
+        T = self.tx / n - torch.outer(nu, mu)
+        return MeanMoments(C=C, T=T, mu=mu, nu=nu, target_power=self.tt / n - float(nu @ nu))
+
+
+@dataclass(frozen=True)
+class MeanMoments:
+    """C (I, I), T (O, I), means μ (I,) and ν (O,) (zeros where not centred), and E‖t − ν‖²."""
+
+    C: Tensor
+    T: Tensor
+    mu: Tensor
+    nu: Tensor
+    target_power: float
+
+    def error(self, weight: Tensor) -> float:
+        """E‖(t − ν) − W (x − μ)‖² for a weight (O, I), in closed form: tr(W C Wᵀ) − 2 tr(T Wᵀ) + E‖t − ν‖²."""
+        W = weight.double()
+        return float(((W @ self.C - 2 * self.T) * W).sum()) + self.target_power

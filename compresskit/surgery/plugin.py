@@ -1,0 +1,111 @@
+"""The quantizer plug-in: `import compresskit` teaches transformers to rebuild a student from its config.json.
+
+    config.json   quantization_config: {quant_method: compresskit, edits: […]}
+    AutoModel.from_pretrained(folder)   builds the original's classes on the meta device, replays the edits, loads the weights
+
+Students whose shapes a stock config can say carry no quantization_config and need no plug-in (`stock_config`).
+"""
+
+import copy
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from compresskit.surgery.edits import EDITS, Edit, PruneHeads, PruneNeurons, read_ranges, replay
+
+METHOD = "compresskit"
+EDITS_SCHEMA = 1
+
+
+def parse_edits(raw: list[Any]) -> list[Edit]:
+    """Edits from their JSON form; unknown kinds and keys are errors."""
+    return [EDITS.parse(item) for item in raw]
+
+
+def dump_edits(edits: list[Edit]) -> list[dict[str, Any]]:
+    """The JSON form of edits."""
+    return [edit.model_dump(mode="json") for edit in edits]
+
+
+@register_quantization_config(METHOD)
+class EditsConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a student: its edits."""
+
+    def __init__(self, edits: list[Any], schema: int = EDITS_SCHEMA, quant_method: str = METHOD) -> None:
+        if schema > EDITS_SCHEMA:
+            raise ValueError(f"edits of schema {schema} need a newer compresskit (this one reads up to {EDITS_SCHEMA})")
+        self.quant_method = quant_method  # type: ignore[assignment]
+        self.schema = schema
+        self.edits = edits
+
+
+@register_quantizer(METHOD)
+class EditsQuantizer(HfQuantizer):
+    """Replays edits on the empty model before transformers loads the weights."""
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        replay(parse_edits(self.quantization_config.edits), model)  # type: ignore[attr-defined]
+
+    def is_serializable(self) -> bool:
+        """Saved by compresskit only."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """Float layers of a student train as any others."""
+        return True
+
+
+_UNIFORM_WIDTH = ("intermediate_size", "ffn_dim", "hidden_dim", "n_inner")
+
+
+def stock_config(config: PretrainedConfig, edits: list[Edit], layers: int) -> PretrainedConfig | None:
+    """A stock config that says the student's shapes, or None where only the plug-in can.
+
+    FFN width is said where every block has the same; fewer heads of the same size only where the config has `head_dim`.
+    """
+    if not all(isinstance(edit, PruneNeurons | PruneHeads) for edit in edits):
+        return None
+    changed: dict[str, int] = {}
+    neurons: dict[str, int] = {e.output: len(read_ranges(e.keep)) for e in edits if isinstance(e, PruneNeurons)}
+    if neurons:
+        key = next((name for name in _UNIFORM_WIDTH if hasattr(config, name)), None)
+        if key is None or len(neurons) != layers or len(set(neurons.values())) != 1:
+            return None
+        changed[key] = next(iter(neurons.values()))
+    heads = {
+        e.module: (len(read_ranges(e.keep)), len(read_ranges(e.keep_kv))) for e in edits if isinstance(e, PruneHeads)
+    }
+    if heads:
+        if not hasattr(config, "head_dim") or len(heads) != layers or len(set(heads.values())) != 1:
+            return None
+        changed["num_attention_heads"], changed["num_key_value_heads"] = next(iter(heads.values()))
+        changed["head_dim"] = next(e.head_dim for e in edits if isinstance(e, PruneHeads))
+    return type(config).from_dict(config.to_dict() | changed)
+
+
+def config_with_edits(config: PretrainedConfig, edits: list[Edit], layers: int) -> PretrainedConfig:
+    """A copy of the original's config that makes `from_pretrained` rebuild the student.
+
+    Where a stock config can say its shapes, that one, with the edits as a record under `compresskit_edits`; else the
+    original's with the edits as `quantization_config`, for the plug-in.
+    """
+    stock = stock_config(config, edits, layers)
+    if stock is not None:
+        stock.compresskit_edits = dump_edits(edits)
+        return stock
+    said = copy.deepcopy(config)
+    said.quantization_config = {"quant_method": METHOD, "schema": EDITS_SCHEMA, "edits": dump_edits(edits)}
+    return said
+
+
+def edits_of(config: PretrainedConfig) -> list[Edit]:
+    """The edits recorded in a student's config; none for any other model's."""
+    raw = getattr(config, "quantization_config", None)
+    if isinstance(raw, EditsConfig):
+        return parse_edits(raw.edits)
+    if isinstance(raw, dict) and raw.get("quant_method") == METHOD:
+        return parse_edits(raw["edits"])
+    return parse_edits(getattr(config, "compresskit_edits", []))

@@ -1,0 +1,255 @@
+"""The parts of a transformer that passes work on, found by running it once and watching which linears read what.
+
+No table of model names: blocks are the elements of the outermost ModuleLists that hold linears; linears called with the
+same tensor share an input site; three of them followed by a linear as wide as the queries are an attention; one or two
+followed by a linear as wide as they are an FFN. The run needs shapes only, so it works on the meta device.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from compresskit.config import did_you_mean
+from compresskit.errors import CompressKitError
+from compresskit.layers.int8_linear import Int8Linear
+from compresskit.layers.low_rank import LowRankLinear
+from compresskit.layers.quant_linear import QuantLinear
+
+LinearLike = nn.Linear | LowRankLinear | QuantLinear | Int8Linear
+
+
+@dataclass(frozen=True)
+class Site:
+    """Linears of one block that read the same tensor, in call order; `writes_stream` marks attention and FFN outputs."""
+
+    block: int
+    linears: tuple[str, ...]
+    writes_stream: bool
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Self-attention: the module that knows the head counts, its projections, its shape."""
+
+    block: int
+    module: str
+    query: str
+    key: str
+    value: str
+    output: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """A plain FFN (one input linear) or a gated one (two), `neurons` wide."""
+
+    block: int
+    inputs: tuple[str, ...]
+    output: str
+    neurons: int
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What `find_anatomy` saw, in the order of execution."""
+
+    blocks: tuple[str, ...]
+    sites: tuple[Site, ...]
+    attentions: tuple[Attention, ...]
+    feed_forwards: tuple[FeedForward, ...]
+
+    def linears(self) -> list[str]:
+        """Names of all linears inside blocks."""
+        return [name for site in self.sites for name in site.linears]
+
+
+@dataclass(frozen=True)
+class _Call:
+    name: str
+    block: int
+    source: int
+    in_features: int
+    out_features: int
+
+
+def find_blocks(model: nn.Module) -> tuple[str, ...]:
+    """Names of the repeated blocks, outermost ModuleLists first found; elements without a linear do not count."""
+    names: list[str] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or any(name.startswith(block + ".") for block in names):
+            continue
+        names.extend(
+            f"{name}.{key}" if name else key
+            for key, child in module.named_children()
+            if any(isinstance(part, LinearLike) for part in child.modules())
+        )
+    return tuple(names)
+
+
+def find_anatomy(model: PreTrainedModel, *, factors: bool = False) -> Anatomy:
+    """Blocks, input sites, attentions and FFNs of a text model, dense or already compressed.
+
+    Args:
+        model: on the meta device or with weights; run once on a batch of (2, 4) tokens, not changed.
+        factors: see low-rank layers as the two linears they are made of, for passes that work on single matrices.
+
+    Raises:
+        CompressKitError: a model that this walk does not understand (no blocks, no input_ids, encoder and decoder).
+    """
+    blocks = find_blocks(model)
+    where = type(model).__name__
+    if not blocks:
+        raise CompressKitError("no repeated blocks with linear layers", where=where, fix="use an encoder or a decoder")
+    if model.main_input_name != "input_ids" or model.config.is_encoder_decoder:
+        what = f"reads {model.main_input_name!r}" if not model.config.is_encoder_decoder else "has encoder and decoder"
+        raise CompressKitError(f"the model {what}; only text encoders and decoders are understood", where=where)
+    groups = _group_by_input(_trace(model, blocks, factors=False))
+    attentions = [found for block in range(len(blocks)) for found in _find_attentions(model, block, groups)]
+    taken = {name for a in attentions for name in (a.query, a.key, a.value, a.output)}
+    feed_forwards = [found for block in range(len(blocks)) for found in _find_feed_forwards(block, groups, taken)]
+    writers = {a.output for a in attentions} | {f.output for f in feed_forwards}
+    if factors:
+        groups = _group_by_input(_trace(model, blocks, factors=True))
+        writers |= {f"{name}.expand" for name in writers}  # of two factors the last one writes
+    sites = tuple(
+        Site(group[0].block, tuple(call.name for call in group), any(call.name in writers for call in group))
+        for group in groups
+    )
+    return Anatomy(blocks, sites, tuple(attentions), tuple(feed_forwards))
+
+
+@contextmanager
+def without_cache(model: PreTrainedModel) -> Iterator[None]:
+    """Run a decoder without filling its key/value cache."""
+    config = model.config.get_text_config()
+    had = getattr(config, "use_cache", None)
+    if had is not None:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        if had is not None:
+            config.use_cache = had
+
+
+def _trace(model: PreTrainedModel, blocks: tuple[str, ...], *, factors: bool) -> list[_Call]:
+    calls: list[_Call] = []
+    seen_inputs: list[Tensor] = []  # kept alive, so that an id is never reused
+    inside_factors = {
+        f"{name}.{child}"
+        for name, module in model.named_modules()
+        if isinstance(module, LowRankLinear)
+        for child in ("reduce", "expand")
+    }
+
+    def watch(name: str, block: int, module: nn.Module):  # noqa: ANN202
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen_inputs.append(args[0])
+            if not any(call.name == name for call in calls):
+                calls.append(_Call(name, block, id(args[0]), int(module.in_features), int(module.out_features)))  # type: ignore[arg-type]
+
+        return module.register_forward_pre_hook(hook)
+
+    handles = []
+    for index, block in enumerate(blocks):
+        for inner, module in model.get_submodule(block).named_modules():
+            name = f"{block}.{inner}"
+            skip = isinstance(module, LowRankLinear) if factors else name in inside_factors
+            if isinstance(module, LinearLike) and not skip:
+                handles.append(watch(name, index, module))
+    tokens = torch.zeros(2, 4, dtype=torch.long, device=model.device)
+    try:
+        with torch.no_grad(), without_cache(model):
+            model(input_ids=tokens)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _group_by_input(calls: list[_Call]) -> list[list[_Call]]:
+    groups: dict[int, list[_Call]] = {}
+    for call in calls:
+        groups.setdefault(call.source, []).append(call)
+    return list(groups.values())
+
+
+def _followers(groups: list[list[_Call]], index: int) -> list[_Call]:
+    """The linears that run next in the same block, where they are alone at their input."""
+    for group in groups[index + 1 :]:
+        if group[0].block == groups[index][0].block:
+            return group
+    return []
+
+
+def _find_attentions(model: PreTrainedModel, block: int, groups: list[list[_Call]]) -> list[Attention]:
+    found = []
+    for index, group in enumerate(groups):
+        after = _followers(groups, index)
+        if group[0].block != block or len(group) != 3 or len(after) != 1:
+            continue
+        query, key, value = sorted(group, key=lambda call: -call.out_features)  # stable: equal widths keep call order
+        if key.out_features != value.out_features or after[0].in_features != query.out_features:
+            continue
+        module = os.path.commonprefix([f"{call.name}." for call in group]).rpartition(".")[0]
+        head_dim = _head_dim(model, module)
+        found.append(
+            Attention(
+                block=block,
+                module=module,
+                query=query.name,
+                key=key.name,
+                value=value.name,
+                output=after[0].name,
+                heads=query.out_features // head_dim,
+                kv_heads=key.out_features // head_dim,
+                head_dim=head_dim,
+            )
+        )
+    return found
+
+
+def _head_dim(model: PreTrainedModel, module: str) -> int:
+    for name, value in vars(model.get_submodule(module)).items():
+        if name.endswith(("head_dim", "head_size")) and not name.startswith("all") and isinstance(value, int):
+            return value
+    config = model.config.get_text_config()
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _find_feed_forwards(block: int, groups: list[list[_Call]], taken: set[str]) -> list[FeedForward]:
+    found = []
+    for index, group in enumerate(groups):
+        after = _followers(groups, index)
+        if group[0].block != block or len(group) > 2 or len(after) != 1 or group[0].name in taken:
+            continue
+        widths = {call.out_features for call in group}
+        if widths != {after[0].in_features} or after[0].out_features != group[0].in_features:
+            continue
+        found.append(FeedForward(block, tuple(call.name for call in group), after[0].name, after[0].in_features))
+    return found
+
+
+def select(names: list[str], pattern: str, *, where: str = "targets") -> list[str]:
+    """The names that a glob matches, in order.
+
+    Raises:
+        CompressKitError: none does; the fix names the closest pattern.
+    """
+    chosen = [name for name in names if fnmatchcase(name, pattern)]
+    if not chosen:
+        near = did_you_mean(pattern.strip("*."), names) or next(iter(names), "")
+        raise CompressKitError(
+            f"{where} {pattern!r} match no module",
+            fix=f"names look like {near!r}; `compresskit modules MODEL` lists them",
+        )
+    return chosen
