@@ -76,11 +76,9 @@ class _Watch(TorchFunctionMode):
         """Run `func`; where it adds the watched output, keep the sum."""
         result = func(*args, **(kwargs or {}))
         output = self.outputs[0]
-        if self._want_stream and output is not None and func in _ADDITIONS:
-            # By address: dropout in eval mode may hand on an alias of the output.
-            if any(isinstance(a, Tensor) and a.data_ptr() == output.data_ptr() for a in args[:2]):
-                self.stream = result
-                raise _SiteSeenError
+        if self._want_stream and output is not None and func in _ADDITIONS and _one_is(output, args[:2]):
+            self.stream = result
+            raise _SiteSeenError
         return result
 
     def run(self, call: Callable[[], Any]) -> None:
@@ -93,6 +91,11 @@ class _Watch(TorchFunctionMode):
         finally:
             for handle in self._handles:
                 handle.remove()
+
+
+def _one_is(output: Tensor, args: Sequence[Any]) -> bool:
+    """Whether an argument is `output`, by address: dropout in eval mode may hand on an alias."""
+    return any(isinstance(a, Tensor) and a.data_ptr() == output.data_ptr() for a in args)
 
 
 @dataclass

@@ -4,8 +4,8 @@
 
 B is the top-k eigenvectors of the output covariance M C Mᵀ and A = Bᵀ M (output PCA): the exact minimiser of
 E‖M x − B A x‖² over rank k, equal to SVD-LLM's whitening (arXiv:2403.07378) without its Cholesky inverse, so a singular
-moment is no problem (Swift-SVD, arXiv:2604.01609). M is today's weight, or the anchored target of `layerwise.objective`.
-Means go into the bias. Not for matrices that are already thin: a rank at or above out·in / (out + in) saves nothing.
+moment is no problem (Swift-SVD, arXiv:2604.01609). M is today's weight, or the anchored target of
+`layerwise.objective`. Means go into the bias. Not for matrices that are already thin: a rank at or above out·in / (out + in) saves nothing.
 Departure from the papers: one A for all linears of an input site (query, key, value), which lifts that break-even.
 """
 
@@ -26,6 +26,8 @@ from compresskit.surgery.edits import Edit, MakeLowRank
 from compresskit.surgery.sites import Site, find_anatomy, select
 
 RANK_MULTIPLE = 8
+#: Ranks of at least four of these are multiples of it, so that the usual group size of a later quantiser divides them.
+_COARSE_MULTIPLE = 32
 
 
 def break_even_rank(out_features: int, in_features: int) -> int:
@@ -33,10 +35,16 @@ def break_even_rank(out_features: int, in_features: int) -> int:
     return (out_features * in_features - 1) // (out_features + in_features)
 
 
-def rank_for(keep: float, out_features: int, in_features: int) -> int:
-    """The rank, a multiple of 8 and at least 8, whose factors hold about `keep` of the dense matrix's weights."""
+def rank_for(keep: float, out_features: int, in_features: int, *, round_to: int | None = None) -> int:
+    """The rank whose factors hold about `keep` of the dense matrix's weights.
+
+    Args:
+        keep: share that stays, in (0, 1].
+        round_to: the rank is the nearest multiple of it; None takes 32 from rank 128 on and 8 below.
+    """
     exact = keep * out_features * in_features / (out_features + in_features)
-    return max(RANK_MULTIPLE, int(exact // RANK_MULTIPLE) * RANK_MULTIPLE)
+    step = round_to or (_COARSE_MULTIPLE if exact >= 4 * _COARSE_MULTIPLE else RANK_MULTIPLE)
+    return max(step, round(exact / step) * step)
 
 
 def low_rank_factors(target: Tensor, rank: int, *, moment: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -79,6 +87,7 @@ class LowRank(Pass):
     keep: float | None = Field(None, gt=0, le=1, description="share of the targeted weights that stays, in (0, 1]")
     rank: int | None = Field(None, ge=1, description="one rank for every target, instead of keep")
     targets: str = Field("*", description="glob over the names of linears inside blocks")
+    round_to: int | None = Field(None, ge=1, description="ranks are multiples of this; by default 32, or 8 below 128")
     share: bool = Field(True, description="linears that read the same input share their first factor")
     bias: bool = Field(True, description="fold the mean into a bias, adding one where the layer has none")
     anchor: float = Field(0.0, ge=0, le=1, description="how far the target moves to the original's output (alpha)")
@@ -116,7 +125,7 @@ class LowRank(Pass):
                     continue
                 rows = sum(int(layer.out_features) for layer in layers)  # type: ignore[arg-type]
                 columns = int(layers[0].in_features)  # type: ignore[arg-type]
-                rank = self.rank or rank_for(self.keep or 1, rows, columns)
+                rank = self.rank or rank_for(self.keep or 1, rows, columns, round_to=self.round_to)
                 if rank > break_even_rank(rows, columns):
                     limit = break_even_rank(rows, columns)
                     misfits[", ".join(group)] = f"({rows}x{columns}): rank {rank} saves nothing above {limit}"
@@ -135,7 +144,7 @@ class LowRank(Pass):
     def apply(self, student: Student, *, generator: torch.Generator) -> dict[str, Any]:
         """Walk the blocks and factorise each site on the moments it sees."""
         planned, kept_dense = self._planned(student.model)
-        edits = {site: edit for site, edit in planned}
+        edits = dict(planned)
         layers: dict[str, dict[str, Any]] = {}
 
         def solve(site: Site, moments: SiteMoments) -> None:

@@ -1,7 +1,7 @@
 """The quantizer plug-in: `import compresskit` teaches transformers to rebuild a student from its config.json.
 
     config.json   quantization_config: {quant_method: compresskit, edits: […]}
-    AutoModel.from_pretrained(folder)   builds the original's classes on the meta device, replays the edits, loads the weights
+    AutoModel.from_pretrained(folder)   builds the original on the meta device, replays the edits, loads the weights
 
 Students whose shapes a stock config can say carry no quantization_config and need no plug-in (`stock_config`).
 """

@@ -5,11 +5,11 @@ same tensor share an input site; three of them followed by a linear as wide as t
 followed by a linear as wide as they are an FFN. The run needs shapes only, so it works on the meta device.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import takewhile
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ LinearLike = nn.Linear | LowRankLinear | QuantLinear | Int8Linear
 
 @dataclass(frozen=True)
 class Site:
-    """Linears of one block that read the same tensor, in call order; `writes_stream` marks attention and FFN outputs."""
+    """Linears of one block that read the same tensor, in call order; attention and FFN outputs write the stream."""
 
     block: int
     linears: tuple[str, ...]
@@ -151,7 +151,7 @@ def _trace(model: PreTrainedModel, blocks: tuple[str, ...], *, factors: bool) ->
         for child in ("reduce", "expand")
     }
 
-    def watch(name: str, block: int, module: nn.Module):  # noqa: ANN202
+    def watch(name: str, block: int, module: nn.Module):
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             seen_inputs.append(args[0])
             if not any(call.name == name for call in calls):
@@ -200,7 +200,7 @@ def _find_attentions(model: PreTrainedModel, block: int, groups: list[list[_Call
         query, key, value = sorted(group, key=lambda call: -call.out_features)  # stable: equal widths keep call order
         if key.out_features != value.out_features or after[0].in_features != query.out_features:
             continue
-        module = os.path.commonprefix([f"{call.name}." for call in group]).rpartition(".")[0]
+        module = _common_parent([call.name for call in group])
         head_dim = _head_dim(model, module)
         found.append(
             Attention(
@@ -216,6 +216,11 @@ def _find_attentions(model: PreTrainedModel, block: int, groups: list[list[_Call
             )
         )
     return found
+
+
+def _common_parent(names: list[str]) -> str:
+    parts = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    return ".".join(level[0] for level in takewhile(lambda level: len(set(level)) == 1, parts))
 
 
 def _head_dim(model: PreTrainedModel, module: str) -> int:

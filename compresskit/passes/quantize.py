@@ -1,0 +1,238 @@
+"""Quantisation: weights, and on request activations, as integers that reach the ONNX file unchanged.
+
+    before  y = W x + b
+    after   y = S∘(Q − Z) x + b'          weight-only: 4 or 8 bit codes Q, a scale (and zero) per group of columns
+            y = s S (q(x) − z) Q + b'     act: int8: one scale per output channel, activations rounded as they come
+
+Codes are rounded to nearest after a clip search that weighs each column's error by how strongly the calibration text
+uses it (the diagonal of C); what is rounded is M, today's weight or the anchored target of `layerwise.objective`, and
+the bias makes the layer exact in the mean. Weight-only files are small but, on most CPUs, hardly faster; integer
+activations are fast, and pay with one shared scale per tensor. Embedding tables of 64 rows or more are held as
+integers too, and a head tied to one reads the same integers. Linears outside the blocks (poolers, heads) are rounded
+weight-only. Not before training: integers have no gradient, so distil first.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from compresskit.errors import CompressKitError
+from compresskit.layers.grid import quantize_weight
+from compresskit.layers.int8_linear import Int8Linear
+from compresskit.layers.quant_embedding import QuantEmbedding
+from compresskit.layers.quant_linear import QuantLinear
+from compresskit.layerwise.moments import MeanMoments
+from compresskit.layerwise.objective import fit_weight, folded_bias
+from compresskit.layerwise.walk import SiteMoments, Walk
+from compresskit.layerwise.weights import stacked_weight
+from compresskit.passes.base import PASSES, Pass, Trait
+from compresskit.student import Student
+from compresskit.surgery.edits import Edit, QuantizeEmbedding, QuantizeLinears
+from compresskit.surgery.sites import Site, find_anatomy, select
+
+GROUP_SIZES = (16, 32, 64, 128, 256)
+_SMALLEST_TABLE = 64
+_OUTSIDE_GROUP = 32
+
+
+@PASSES.add
+class Quantize(Pass):
+    """Hold weights as 4 or 8 bit integers; optionally compute with 8-bit activations."""
+
+    kind: Literal["quantize"] = "quantize"
+    bits: Literal[4, 8] = Field(8, description="bits of a weight")
+    method: Literal["rtn"] = Field("rtn", description="round to nearest, after a clip search")
+    group_size: int | Literal["channel"] = Field(32, description="columns that share a scale; channel: a whole row")
+    act: Literal["none", "int8"] = Field("none", description="int8: round activations too (ONNX Runtime's fast path)")
+    targets: str = Field("*", description="glob over the names of linears")
+    embeddings: Literal[4, 8] | None = Field(8, description="bits of embedding tables; null leaves them in float")
+    anchor: float = Field(0.0, ge=0, le=1, description="how far the target moves to the original's output (alpha)")
+    on_misfit: Literal["error", "keep"] = Field(
+        "error", description="a layer whose columns no group divides: an error, or it stays float and is listed"
+    )
+
+    adds: ClassVar[frozenset[Trait]] = frozenset({"quantized"})
+    refuses: ClassVar[frozenset[Trait]] = frozenset({"quantized"})
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Quantize":
+        if isinstance(self.group_size, int) and self.group_size not in GROUP_SIZES:
+            raise ValueError(f"group_size {self.group_size} is not a power of two in 16…256; use 32, 64 or 128")
+        if self.act == "int8" and (self.bits != 8 or self.group_size != "channel"):
+            raise ValueError("act: int8 needs bits: 8 and group_size: channel (one scale per output channel)")
+        if self.act == "none" and self.group_size == "channel":
+            raise ValueError("weight-only layers ship in groups; use group_size 32, 64 or 128, or act: int8")
+        return self
+
+    def plan(self, model: nn.Module) -> list[Edit]:
+        """One edit for the linears inside blocks, one for those outside, one for each embedding table."""
+        inside, outside, _ = self._targets(model)
+        edits: list[Edit] = []
+        if inside:
+            edits.append(self._edit(inside))
+        if outside:
+            edits.append(_outside_edit(outside))
+        return edits + self._table_edits(model)  # type: ignore[arg-type]
+
+    def _edit(self, names: Sequence[str]) -> QuantizeLinears:
+        size = self.group_size if isinstance(self.group_size, int) else 0
+        return QuantizeLinears(targets=tuple(names), bits=self.bits, group_size=size, act=self.act)
+
+    def _targets(self, model: nn.Module) -> tuple[list[str], list[str], list[str]]:
+        """Linears inside blocks, outside them, and those that stay float because nothing divides their columns."""
+        linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        tied = {name for _, name in _tied_heads(model)}  # type: ignore[arg-type]
+        names = [name for name in linears if name not in tied]
+        chosen = set(select(names, self.targets))
+        inside_names = set(find_anatomy(model, factors=True).linears())  # type: ignore[arg-type]
+        inside = [name for name in names if name in chosen and name in inside_names]
+        outside = [name for name in names if name in chosen and name not in inside_names]
+        size = self.group_size if isinstance(self.group_size, int) else 1
+        misfits = [name for name in inside if linears[name].in_features % size]
+        misfits += [name for name in outside if linears[name].in_features % _OUTSIDE_GROUP]
+        if misfits and self.on_misfit == "error":
+            raise _misfit_error({name: linears[name].in_features for name in misfits}, self.group_size)
+        return [n for n in inside if n not in misfits], [n for n in outside if n not in misfits], misfits
+
+    def _table_edits(self, model: PreTrainedModel) -> list[Edit]:
+        if self.embeddings is None:
+            return []
+        heads = dict(_tied_heads(model))
+        edits: list[Edit] = []
+        for name, table in model.named_modules():
+            if not isinstance(table, nn.Embedding) or table.num_embeddings < _SMALLEST_TABLE:
+                continue
+            size = self._table_group(table, tied=name in heads)
+            edits.append(QuantizeEmbedding(target=name, head=heads.get(name), bits=self.embeddings, group_size=size))
+        return edits
+
+    def _table_group(self, table: nn.Embedding, *, tied: bool) -> int:
+        """A whole row for 8-bit tables; groups for 4 bit, and for a head that is tied to it (the operator's need)."""
+        if self.embeddings == 8 and not tied:
+            return 0
+        size = self.group_size if isinstance(self.group_size, int) else _OUTSIDE_GROUP
+        return size if table.embedding_dim % size == 0 else math.gcd(table.embedding_dim, 16)
+
+    def apply(self, student: Student, *, generator: torch.Generator) -> dict[str, Any]:
+        """Round tables, then walk the blocks on what the tables became, then round what stands outside."""
+        inside, outside, misfits = self._targets(student.model)
+        layers: dict[str, dict[str, Any]] = {}
+        for edit in self._table_edits(student.model):
+            assert isinstance(edit, QuantizeEmbedding)
+            layers[edit.target] = _quantize_table(student, edit)
+        sites = [
+            Site(site.block, names, site.writes_stream)
+            for site in find_anatomy(student.model, factors=True).sites
+            if (names := tuple(name for name in site.linears if name in inside))
+        ]
+
+        def solve(site: Site, moments: SiteMoments) -> None:
+            layers.update(self._quantize_site(student, site, moments))
+
+        if sites:
+            Walk(student, anchor=self.anchor).run(sites, solve, label=self.kind)
+        for name in outside:
+            layers.update(_quantize_linears(student, _outside_edit([name]), None, None))
+        return {"layers": layers, "kept_float": misfits}
+
+    def _quantize_site(self, student: Student, site: Site, moments: SiteMoments) -> dict[str, dict[str, Any]]:
+        modules = [student.model.get_submodule(name) for name in site.linears]
+        weight, bias = stacked_weight(modules)
+        centred = bias is not None
+        if self.anchor:
+            target, mean, _ = fit_weight(weight, moments.fit, moments.held_out, centred=centred)
+        else:
+            target, mean = weight.double(), moments.all.mean(centred=centred)
+        return _quantize_linears(student, self._edit(site.linears), target, mean)
+
+
+def _tied_heads(model: PreTrainedModel) -> list[tuple[str, str]]:
+    """(table, head) names of output heads that share the input embedding's weight."""
+    tied = getattr(model, "all_tied_weights_keys", {})
+    return [
+        (source.removesuffix(".weight"), target.removesuffix(".weight"))
+        for target, source in tied.items()
+        if target.endswith(".weight") and isinstance(model.get_submodule(target.removesuffix(".weight")), nn.Linear)
+    ]
+
+
+def _misfit_error(columns: dict[str, int], group_size: int | str) -> CompressKitError:
+    fitting = [size for size in GROUP_SIZES if all(width % size == 0 for width in columns.values())]
+    listed = "\n    ".join(f"{name}: {width} columns" for name, width in columns.items())
+    fix = f"use group_size {' or '.join(map(str, fitting))}" if fitting else "no group size fits all of these"
+    return CompressKitError(
+        f"group size {group_size} does not divide the columns of {len(columns)} layers:\n    {listed}",
+        where="group_size",
+        fix=f"{fix}; or set round_to in the passes that cut these widths, or on_misfit: keep",
+    )
+
+
+def _outside_edit(names: Sequence[str]) -> QuantizeLinears:
+    return QuantizeLinears(targets=tuple(names), bits=8, group_size=_OUTSIDE_GROUP)
+
+
+@torch.no_grad()
+def _quantize_table(student: Student, edit: QuantizeEmbedding) -> dict[str, Any]:
+    old = student.model.get_submodule(edit.target)
+    assert isinstance(old, nn.Embedding)
+    weight = old.weight.detach()
+    head = student.model.get_submodule(edit.head) if edit.head else None
+    codes = quantize_weight(weight, bits=edit.bits, group_size=edit.group_size)
+    student.edit(edit)
+    table = student.model.get_submodule(edit.target)
+    assert isinstance(table, QuantEmbedding)
+    table.set_codes(codes)
+    if isinstance(head, nn.Linear) and head.bias is not None and edit.head:
+        _write_bias(student.model.get_submodule(edit.head), head.bias.detach())
+    return {"bits": edit.bits, "relative_error": _relative_error(weight, table.dequantize())}
+
+
+@torch.no_grad()
+def _quantize_linears(
+    student: Student, edit: QuantizeLinears, target: Tensor | None, mean: MeanMoments | None
+) -> dict[str, dict[str, Any]]:
+    """Swap in integer layers for linears that read the same input; `target` is their stacked M, the weights if None."""
+    olds = [student.model.get_submodule(name) for name in edit.targets]
+    weights, _ = stacked_weight(olds)
+    stacked = weights if target is None else target
+    importance = None if mean is None else mean.C.diagonal().clamp_min(0)
+    student.edit(edit)
+    notes: dict[str, dict[str, Any]] = {}
+    row = 0
+    for name, old in zip(edit.targets, olds, strict=True):
+        assert isinstance(old, nn.Linear)
+        rows = slice(row, row + old.out_features)
+        row = rows.stop
+        new = student.model.get_submodule(name)
+        assert isinstance(new, QuantLinear | Int8Linear)
+        new.set_codes(
+            quantize_weight(stacked[rows], bits=edit.bits, group_size=edit.group_size, column_weight=importance)
+        )
+        rounded = new.dequantize()
+        if old.bias is not None:
+            exact_mean = None if mean is None else folded_bias(rounded, _rows_of(mean, rows))
+            _write_bias(new, old.bias.detach() if exact_mean is None else exact_mean)
+        notes[name] = {"bits": edit.bits, "relative_error": _relative_error(stacked[rows], rounded, importance)}
+    return notes
+
+
+def _rows_of(mean: MeanMoments, rows: slice) -> MeanMoments:
+    return MeanMoments(C=mean.C, T=mean.T[rows], mu=mean.mu, nu=mean.nu[rows], target_power=mean.target_power)
+
+
+def _write_bias(layer: nn.Module, bias: Tensor) -> None:
+    assert isinstance(layer.bias, Tensor)
+    layer.bias.copy_(bias)
+
+
+def _relative_error(weight: Tensor, rounded: Tensor, importance: Tensor | None = None) -> float:
+    """‖W − Q‖ / ‖W‖, columns weighted by their importance where given."""
+    scale = torch.ones(weight.shape[1], dtype=torch.float64) if importance is None else importance
+    lost = ((weight.double() - rounded.double()).square() * scale).sum()
+    power = (weight.double().square() * scale).sum()
+    return math.sqrt(float(lost / power)) if power > 0 else 0.0
