@@ -1,0 +1,213 @@
+"""Integer grids for weights: which codes, scales and zero points stand for a float matrix.
+
+    w ≈ (code − zero) · scale          one scale (and zero) for `group_size` neighbouring columns of a row, 0: the row
+
+One grid per bit width, each the form in which ONNX Runtime's `MatMulNBits` and `GatherBlockQuantized` are smallest:
+
+- 8 bit is symmetric: codes 1…255 around the zero point 128, which both operators assume where none is given, so no
+  zero points are stored. A zero of its own would win at most one bit of range, and 8 bits have it to spare.
+- 4 bit is asymmetric: codes 0…15 and a 4-bit zero point for each group. With 16 values, a group whose weights lie on
+  one side of zero would waste half of a symmetric grid.
+
+Zero itself is always on the grid, so padding and pruned weights stay exactly zero. Rounding is to nearest; the range
+of each group may be shrunk by a clip search that minimises the error weighted by how strongly each column is used
+(`diag(C)` of the layer's input moment). Scales and zeros are computed in float64 and the scale is rounded to float32
+*before* codes are chosen, so codes are nearest for the scale that is stored.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# O rows (outputs, or tokens of a table), I columns, G groups of a row, S columns of a group
+CLIP_POINTS = 20
+_SMALLEST_SHRINK = 0.5
+_CHUNK_ELEMENTS = 1 << 21
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A quantised matrix, unpacked.
+
+    Attributes:
+        codes: (O, I) uint8; below 16 where bits is 4.
+        scales: (O, G) float32, positive.
+        zeros: (O, G) uint8 zero points, or None where every zero point is 2^(bits − 1).
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+
+
+def count_groups(columns: int, group_size: int) -> int:
+    """How many groups a row of `columns` has.
+
+    Raises:
+        ValueError: a negative group size, or one that does not divide `columns`.
+    """
+    if group_size < 0 or (group_size and columns % group_size):
+        raise ValueError(f"group size {group_size} does not divide {columns} columns")
+    return columns // group_size if group_size else 1
+
+
+def has_zeros(bits: int) -> bool:
+    """Whether the grid of `bits` stores zero points.
+
+    Raises:
+        ValueError: bits other than 4 and 8.
+    """
+    if bits not in (4, 8):
+        raise ValueError(f"grids have 4 or 8 bits, not {bits}")
+    return bits == 4
+
+
+def packed_columns(columns: int, bits: int) -> int:
+    """Bytes that hold `columns` codes of `bits` bits."""
+    return (columns * bits + 7) // 8
+
+
+def quantized_bytes(rows: int, columns: int, *, bits: int, group_size: int) -> int:
+    """Bytes of codes, scales and zeros of a (rows, columns) matrix."""
+    groups = count_groups(columns, group_size)
+    zeros = packed_columns(groups, bits) if has_zeros(bits) else 0
+    return rows * (packed_columns(columns, bits) + 4 * groups + zeros)
+
+
+def find_scales(
+    weight: Tensor,
+    *,
+    bits: int,
+    group_size: int,
+    column_weight: Tensor | None = None,
+    clip_points: int = CLIP_POINTS,
+) -> tuple[Tensor, Tensor | None]:
+    """Scales and zeros for `weight`, each group's range shrunk where that lowers its weighted squared error.
+
+    Args:
+        weight: (O, I), any float dtype; computed in float64; not modified.
+        bits: 4 or 8.
+        group_size: columns that share a scale; divides I; 0 is the whole row.
+        column_weight: (I,), the weight of each column's squared error, not negative; None weighs all alike.
+        clip_points: shrink factors tried from 1 down to 0.5, 1 first; 1 is no search. A factor wins only where its
+            error is strictly less, so the result is never worse than no clip.
+
+    Returns:
+        scales (O, G) float32 and zeros (O, G) uint8, or None for the symmetric grid.
+
+    Raises:
+        ValueError: shapes or sizes that do not agree.
+
+    Cost: `clip_points` roundings of the matrix, in chunks of rows of at most about 2 million weights.
+    """
+    rows, columns = weight.shape
+    groups = count_groups(columns, group_size)
+    if column_weight is not None and column_weight.shape != (columns,):
+        raise ValueError(f"column_weight has shape {tuple(column_weight.shape)}, expected ({columns},)")
+    with_zeros = has_zeros(bits)
+    importance = torch.ones(columns, dtype=torch.float64) if column_weight is None else column_weight.double()
+    importance = importance.to(weight.device).view(1, groups, -1)
+    scales = torch.empty(rows, groups, dtype=torch.float32, device=weight.device)
+    zeros = torch.empty(rows, groups, dtype=torch.uint8, device=weight.device)
+    step = max(1, _CHUNK_ELEMENTS // columns)
+    for start in range(0, rows, step):
+        chunk = weight[start : start + step].detach().double().view(-1, groups, columns // groups)
+        part = _search(chunk, importance, bits, clip_points)
+        scales[start : start + step], zeros[start : start + step] = part
+    return scales, zeros if with_zeros else None
+
+
+def _search(weight: Tensor, importance: Tensor, bits: int, clip_points: int) -> tuple[Tensor, Tensor]:
+    """The best (scales, zeros) of each group of `weight` (O, G, S) among the shrunk ranges."""
+    best_scale, best_zero = _range_grid(weight, 1.0, bits)
+    best = _group_error(weight, importance, best_scale, best_zero, bits)
+    for shrink in torch.linspace(1.0, _SMALLEST_SHRINK, max(clip_points, 1)).tolist()[1:]:
+        scale, zero = _range_grid(weight, shrink, bits)
+        error = _group_error(weight, importance, scale, zero, bits)
+        better = error < best
+        best = torch.where(better, error, best)
+        best_scale = torch.where(better, scale, best_scale)
+        best_zero = torch.where(better, zero, best_zero)
+    return best_scale.float(), best_zero.to(torch.uint8)
+
+
+def _range_grid(weight: Tensor, shrink: float, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale (rounded to float32, held in float64) and zero of each group's range times `shrink`."""
+    low = weight.amin(-1).clamp(max=0) * shrink
+    high = weight.amax(-1).clamp(min=0) * shrink
+    top = 2**bits - 1
+    scale = (high - low) / top if has_zeros(bits) else torch.maximum(high, -low) / (top // 2)
+    # A group of zeros, or one below float32's normal range, gets scale 1 and the codes of zero.
+    scale = scale.float().double()
+    scale = torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
+    zero = (-low / scale).round().clamp(0, top) if has_zeros(bits) else torch.full_like(scale, 2 ** (bits - 1))
+    return scale, zero
+
+
+def _group_error(weight: Tensor, importance: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    scale, zero = scale[..., None], zero[..., None]
+    codes = _round_codes(weight / scale, zero, bits)
+    return ((weight - (codes - zero) * scale).square() * importance).sum(-1)
+
+
+def _round_codes(steps: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """Nearest codes, ties to even, for weights given in steps of their scale."""
+    lowest = 0 if has_zeros(bits) else 1
+    return (steps.round() + zero).clamp(lowest, 2**bits - 1)
+
+
+def encode(weight: Tensor, scales: Tensor, zeros: Tensor | None, *, bits: int) -> Tensor:
+    """The nearest codes (O, I) uint8 of `weight` on a given grid; `scales` (O, G) split the columns evenly."""
+    rows, columns = weight.shape
+    groups = scales.shape[1]
+    codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
+    step = max(1, _CHUNK_ELEMENTS // columns)
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        steps = weight[part].detach().double().view(-1, groups, columns // groups) / scales[part].double()[..., None]
+        zero = torch.full_like(scales[part], 2 ** (bits - 1)) if zeros is None else zeros[part]
+        codes[part] = _round_codes(steps, zero.double()[..., None], bits).view(-1, columns).to(torch.uint8)
+    return codes
+
+
+def quantize_weight(
+    weight: Tensor,
+    *,
+    bits: int,
+    group_size: int,
+    column_weight: Tensor | None = None,
+    clip_points: int = CLIP_POINTS,
+) -> Codes:
+    """`weight` rounded to nearest on the grid of `find_scales` (same arguments and errors)."""
+    scales, zeros = find_scales(
+        weight, bits=bits, group_size=group_size, column_weight=column_weight, clip_points=clip_points
+    )
+    return Codes(encode(weight, scales, zeros, bits=bits), scales, zeros)
+
+
+def decode(codes: Tensor, scales: Tensor, zeros: Tensor | None, *, bits: int) -> Tensor:
+    """(code − zero) · scale in float32, shape of `codes` (…, I); `scales` and `zeros` (…, G) split I evenly.
+
+    The difference is an exact integer and the product is rounded once, which is also what ONNX Runtime's operators do.
+    """
+    groups = scales.shape[-1]
+    grouped = codes.unflatten(-1, (groups, codes.shape[-1] // groups)).float()
+    zero = 2.0 ** (bits - 1) if zeros is None else zeros.float()[..., None]
+    return ((grouped - zero) * scales[..., None]).flatten(-2)
+
+
+def pack(codes: Tensor, *, bits: int) -> Tensor:
+    """Codes (…, I) as bytes (…, ⌈I·bits/8⌉) uint8: 4-bit codes in pairs, the first in the low half, zero-padded."""
+    if bits == 8:
+        return codes
+    if codes.shape[-1] % 2:
+        codes = torch.nn.functional.pad(codes, (0, 1))
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def unpack(packed: Tensor, columns: int, *, bits: int) -> Tensor:
+    """The codes (…, columns) that `pack` packed."""
+    if bits == 8:
+        return packed[..., :columns]
+    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)[..., :columns]

@@ -1,0 +1,103 @@
+"""A linear layer computed in integers: int8 weights, activations rounded to uint8 as they come.
+
+    before  y = W x + b
+    after   s = (max x − min x) / 255,  z = −min x / s,  q = round(x / s) + z        one s and z for the whole tensor
+            y = s · scales · Σ (q − z) · codes + b                                   the sum is exact, in int32
+
+This is ONNX's `DynamicQuantizeLinear` followed by ONNX Runtime's integer product, which makes an encoder about three
+times as fast as float on a CPU with dot-product instructions. The forward pass here computes the same integers, so
+what is evaluated in torch is what the file computes.
+
+Not for layers whose input has a few huge entries: they stretch the one scale that the whole tensor shares. There
+weight-only (`QuantLinear`) is the safe choice. The scale depends on everything in the batch, padding included, so a
+text's result depends a little on what it is batched with, in torch and in ONNX Runtime alike.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from compresskit.layers import grid
+from compresskit.layers.operators import dynamic_matmul, emitting
+
+# Any sum of this many products of 8-bit numbers stays below 2^24, where float32 counts every integer.
+_EXACT_COLUMNS = (1 << 24) // (255 * 127)
+
+
+def quantize_dynamic(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`x` as uint8 steps held in float32, its scale and its zero point: ONNX DynamicQuantizeLinear, bit for bit.
+
+    Args:
+        x: float32, any shape.
+
+    Returns:
+        q (shape of x, whole numbers 0…255), scale and zero (scalars). All zeros give scale 1.
+
+    Source: https://onnx.ai/onnx/operators/onnx__DynamicQuantizeLinear.html; rounding is to even.
+    """
+    low, high = torch.aminmax(x)
+    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+    scale = (high - low) / 255.0
+    scale = torch.where(high == low, torch.ones_like(scale), scale)
+    zero = (-low / scale).clamp(0.0, 255.0).round()
+    return ((x / scale).round() + zero).clamp(0.0, 255.0), scale, zero
+
+
+def multiply_exactly(left: Tensor, right: Tensor) -> Tensor:
+    """left · right in int32, for whole numbers held in float32: |left| ≤ 255 (…, I), |right| ≤ 127 (I, O).
+
+    Float32 products of column chunks small enough that no partial sum is rounded, in any order and on any device
+    (the factors also fit into TF32 and bfloat16); only the few chunk sums are added as integers.
+    """
+    total = torch.zeros(*left.shape[:-1], right.shape[1], dtype=torch.int32, device=left.device)
+    for start in range(0, right.shape[0], _EXACT_COLUMNS):
+        part = slice(start, start + _EXACT_COLUMNS)
+        total += (left[..., part] @ right[part]).to(torch.int32)
+    return total
+
+
+class Int8Linear(nn.Module):
+    """y = scale · scales · (q − zero) codes + bias, with q the input rounded to uint8.
+
+    Args:
+        in_features: width of x, shape (…, in_features).
+        out_features: width of y, shape (…, out_features).
+        bias: whether a float bias is added.
+    """
+
+    codes: Tensor  # (in, out) int8 in −127…127, as the operator reads them
+    scales: Tensor  # (out,) float32
+
+    def __init__(
+        self, in_features: int, out_features: int, *, bias: bool, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.register_buffer("codes", torch.zeros(in_features, out_features, dtype=torch.int8, device=device))
+        self.register_buffer("scales", torch.zeros(out_features, device=device))
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device)) if bias else None
+
+    def set_codes(self, values: grid.Codes) -> None:
+        """Take over an (out, in) weight quantised to 8 bits with one scale a row.
+
+        Raises:
+            RuntimeError: shapes that do not agree.
+        """
+        self.codes.copy_((values.codes.to(torch.int16) - 128).to(torch.int8).T)
+        self.scales.copy_(values.scales.squeeze(1))
+
+    def dequantize(self) -> Tensor:
+        """The weight that the codes stand for, (out, in) float32."""
+        return self.codes.T.float() * self.scales[:, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The integer product in float32, shape (…, out_features)."""
+        if emitting():
+            return dynamic_matmul(x, self.codes, self.scales, self.bias)
+        quantized, scale, zero = quantize_dynamic(x)
+        total = multiply_exactly(quantized - zero, self.codes.float())
+        y = total.float() * (scale * self.scales)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        """The shape, as nn.Linear prints it."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

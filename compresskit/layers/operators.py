@@ -1,0 +1,154 @@
+"""ONNX Runtime's integer operators, as layers emit them while a model is traced for ONNX.
+
+Outside a trace these functions must not be called: they stand for a node of the file and compute nothing.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class Emission:
+    """How the operators are written.
+
+    Attributes:
+        accuracy_level: of `MatMulNBits`: 0 multiplies in float32, as the student does; 4 rounds activations to int8
+            in blocks, which is faster and no longer what was evaluated.
+    """
+
+    accuracy_level: int = 0
+
+
+_EMISSION: ContextVar[Emission | None] = ContextVar("emission", default=None)
+
+
+@contextmanager
+def emit_operators(emission: Emission) -> Iterator[None]:
+    """Layers traced inside emit operators (`torch.onnx.is_in_onnx_export` is false while transformers traces)."""
+    token = _EMISSION.set(emission)
+    try:
+        yield
+    finally:
+        _EMISSION.reset(token)
+
+
+def emitting() -> bool:
+    """Whether a layer's forward should emit operators instead of computing."""
+    return _EMISSION.get() is not None or torch.onnx.is_in_onnx_export()
+
+
+def check_group_size(columns: int, group_size: int) -> None:
+    """Accept 0 and the block sizes of ONNX Runtime that divide `columns`.
+
+    Raises:
+        ValueError: any other group size.
+    """
+    if group_size and (group_size not in BLOCK_SIZES or columns % group_size):
+        sizes = [size for size in BLOCK_SIZES if columns % size == 0]
+        raise ValueError(f"group size {group_size} does not fit {columns} columns; use 0 (the row) or one of {sizes}")
+
+
+def row_block(columns: int) -> int:
+    """The block in which `MatMulNBits` gets a row with one scale: the largest that divides `columns`, else 16."""
+    return max((size for size in BLOCK_SIZES if columns % size == 0), default=BLOCK_SIZES[0])
+
+
+def matmul_nbits(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    *,
+    bits: int,
+    in_features: int,
+) -> Tensor:
+    """x · dequantised(codes)ᵀ + bias, shape (…, out).
+
+    Args:
+        x: (…, in) float32.
+        codes: (out, blocks, block · bits / 8) uint8.
+        scales: (out, blocks), or (out, 1) where the whole row has one.
+        zeros: packed, (out, ⌈blocks · bits / 8⌉) uint8, or (out, 1).
+        bias: (out,).
+    """
+    out_features, blocks, blob = codes.shape
+    if scales.shape[1] != blocks:
+        scales = scales.expand(out_features, blocks)
+        # A 4-bit zero in both halves of each byte.
+        zeros = None if zeros is None else (zeros * 17).expand(out_features, (blocks + 1) // 2)
+    emission = _EMISSION.get() or Emission()
+    inputs = [x, codes, scales, zeros, None, bias]
+    while inputs[-1] is None:
+        inputs.pop()
+    return torch.onnx.ops.symbolic(
+        "com.microsoft::MatMulNBits",
+        inputs,
+        {
+            "K": in_features,
+            "N": out_features,
+            "bits": bits,
+            "block_size": blob * 8 // bits,
+            "accuracy_level": emission.accuracy_level,
+        },
+        dtype=torch.float32,
+        shape=(*x.shape[:-1], out_features),
+        version=1,
+    )
+
+
+def gather_block_quantized(
+    codes: Tensor, indices: Tensor, scales: Tensor, zeros: Tensor | None, *, bits: int, columns: int
+) -> Tensor:
+    """The dequantised rows `indices` of a packed table, shape (*indices, columns).
+
+    Args:
+        codes: (rows, columns · bits / 8) uint8.
+        indices: any shape, int64.
+        scales: (rows, groups).
+        zeros: packed, (rows, ⌈groups · bits / 8⌉) uint8.
+    """
+    groups = scales.shape[1]
+    block = columns // groups
+    if groups == 1:  # a block may reach past the row
+        block = max(BLOCK_SIZES[0], 1 << (columns - 1).bit_length())
+    return torch.onnx.ops.symbolic(
+        "com.microsoft::GatherBlockQuantized",
+        [codes, indices, scales] if zeros is None else [codes, indices, scales, zeros],
+        {"bits": bits, "block_size": block, "gather_axis": 0, "quantize_axis": 1},
+        dtype=torch.float32,
+        shape=(*indices.shape, columns),
+        version=1,
+    )
+
+
+def dynamic_matmul(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """x rounded to uint8 with one scale for the whole tensor, times int8 codes, as float32 (…, out).
+
+    Args:
+        x: (…, in) float32.
+        codes: (in, out) int8, symmetric.
+        scales: (out,) float32.
+        bias: (out,) float32.
+    """
+    quantized, scale, zero = torch.onnx.ops.symbolic_multi_out(
+        "DynamicQuantizeLinear",
+        [x],
+        dtypes=(torch.uint8, torch.float32, torch.uint8),
+        shapes=(x.shape, (), ()),
+    )
+    inputs = [quantized, codes, scale, scales, zero, None, bias]
+    return torch.onnx.ops.symbolic(
+        "com.microsoft::MatMulIntegerToFloat",
+        inputs if bias is not None else inputs[:5],
+        dtype=torch.float32,
+        shape=(*x.shape[:-1], codes.shape[1]),
+        version=1,
+    )

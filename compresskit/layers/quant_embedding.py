@@ -1,0 +1,90 @@
+"""An embedding table held as integers.
+
+    before  y = W[i]                                 W (num, dim) float32               32 bits a value
+    after   y = (codes[i] − zeros[i]) · scales[i]    codes in 4 or 8 bits, packed       4 or 8 bits and 4 bytes a group
+
+Small models are mostly embeddings (52 % of all-MiniLM-L6-v2), so a small file needs this. Only the rows that are
+looked up are dequantised. In ONNX it is `com.microsoft::GatherBlockQuantized` with these very tensors.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from compresskit.layers import grid
+from compresskit.layers.operators import check_group_size, emitting, gather_block_quantized
+
+
+class QuantEmbedding(nn.Module):
+    """A lookup table of integers.
+
+    Args:
+        num_embeddings: rows.
+        embedding_dim: columns; even where bits is 4.
+        bits: 4 (with zero points) or 8 (symmetric).
+        group_size: columns that share a scale: 0 (the row), 16, 32, 64, 128 or 256, dividing `embedding_dim`.
+        padding_idx: kept for those who ask; lookups of it are like any other.
+
+    Raises:
+        ValueError: bits, group size or an odd width that do not fit.
+    """
+
+    codes: Tensor  # (num, dim · bits / 8) uint8
+    scales: Tensor  # (num, groups) float32
+    zeros: Tensor | None  # (num, ⌈groups / 2⌉) uint8, two in a byte; None for 8 bits
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        bits: int,
+        group_size: int,
+        padding_idx: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        check_group_size(embedding_dim, group_size)
+        if bits == 4 and embedding_dim % 2:
+            raise ValueError(f"4-bit tables need an even width, not {embedding_dim}")
+        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+        self.bits, self.group_size = bits, group_size
+        self.groups = grid.count_groups(embedding_dim, group_size)
+        width = grid.packed_columns(embedding_dim, bits)
+        self.register_buffer("codes", torch.zeros(num_embeddings, width, dtype=torch.uint8, device=device))
+        self.register_buffer("scales", torch.zeros(num_embeddings, self.groups, device=device))
+        width = grid.packed_columns(self.groups, bits)
+        zeros = torch.zeros(num_embeddings, width, dtype=torch.uint8, device=device) if grid.has_zeros(bits) else None
+        self.register_buffer("zeros", zeros)
+
+    def set_codes(self, values: grid.Codes) -> None:
+        """Take over a quantised (num, dim) table of the same bits and groups.
+
+        Raises:
+            RuntimeError: shapes that do not agree.
+        """
+        self.codes.copy_(grid.pack(values.codes, bits=self.bits))
+        self.scales.copy_(values.scales)
+        if self.zeros is not None and values.zeros is not None:
+            self.zeros.copy_(grid.pack(values.zeros, bits=self.bits))
+
+    def _decode(self, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+        codes = grid.unpack(codes, self.embedding_dim, bits=self.bits)
+        zeros = None if zeros is None else grid.unpack(zeros, self.groups, bits=self.bits)
+        return grid.decode(codes, scales, zeros, bits=self.bits)
+
+    def dequantize(self) -> Tensor:
+        """The whole table, (num, dim) float32."""
+        return self._decode(self.codes, self.scales, self.zeros)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """The rows `indices`, shape (*indices, dim) float32."""
+        if emitting():
+            return gather_block_quantized(
+                self.codes, indices, self.scales, self.zeros, bits=self.bits, columns=self.embedding_dim
+            )
+        zeros = None if self.zeros is None else self.zeros[indices]
+        return self._decode(self.codes[indices], self.scales[indices], zeros)
+
+    def extra_repr(self) -> str:
+        """Shape and grid."""
+        return f"{self.num_embeddings}, {self.embedding_dim}, bits={self.bits}, group_size={self.group_size}"

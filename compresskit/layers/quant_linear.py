@@ -1,0 +1,134 @@
+"""A linear layer whose weight is held as integers, and multiplied as float.
+
+    before  y = W x + b                          W (out, in) float32                32 bits a weight
+    after   y = ((codes − zeros) · scales) x + b codes in 4 or 8 bits, packed       4 or 8 bits and 4 bytes a group
+
+It saves bytes and memory traffic; the products stay float32, so a fast encoder wants `Int8Linear` instead (8 bit
+weights alone gave 1.2 times the speed of float on a 64-token input). In ONNX it is `com.microsoft::MatMulNBits`
+with these very tensors. A row with one scale (group size 0) is written as blocks that repeat that scale, because
+the operator has no larger block than 256.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compresskit.layers import grid
+from compresskit.layers.operators import check_group_size, emitting, matmul_nbits, row_block
+from compresskit.layers.quant_embedding import QuantEmbedding
+
+
+class QuantLinear(nn.Module):
+    """y = dequantised(codes) x + bias.
+
+    Args:
+        in_features: width of x, shape (…, in_features).
+        out_features: width of y, shape (…, out_features).
+        bits: 4 (with zero points) or 8 (symmetric).
+        group_size: columns that share a scale: 0 (the row), 16, 32, 64, 128 or 256, dividing `in_features`.
+        bias: whether a float bias is added.
+        table: the embedding whose integers are this weight (see `tied_to`); None where the layer owns its own.
+
+    Raises:
+        ValueError: bits or a group size that do not fit.
+    """
+
+    codes: Tensor | None  # (out, blocks, block · bits / 8) uint8, as MatMulNBits reads them
+    scales: Tensor | None  # (out, groups) float32
+    zeros: Tensor | None  # (out, ⌈groups / 2⌉) uint8, two in a byte; None for 8 bits
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bits: int,
+        group_size: int,
+        bias: bool,
+        table: QuantEmbedding | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        check_group_size(in_features, group_size)
+        self.in_features, self.out_features = in_features, out_features
+        self.bits, self.group_size = bits, group_size
+        self.groups = grid.count_groups(in_features, group_size)
+        self.block_size = group_size or row_block(in_features)
+        self.blocks = -(-in_features // self.block_size)
+        # A tuple hides the table from nn.Module: its integers must not appear a second time among the buffers.
+        self._table = (table,) if table is not None else ()
+        owns = table is None
+        blob = self.block_size * bits // 8
+        shapes = {
+            "codes": ((out_features, self.blocks, blob), torch.uint8, owns),
+            "scales": ((out_features, self.groups), torch.float32, owns),
+            "zeros": (
+                (out_features, grid.packed_columns(self.groups, bits)),
+                torch.uint8,
+                owns and grid.has_zeros(bits),
+            ),
+        }
+        for name, (shape, dtype, stored) in shapes.items():
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device) if stored else None)
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device)) if bias else None
+
+    @classmethod
+    def tied_to(cls, table: QuantEmbedding, *, bias: bool) -> "QuantLinear":
+        """An output head, (…, dim) to (…, num), whose weight is the table's integers, stored once.
+
+        Raises:
+            ValueError: a table whose width is no multiple of 16, which the operator could only read as a copy.
+        """
+        if table.embedding_dim % 16:
+            raise ValueError(f"a tied head needs a table width that is a multiple of 16, not {table.embedding_dim}")
+        return cls(
+            table.embedding_dim,
+            table.num_embeddings,
+            bits=table.bits,
+            group_size=table.group_size,
+            bias=bias,
+            table=table,
+            device=table.codes.device,
+        )
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Packed codes (out, blocks, bytes), scales and packed zeros, whoever owns them."""
+        if self._table:
+            table = self._table[0]
+            return table.codes.view(self.out_features, self.blocks, -1), table.scales, table.zeros
+        assert self.codes is not None
+        assert self.scales is not None
+        return self.codes, self.scales, self.zeros
+
+    def set_codes(self, values: grid.Codes) -> None:
+        """Take over a quantised (out, in) weight of the same bits and groups (a tied head writes to its table).
+
+        Raises:
+            RuntimeError: shapes that do not agree.
+        """
+        codes, scales, zeros = self.tensors()
+        padding = self.blocks * self.block_size - self.in_features
+        packed = grid.pack(F.pad(values.codes, (0, padding)), bits=self.bits)
+        codes.copy_(packed.view(self.out_features, self.blocks, -1))
+        scales.copy_(values.scales)
+        if zeros is not None and values.zeros is not None:
+            zeros.copy_(grid.pack(values.zeros, bits=self.bits))
+
+    def dequantize(self) -> Tensor:
+        """The weight that the codes stand for, (out, in) float32."""
+        codes, scales, zeros = self.tensors()
+        codes = grid.unpack(codes.flatten(1), self.in_features, bits=self.bits)
+        zeros = None if zeros is None else grid.unpack(zeros, self.groups, bits=self.bits)
+        return grid.decode(codes, scales, zeros, bits=self.bits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Dequantise and multiply, shape (…, out_features)."""
+        if emitting():
+            codes, scales, zeros = self.tensors()
+            return matmul_nbits(x, codes, scales, zeros, self.bias, bits=self.bits, in_features=self.in_features)
+        return F.linear(x, self.dequantize(), self.bias)
+
+    def extra_repr(self) -> str:
+        """Shape and grid."""
+        text = f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"
+        return f"{text}, group_size={self.group_size}, bias={self.bias is not None}{', tied' if self._table else ''}"
