@@ -1,0 +1,7 @@
+"""Text to token sequences: one source, three parts that never overlap."""
+
+from compresskit.data.prepare import check_max_length, prepare_corpus
+from compresskit.data.sequences import Batch, Corpus, Sequences
+from compresskit.data.source import DataSource
+
+__all__ = ["Batch", "Corpus", "DataSource", "Sequences", "check_max_length", "prepare_corpus"]
