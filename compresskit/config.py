@@ -7,6 +7,7 @@ from typing import Any, Generic, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 T = TypeVar("T", bound=BaseModel)
+C = TypeVar("C", bound=type)
 
 
 class Config(BaseModel):
@@ -32,9 +33,9 @@ class Registry(Generic[T]):
         self.noun = noun
         self._classes: dict[str, type[T]] = {}
 
-    def add(self, cls: type[T]) -> type[T]:
+    def add(self, cls: C) -> C:
         """Register a class under the default of its `kind` field; a taken name is a programming error."""
-        kind = cls.model_fields["kind"].default
+        kind = cls.model_fields["kind"].default  # type: ignore[attr-defined]
         if kind in self._classes:
             raise ValueError(f"{self.noun} {kind!r} is already registered by {self._classes[kind].__name__}")
         self._classes[kind] = cls

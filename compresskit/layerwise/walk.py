@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from tqdm.auto import tqdm
 
 from compresskit.data import Batch
 from compresskit.layerwise.moments import Moments
 from compresskit.layerwise.weights import stacked_weight
+from compresskit.progress import track
 from compresskit.student import Student
 from compresskit.surgery.provenance import kept_outputs
 from compresskit.surgery.sites import Site, find_blocks, without_cache
@@ -196,7 +196,7 @@ class Walk:
             by_block.setdefault(site.block, []).append(site)
         with without_cache(self._student.model), without_cache(self._student.original):
             lanes = self._open_lanes()
-            for index in tqdm(range(len(self._blocks)), desc=label, unit="block", delay=2, disable=None):
+            for index in track(range(len(self._blocks)), label):
                 for site in by_block.get(index, ()):
                     solve(site, self._collect(site, lanes))
                 if index >= max(by_block):

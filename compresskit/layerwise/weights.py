@@ -29,7 +29,7 @@ def layer_bias(layer: nn.Module) -> Tensor | None:
 
 
 def stacked_weight(layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None]:
-    """The weights of layers that read the same input, one below the other, and their biases; zeros where one has none."""
+    """The weights of layers that read the same input, one below the other, and biases; zeros where one has none."""
     biases = [layer_bias(layer) for layer in layers]
     weights = [dense_weight(layer) for layer in layers]
     if all(bias is None for bias in biases):

@@ -5,7 +5,8 @@
 B is the top-k eigenvectors of the output covariance M C Mᵀ and A = Bᵀ M (output PCA): the exact minimiser of
 E‖M x − B A x‖² over rank k, equal to SVD-LLM's whitening (arXiv:2403.07378) without its Cholesky inverse, so a singular
 moment is no problem (Swift-SVD, arXiv:2604.01609). M is today's weight, or the anchored target of
-`layerwise.objective`. Means go into the bias. Not for matrices that are already thin: a rank at or above out·in / (out + in) saves nothing.
+`layerwise.objective`. Means go into the bias. Not for matrices that are already thin: a rank at or above
+out·in / (out + in) saves nothing.
 Departure from the papers: one A for all linears of an input site (query, key, value), which lifts that break-even.
 """
 
