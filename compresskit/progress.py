@@ -1,7 +1,9 @@
 """Progress bars for whatever may take longer than two seconds; silent where nobody watches."""
 
 import sys
+import time
 from collections.abc import Iterable, Iterator
+from operator import length_hint
 from typing import TypeVar
 
 from rich.console import Console
@@ -18,7 +20,17 @@ def track(items: Iterable[T], description: str, *, total: int | None = None) -> 
         description: what is being done, as a person would say it ("measuring fidelity").
         total: how many items there are, where `len(items)` cannot say.
     """
+    if not sys.stderr.isatty():
+        yield from items
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
-        yield from progress.track(items, total=total, description=description)
+    # Drawn between items and not by a thread, which would disturb whatever is being timed.
+    with Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False) as progress:
+        task = progress.add_task(description, total=length_hint(items) or None if total is None else total)
+        drawn = 0.0
+        for item in items:
+            yield item
+            progress.advance(task)
+            if time.monotonic() - drawn > 0.2:
+                progress.refresh()
+                drawn = time.monotonic()

@@ -1,0 +1,46 @@
+"""What a model costs and how true it is to the original: size, quality, latency."""
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from compresskit.evaluate.latency import measure_latency, model_latency
+from compresskit.evaluate.quality import Fidelity
+from compresskit.evaluate.size import count_parameters, folder_size_bytes, state_dict_bytes
+
+__all__ = [
+    "Fidelity",
+    "count_parameters",
+    "evaluate",
+    "folder_size_bytes",
+    "measure_latency",
+    "model_latency",
+    "state_dict_bytes",
+]
+
+
+def evaluate(
+    model: PreTrainedModel,
+    fidelity: Fidelity,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch: int = 1,
+    length: int = 64,
+    rounds: int = 30,
+) -> dict[str, int | float]:
+    """All figures of `model` in one flat mapping, the same keys for every model of one task.
+
+    Args:
+        model: the student so far, or the original itself.
+        fidelity: the original on held-out text; its keys say what its task measures.
+        tokenizer: supplies ordinary tokens to time with.
+        batch, length: shape of the timed input; `length` is cut to the positions that the model has.
+        rounds: timed forwards; 0 leaves latency out.
+
+    Returns:
+        `params` (weights), `size_bytes` (as safetensors), `p50_ms` and `p95_ms` (one forward in torch), and the
+        figures of `fidelity.measure`.
+    """
+    figures: dict[str, int | float] = {"params": count_parameters(model), "size_bytes": state_dict_bytes(model)}
+    if rounds:
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or length
+        figures |= model_latency(model, tokenizer, batch=batch, length=min(length, positions), rounds=rounds)
+    return figures | fidelity.measure(model)

@@ -1,0 +1,224 @@
+"""How true a student is to the original on held-out text.
+
+Everything is measured against the original's own outputs: labels are not needed. Sums are kept in float64, and the
+original compared with itself gives exactly the best value of every figure.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from scipy.stats import rankdata
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from compresskit.data import Batch, Sequences
+from compresskit.progress import track
+
+# N texts, T tokens, V vocabulary or classes, D width
+
+NEIGHBOURS = 10
+_LOGITS_AT_A_TIME = 2**25  # floats in one batch of logits: 128 MiB
+_FLOAT64_LOGITS_AT_A_TIME = 2**22  # 32 MiB
+
+
+def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Sentence embeddings (N, D) float64: the mean of `hidden` (N, T, D) over the tokens where `mask` (N, T) is 1."""
+    weights = mask.to(torch.float64)[:, :, None]
+    return (hidden.to(torch.float64) * weights).sum(1) / weights.sum(1)
+
+
+def row_cosines(a: Tensor, b: Tensor) -> Tensor:
+    """cos(a_i, b_i), (N,): exactly 1 where the rows are equal. Two zero rows are equal; one alone gives 0."""
+    # √(s · s) = s in IEEE arithmetic, but √s · √s is not: the product stands under one root.
+    scale = ((a * a).sum(-1) * (b * b).sum(-1)).sqrt()
+    cosines = (a * b).sum(-1) / scale.clamp_min(torch.finfo(scale.dtype).tiny)
+    return torch.where((a == b).all(-1), torch.ones_like(cosines), cosines)
+
+
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's ρ with average ranks for ties, in [−1, 1]; without any variance 1 if the ranks agree, else 0."""
+    ranks_a, ranks_b = rankdata(a), rankdata(b)
+    ranks_a, ranks_b = ranks_a - ranks_a.mean(), ranks_b - ranks_b.mean()
+    scale = math.sqrt(float((ranks_a**2).sum()) * float((ranks_b**2).sum()))
+    if scale == 0:
+        return float(np.array_equal(ranks_a, ranks_b))
+    return float((ranks_a * ranks_b).sum()) / scale
+
+
+def compare_embeddings(original: Tensor, student: Tensor) -> dict[str, float]:
+    """How alike two sets of embeddings of the same texts are; all three figures are 1 for equal sets.
+
+    Args:
+        original, student: (N, D) float64 with N ≥ 3. Widths may differ from 384 but must agree.
+
+    Returns:
+        `mean_cosine` of a text's two embeddings; `top10_overlap`, the share of each text's ten nearest others that
+        stay among the ten nearest; `spearman` of all N (N − 1) / 2 pairwise cosine similarities.
+
+    Cost: O(N² D) time and O(N²) memory.
+    """
+    if original.shape != student.shape or len(original) < 3:
+        raise ValueError(f"cannot compare embeddings {tuple(original.shape)} with {tuple(student.shape)}")
+    similar_o, similar_s = _similarities(original), _similarities(student)
+    above = torch.triu_indices(len(original), len(original), offset=1)
+    pairs_o, pairs_s = similar_o[above[0], above[1]], similar_s[above[0], above[1]]
+    return {
+        "mean_cosine": float(row_cosines(original, student).mean()),
+        f"top{NEIGHBOURS}_overlap": _neighbour_overlap(similar_o, similar_s),
+        "spearman": rank_correlation(pairs_o.numpy(), pairs_s.numpy()),
+    }
+
+
+def _similarities(embeddings: Tensor) -> Tensor:
+    unit = torch.nn.functional.normalize(embeddings, dim=-1)
+    return unit @ unit.T
+
+
+def _neighbour_overlap(a: Tensor, b: Tensor) -> float:
+    count = min(NEIGHBOURS, len(a) - 1)
+    itself = torch.eye(len(a), dtype=torch.bool)
+    near_a = a.masked_fill(itself, -math.inf).topk(count).indices
+    near_b = b.masked_fill(itself, -math.inf).topk(count).indices
+    shared = (near_a[:, :, None] == near_b[:, None, :]).sum()
+    return float(shared) / (len(a) * count)
+
+
+class LogitComparison:
+    """Running sums over positions where two models give logits for the same thing."""
+
+    def __init__(self) -> None:
+        self.positions = 0
+        self.kl = self.cosine = self.nll = self.nll_original = 0.0
+        self.flips = 0
+
+    def add(self, original: Tensor, student: Tensor, targets: Tensor | None = None) -> None:
+        """Take in logits (T, V) of both models and, for language models, the tokens (T,) that came next."""
+        if original.shape != student.shape:
+            raise ValueError(f"the original gives logits {tuple(original.shape)}, the student {tuple(student.shape)}")
+        step = max(1, _FLOAT64_LOGITS_AT_A_TIME // original.shape[-1])
+        for first in range(0, len(original), step):
+            here = slice(first, first + step)
+            self._add_chunk(original[here].double(), student[here].double(), None if targets is None else targets[here])
+
+    def _add_chunk(self, original: Tensor, student: Tensor, targets: Tensor | None) -> None:
+        log_p, log_q = original.log_softmax(-1), student.log_softmax(-1)
+        self.positions += len(original)
+        self.kl += float((log_p.exp() * (log_p - log_q)).sum())
+        self.flips += int((original.argmax(-1) != student.argmax(-1)).sum())
+        if targets is None:
+            self.cosine += float(row_cosines(original, student).sum())
+        else:
+            self.nll += float(-log_q.gather(-1, targets[:, None]).sum())
+            self.nll_original += float(-log_p.gather(-1, targets[:, None]).sum())
+
+    def divergence(self) -> dict[str, float]:
+        """`kl_to_original`, the mean KL(original ‖ student) in nats, and `top1_flips`, the share of other answers."""
+        return {"kl_to_original": self.kl / self.positions, "top1_flips": self.flips / self.positions}
+
+
+class Fidelity:
+    """The original's outputs on held-out text, and how far a model is from them.
+
+    For `feature-extraction`: `mean_cosine`, `top10_overlap` and `spearman` of mean-pooled sentence embeddings; the
+    original's are computed once. For `text-generation`: `perplexity` of the text, `kl_to_original` (nats a token) and
+    `top1_flips`. For classification: `kl_to_original`, `top1_flips` and `mean_cosine` of the logits. The original's
+    logits are computed again beside each student's, so that no (all tokens, vocabulary) matrix is ever kept.
+
+    Args:
+        original: the untouched model.
+        sequences: held-out text, never used to calibrate or train.
+        task: a key of `compresskit.models.TASKS`.
+        batch_size: sequences at a time; less where a vocabulary is so large that logits would pass 128 MiB.
+    """
+
+    def __init__(self, original: PreTrainedModel, sequences: Sequences, *, task: str, batch_size: int = 16) -> None:
+        measures: dict[str, Callable[[PreTrainedModel], dict[str, float]]] = {
+            "feature-extraction": self._embedding_fidelity,
+            "text-generation": self._language_fidelity,
+            "text-classification": self._class_fidelity,
+            "token-classification": self._class_fidelity,
+        }
+        if task not in measures:
+            raise ValueError(f"no fidelity is known for task {task!r}")
+        self.original, self.sequences, self.task, self.batch_size = original, sequences, task, batch_size
+        self._measure = measures[task]
+        self._embeddings = self._embed(original) if task == "feature-extraction" else None
+
+    def measure(self, model: PreTrainedModel) -> dict[str, float]:
+        """The figures of `model`; it is run in eval mode and left in the mode it was in."""
+        return self._measure(model)
+
+    def original_perplexity(self) -> float:
+        """The original's own perplexity on the same text: what a student's is to be compared with."""
+        return self.measure(self.original)["perplexity"]
+
+    def _batches(self, size: int) -> Iterator[Batch]:
+        total = -(-len(self.sequences) // size)
+        return track(self.sequences.batches(size), "measuring fidelity", total=total)
+
+    def _embed(self, model: PreTrainedModel) -> Tensor:
+        with evaluating(model):
+            return torch.cat([self._embed_batch(model, batch) for batch in self._batches(self.batch_size)])
+
+    def _embed_batch(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+        batch = on_device(batch, model)
+        return mean_pool(model(**batch).last_hidden_state, batch["attention_mask"]).cpu()
+
+    def _embedding_fidelity(self, model: PreTrainedModel) -> dict[str, float]:
+        assert self._embeddings is not None
+        return compare_embeddings(self._embeddings, self._embed(model))
+
+    def _language_fidelity(self, model: PreTrainedModel) -> dict[str, float]:
+        sums = self._compare_logits(model, next_token=True)
+        return {"perplexity": math.exp(sums.nll / sums.positions), **sums.divergence()}
+
+    def _class_fidelity(self, model: PreTrainedModel) -> dict[str, float]:
+        sums = self._compare_logits(model, next_token=False)
+        return {**sums.divergence(), "mean_cosine": sums.cosine / sums.positions}
+
+    def _compare_logits(self, model: PreTrainedModel, *, next_token: bool) -> LogitComparison:
+        sums = LogitComparison()
+        longest = max(len(row) for row in self.sequences.rows)
+        config = self.original.config
+        classes = config.get_text_config().vocab_size if next_token else config.num_labels or 1
+        size = max(1, min(self.batch_size, _LOGITS_AT_A_TIME // (longest * classes)))
+        with evaluating(self.original), evaluating(model):
+            for batch in self._batches(size):
+                pair = [one(**on_device(batch, one)).logits.cpu() for one in (self.original, model)]
+                self._add_batch(sums, batch, *pair, next_token=next_token)
+        if not sums.positions:
+            raise ValueError("no sequence has a second token to predict")
+        return sums
+
+    def _add_batch(
+        self, sums: LogitComparison, batch: Batch, original: Tensor, student: Tensor, *, next_token: bool
+    ) -> None:
+        mask = batch["attention_mask"].bool()
+        if next_token:
+            counted = mask[:, 1:] & mask[:, :-1]
+            targets = batch["input_ids"][:, 1:][counted]
+            sums.add(original[:, :-1][counted], student[:, :-1][counted], targets)
+        elif original.dim() == 3:
+            sums.add(original[mask], student[mask])
+        else:
+            sums.add(original, student)
+
+
+def on_device(batch: Batch, model: PreTrainedModel) -> Batch:
+    """The batch where the model is."""
+    return {name: tensor.to(model.device) for name, tensor in batch.items()}
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Eval mode and no gradients inside; the model's own mode again afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
