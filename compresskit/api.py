@@ -1,22 +1,27 @@
 """The library's front door: compress a model, load a student, measure one."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskit.data import DataSource, prepare_corpus
 from compresskit.engine import LOG, Progress, run
-from compresskit.errors import CompressKitError
-from compresskit.evaluate import Fidelity, evaluate
+from compresskit.errors import CompressKitError, ManyErrors
+from compresskit.evaluate import Fidelity
+from compresskit.evaluate import evaluate as evaluate_model
 from compresskit.export import Exporter
 from compresskit.forecast import count_bytes, count_params
 from compresskit.models import find_model, guess_task, load_model, load_tokenizer
 from compresskit.passes import Pass
-from compresskit.recipe import Recipe, parse_recipe
+from compresskit.recipe import parse_recipe
+from compresskit.recipe_mistakes import explain
+from compresskit.recipe_text import parse_yaml
 from compresskit.store import RUN_FILE, Store
-from compresskit.student import load_model as load_student
+from compresskit.student import load_student_model
 
 
 def compress(
@@ -89,7 +94,8 @@ def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
     student = _student_folder(Path(folder))
     source = find_model(student)
-    return load_student(student, guess_task(source)), load_tokenizer(source)
+    model, _ = load_student_model(student, guess_task(source))
+    return model, load_tokenizer(source)
 
 
 def _student_folder(folder: Path) -> Path:
@@ -117,8 +123,8 @@ def measure(
         CompressKitError: no student there, or nothing says what it was made from.
     """
     student = _student_folder(Path(folder))
-    run_folder = student.parent if (student.parent / RUN_FILE).is_file() else None
-    facts = Store(run_folder).read_run() if run_folder else {}
+    beside = student.parent
+    facts = Store(beside).read_run() if (beside / RUN_FILE).is_file() else {}
     if original is None and not facts:
         raise CompressKitError(f"nothing beside {student} says what it was made from", fix="add --original MODEL")
     name, gguf_file = (original, None) if original else (facts["model"], facts["gguf_file"])
@@ -128,15 +134,43 @@ def measure(
     corpus = prepare_corpus(text, load_tokenizer(source), pack=task == "text-generation", seed=facts.get("seed", 0))
     teacher = load_model(source, task).requires_grad_(False)
     fidelity = Fidelity(teacher, corpus.evaluation, task=task)
-    models = {"original": teacher, "student": load_student(student, task)}
-    return {
-        label: {
-            "params": count_params(model),
-            "size_bytes": count_bytes(model),
-            "metrics": evaluate(model, fidelity),
-        }
-        for label, model in models.items()
-    }
+    models = {"original": teacher, "student": load_student_model(student, task)[0]}
+    return {label: _figures(model, fidelity) for label, model in models.items()}
 
 
-__all__ = ["Recipe", "compress", "load", "measure", "run"]
+def _figures(model: PreTrainedModel, fidelity: Fidelity) -> dict[str, Any]:
+    sizes = {"params": count_params(model), "size_bytes": count_bytes(model)}
+    return sizes | evaluate_model(model, fidelity)
+
+
+def read_data_option(text: str | None) -> DataSource | None:
+    """The data source that a mapping on the command line says; None for None.
+
+    Raises:
+        ManyErrors: all its mistakes.
+    """
+    if text is None:
+        return None
+    parsed = parse_yaml(text, "--data")
+    if parsed.mistakes:
+        raise ManyErrors(parsed.mistakes)
+    try:
+        return DataSource.model_validate(parsed.value)
+    except ValidationError as error:
+        raise ManyErrors(explain(error, DataSource, parsed.value, parsed.where)) from error
+
+
+def read_report(folder: str | Path) -> dict[str, Any]:
+    """What report.json in a run's output folder says.
+
+    Raises:
+        CompressKitError: no report there, or one that cannot be read.
+    """
+    path = Path(folder) / "report.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        fix = "a run writes it when it is finished: give its `compresskit run` command again"
+        raise CompressKitError(f"no {path}", fix=fix) from error
+    except (OSError, json.JSONDecodeError) as error:
+        raise CompressKitError(f"cannot be read: {error}", where=str(path), fix="run the recipe again") from error

@@ -9,66 +9,27 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from compresskit.data import Corpus, check_max_length, prepare_corpus
 from compresskit.environment import describe_environment
 from compresskit.errors import CompressKitError, RunFailedError
 from compresskit.evaluate import Fidelity, evaluate
 from compresskit.export import EXPORTERS
-from compresskit.forecast import Forecast, count_bytes, count_params, foretell
-from compresskit.models import ModelSource, find_model, guess_task, load_config, load_empty, load_model, load_tokenizer
+from compresskit.forecast import count_bytes, count_params
+from compresskit.job import Job, Prints, prepare, take_prints
+from compresskit.models import ModelSource, load_empty, load_model
 from compresskit.recipe import Recipe, dump_recipe, load_recipe
 from compresskit.report import write_report
-from compresskit.store import Step, Store, chain, digest, opened, refuse_foreign, write_json
-from compresskit.student import Student, save_student
-from compresskit.student import load_model as load_student
+from compresskit.store import Step, Store, opened, refuse_foreign, write_json
+from compresskit.student import Student, load_student_model, save_student
 from compresskit.surgery.edits import replay
-from compresskit.surgery.plugin import dump_edits, parse_edits
 
 REPORT_SCHEMA = 1
 LOG = logging.getLogger(__name__)
 Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Job:
-    """A recipe with everything it names found, and its fingerprints."""
-
-    recipe: Recipe
-    source: ModelSource
-    task: str
-    tokenizer: PreTrainedTokenizerBase
-    corpus: Corpus
-    forecast: Forecast
-    identity: dict[str, Any]
-    prints: tuple[str, ...]  # of the original, then of each pass
-    result: str  # of everything, exports included
-
-
-def prepare(recipe: Recipe) -> Job:
-    """Find the model and its text, and plan every pass; nothing is written but caches.
-
-    Raises:
-        CompressKitError: whatever the recipe names and is not there, or does not fit; each pass's misfits at once.
-    """
-    source = find_model(recipe.model, gguf_file=recipe.gguf_file)
-    task = recipe.task or guess_task(source)
-    check_max_length(load_config(source), recipe.data.max_length)
-    forecast = foretell(recipe, source, task)
-    tokenizer = load_tokenizer(source)
-    corpus = prepare_corpus(recipe.data, tokenizer, pack=task == "text-generation", seed=recipe.seed)
-    facts = {"model": recipe.model, "gguf_file": recipe.gguf_file, "task": task, "seed": recipe.seed}
-    facts["data"] = recipe.data.model_dump(mode="json")
-    start = digest([source.fingerprint(), task, corpus.fingerprint, recipe.seed])
-    prints = (start, *chain(start, recipe.passes))
-    result = digest([chain(prints[-1], recipe.export), recipe.evaluate])
-    return Job(recipe, source, task, tokenizer, corpus, forecast, {**facts, "fingerprint": start}, prints, result)
 
 
 def run(
@@ -92,23 +53,24 @@ def run(
     output = Path(output)
     refuse_foreign(output)
     job = prepare(recipe)
+    prints = take_prints(job)
     for warning in job.forecast.warnings:
         progress(f"warning: {warning}")
     with opened(output) as store:
         if fresh:
             store.wipe(list(EXPORTERS))
-        store.claim(job.identity)
-        if store.is_finished(job.result):
+        store.claim(prints.identity)
+        if store.is_finished(prints.result):
             progress(f"already done: {output} holds this very result (--fresh makes it again)")
             return Step(output).read("report.json")
-        return _Run(job, store, progress).finish()
+        return _Run(job, prints, store, progress).finish()
 
 
 class _Run:
     """One run under way: the student, and what the report will say."""
 
-    def __init__(self, job: Job, store: Store, progress: Progress) -> None:
-        self.job, self.store, self.progress = job, store, progress
+    def __init__(self, job: Job, prints: Prints, store: Store, progress: Progress) -> None:
+        self.job, self.prints, self.store, self.progress = job, prints, store, progress
         self.records: list[dict[str, Any]] = []
         self.kinds = ["original", *(one.kind for one in job.recipe.passes)]
         self._fidelity: Fidelity | None = None
@@ -126,9 +88,11 @@ class _Run:
         """The longest run of steps from the first that are on the disk, with the figures that the recipe wants."""
         found: list[Step] = []
         for index, kind in enumerate(self.kinds):
-            step = self.store.find(index, kind, self.job.prints[index])
-            record = step.read("record.json") if step else None
-            if step is None or (self._measures(index) and not record["metrics"]):
+            step = self.store.find(index, kind, self.prints.steps[index])
+            if step is None:
+                break
+            record = step.read("record.json")
+            if self._measures(index) and not record["metrics"]:
                 break
             self.progress(f"[{index}/{len(self.kinds) - 1}] {kind}: kept from an earlier run")
             self.records.append(record)
@@ -148,9 +112,9 @@ class _Run:
     def _student_after(self, step: Step | None) -> Student:
         job = self.job
         original = load_model(job.source, job.task).requires_grad_(False)
-        resumes = step is not None and len(self.records) > 1
-        model = load_student(step.student, job.task) if step and resumes else load_model(job.source, job.task)
-        edits = parse_edits(step.read("edits.json")) if step and resumes else []
+        if step is None or len(self.records) == 1:
+            return Student(load_model(job.source, job.task), original, job.tokenizer, job.task, job.corpus)
+        model, edits = load_student_model(step.student, job.task)
         return Student(model, original, job.tokenizer, job.task, job.corpus, edits)
 
     def _do(self, index: int) -> None:
@@ -178,13 +142,12 @@ class _Run:
                 "elapsed_s": round(elapsed_s, 3),
                 "notes": notes,
             }
-            self.store.save(index, kind, self.job.prints[index], lambda folder: self._write_step(folder, record))
+            self.store.save(index, kind, self.prints.steps[index], lambda folder: self._write_step(folder, record))
         self.records.append(record)
 
     def _write_step(self, folder: Path, record: dict[str, Any]) -> None:
         write_json(folder / "record.json", record)
         if record["kind"] != "original":
-            write_json(folder / "edits.json", dump_edits(self.student.edits))
             save_student(self.student, folder / "student")
 
     def _reference(self) -> Fidelity:
@@ -220,7 +183,7 @@ class _Run:
         with self._named("report"), store.explaining_full_disk():
             write_report(report, store.folder)
         folders = [exporter.kind for exporter in recipe.export]
-        store.finish(self.job.result, ["student", *folders, "report.json", "report.html"])
+        store.finish(self.prints.result, ["student", *folders, "report.json", "report.html"])
         return report
 
     @contextmanager

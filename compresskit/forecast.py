@@ -6,6 +6,7 @@ empty original (meta device) ── plan of pass 0, replay ── plan of pass 1
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -40,7 +41,7 @@ class Forecast:
 
     Attributes:
         steps: entry 0 is the original, then one per pass.
-        memory_bytes: the least that the run holds at once: original and student, and the calibration activations of both.
+        memory_bytes: the least that the run holds at once: original, student, calibration activations of both.
         is_stock: whether the student's checkpoint loads with transformers alone, without `import compresskit`.
         warnings: orders that can be done and are unwise.
     """
@@ -142,7 +143,7 @@ def _overlaps(steps: Sequence[Expected], weights: set[str]) -> list[str]:
 
 def _late_strength(passes: Sequence[Pass], steps: Sequence[Expected]) -> list[str]:
     """A pass that cuts deeper than an earlier one of its kind: what the earlier one fitted is cut away again."""
-    kept = [after.size_bytes / before.size_bytes for before, after in zip(steps, steps[1:], strict=False)]
+    kept = [after.size_bytes / before.size_bytes for before, after in pairwise(steps)]
     repeated = {kind for kind, times in Counter(one.kind for one in passes).items() if times > 1}
     found: list[str] = []
     for index, one in enumerate(passes):

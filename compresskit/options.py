@@ -54,16 +54,17 @@ def classes_at(root: type[BaseModel], path: Iterable[str | int], value: Any) -> 
 
 
 def _classes(found: list[Branch], value: Any) -> list[type[BaseModel]]:
-    kind = value.get("kind") if isinstance(value, dict) else None
-    chosen = (branch[kind] if kind in branch else None for branch in found if isinstance(branch, Registry))
-    return [cls for cls in chosen if cls is not None] + [cls for cls in found if isinstance(cls, type)]
+    kind = str(value.get("kind")) if isinstance(value, dict) else ""
+    chosen = [branch[kind] for branch in found if isinstance(branch, Registry) and kind in branch]
+    return chosen + [cls for cls in found if isinstance(cls, type)]
 
 
 def _inside(value: Any, part: str | int) -> Any:
     if isinstance(value, dict):
         return value.get(part)
-    is_index = isinstance(value, list | tuple) and isinstance(part, int) and part < len(value)
-    return value[part] if is_index else None
+    if isinstance(value, list | tuple) and isinstance(part, int) and part < len(value):
+        return value[part]
+    return None
 
 
 def notes(cls: type[BaseModel]) -> dict[str, str]:

@@ -4,6 +4,7 @@ file.yaml ──load_recipe──► Recipe          all mistakes at once, with 
 Recipe    ──dump_recipe──► YAML            parses back to an equal Recipe
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -176,15 +177,22 @@ def _checked(text: RecipeText) -> Recipe:
     except ManyErrors as error:
         mistakes += _placed([(str(one.where), one.what, str(one.fix)) for one in error.errors], text)
     if mistakes or recipe is None:
-        raise ManyErrors(mistakes)
+        raise ManyErrors(sorted(mistakes, key=_line))
     return recipe
+
+
+def _line(mistake: CompressKitError) -> tuple[bool, int]:
+    """The order of the text; what `--set` said comes last."""
+    found = re.search(r":(\d+)(:|$)", mistake.where or "")
+    return (mistake.where or "").startswith("--set"), int(found[1]) if found else 0
 
 
 def _pass_classes(entries: Any) -> list[type[Pass] | None]:
     if not isinstance(entries, list | tuple):
         return []
     kinds = [one.get("kind") if isinstance(one, dict) else getattr(one, "kind", None) for one in entries]
-    return [PASSES[kind] if kind in PASSES else None for kind in kinds]
+    known = {kind: PASSES[kind] for kind in PASSES}
+    return [known.get(str(kind)) for kind in kinds]
 
 
 def _placed(mistakes: Iterable[_Mistake], text: RecipeText) -> list[CompressKitError]:

@@ -123,14 +123,13 @@ def _choice(given: Any, expected: str) -> str:
     return f"did you mean {near!r}?" if near else f"use {expected}"
 
 
-def _real_path(loc: tuple[str | int, ...], value: Any, *, missing: bool) -> tuple[Path, bool]:
+def _real_path(loc: Path, value: Any, *, missing: bool) -> tuple[Path, bool]:
     """`loc` without the names of union branches, and whether it ended in one."""
     path: list[str | int] = []
     in_branch = False
     for depth, part in enumerate(loc):
         last = depth == len(loc) - 1
-        inside = isinstance(value, Mapping) and part in value
-        inside = inside or (isinstance(value, list | tuple) and isinstance(part, int) and part < len(value))
+        inside = _reachable(value, (part,))
         in_branch = not inside and not (last and missing)
         if inside:
             value = value[part]
@@ -140,6 +139,7 @@ def _real_path(loc: tuple[str | int, ...], value: Any, *, missing: bool) -> tupl
 
 
 def _at(value: Any, path: Path) -> Any:
+    """What stands at `path`, which exists."""
     for part in path:
         value = value[part]
     return value

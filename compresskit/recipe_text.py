@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import yaml
+from yaml.composer import ComposerError
 
 from compresskit.errors import CompressKitError
 
@@ -18,12 +19,12 @@ Path = tuple[str | int, ...]
 class _Loader(yaml.SafeLoader):
     """Composes nodes with the resolvers of YAML 1.2's core schema; PyYAML's own are those of 1.1."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()
-            raise yaml.composer.ComposerError(None, None, f"'*{event.anchor}' is an alias", event.start_mark)
+            raise ComposerError(None, None, f"'*{event.anchor}' is an alias", event.start_mark)
         return super().compose_node(parent, index)
 
 
@@ -182,18 +183,28 @@ def _put(value: Any, path: Path, new: Any) -> None:
     """Set `path` inside `value`; mappings that are not said yet are made, list entries are not."""
     here = value
     for depth, part in enumerate(path):
-        place, last = write_path(path[:depth]) or "the recipe", depth == len(path) - 1
-        if isinstance(here, list):
-            if not isinstance(part, int) or part >= len(here):
-                fix = f"use a position from 0 to {len(here) - 1}" if here else "write the entry in the recipe"
-                raise CompressKitError(f"{place} has {len(here)} entries and no {part!r}", fix=fix)
-        elif not isinstance(here, dict):
-            fix = f"--set '{'.'.join(map(str, path[:depth]))}={{{part}: …}}'"
-            raise CompressKitError(f"{place} is {here!r} and has no {part!r}", fix=fix)
-        elif part not in here:
-            here[str(part)] = {}
-        key = part if isinstance(here, list) else str(part)
-        if last:
+        key = _key_in(here, path[:depth], part)
+        if depth == len(path) - 1:
             here[key] = new
+        elif isinstance(here, dict):
+            here = here.setdefault(key, {})
         else:
             here = here[key]
+
+
+def _key_in(here: Any, path: Path, part: str | int) -> Any:
+    """`part` as the list or mapping `here`, which stands at `path`, is indexed.
+
+    Raises:
+        CompressKitError: a list that has no such entry, or a plain value.
+    """
+    place = write_path(path) or "the recipe"
+    if isinstance(here, dict):
+        return str(part)
+    if not isinstance(here, list):
+        fix = f"give it whole: --set '{'.'.join(map(str, path))}={{{part}: …}}'"
+        raise CompressKitError(f"{place} is {here!r} and has no {part!r}", fix=fix)
+    if not isinstance(part, int) or part >= len(here):
+        fix = f"use a position from 0 to {len(here) - 1}" if here else "write the entry in the recipe"
+        raise CompressKitError(f"{place} has {len(here)} entries and no {part!r}", fix=fix)
+    return part

@@ -1,7 +1,7 @@
 """The folder of a run: steps that exist whole or not at all, found again by fingerprint.
 
     DIR/run.json                           which run this is: model, text, seed; and, at the end, that it is finished
-    DIR/steps/NN-kind-fingerprint/         record.json, edits.json, student/, MANIFEST.json (size and sha256 of each file)
+    DIR/steps/NN-kind-fingerprint/         record.json, student/, MANIFEST.json (size and sha256 of each file)
     DIR/student/  DIR/onnx/  DIR/report.*  the result
 
 A fingerprint is a sha256 chain: model, task, text and seed first, then each pass's kind, version and options. Changing
@@ -268,7 +268,7 @@ class Store:
         free = shutil.disk_usage(self.folder).free
         if free < bytes_to_come:
             raise RunFailedError(
-                f"the run will write about {bytes_to_come / 1e6:,.0f} MB and {self.folder} has {free / 1e6:,.0f} MB free; "
+                f"the run will write about {bytes_to_come / 1e6:,.0f} MB, {self.folder} has {free / 1e6:,.0f} MB free; "
                 f"{self.kept()}",
                 fix="free some space, or name an --output on another disk",
             )

@@ -1,0 +1,7 @@
+"""Every built-in pass; importing this registers them. A new pass is one file, one test file and one line here."""
+
+from compresskit.passes.base import PASSES, Pass, Trait
+from compresskit.passes.low_rank import LowRank
+from compresskit.passes.prune_width import PruneWidth
+
+__all__ = ["PASSES", "LowRank", "Pass", "PruneWidth", "Trait"]
