@@ -12,7 +12,7 @@ from compresskit.data import DataSource
 from compresskit.engine import run
 from compresskit.errors import CompressKitError, ManyErrors, RunFailedError
 from compresskit.export import EXPORTERS, Exporter
-from compresskit.passes import PASSES, LowRank, Pass, PruneWidth
+from compresskit.passes import PASSES, LowRank, Pass, PruneWidth, Quantize
 from compresskit.recipe import Recipe, dump_recipe, load_recipe
 from compresskit.student import Student
 
@@ -27,6 +27,7 @@ __all__ = [
     "ManyErrors",
     "Pass",
     "PruneWidth",
+    "Quantize",
     "Recipe",
     "RunFailedError",
     "Student",

@@ -14,7 +14,6 @@ from compresskit.errors import CompressKitError, ManyErrors
 from compresskit.evaluate import Fidelity
 from compresskit.evaluate import evaluate as evaluate_model
 from compresskit.export import Exporter
-from compresskit.forecast import count_bytes, count_params
 from compresskit.models import find_model, guess_task, load_model, load_tokenizer
 from compresskit.passes import Pass
 from compresskit.recipe import parse_recipe
@@ -111,7 +110,7 @@ def _student_folder(folder: Path) -> Path:
 
 def measure(
     folder: str | Path, *, data: DataSource | None = None, original: str | None = None
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, dict[str, int | float]]:
     """Figures of a student and of its original on held-out text: `{"original": {…}, "student": {…}}`.
 
     Args:
@@ -131,16 +130,12 @@ def measure(
     source = find_model(str(name), gguf_file=gguf_file)
     task = facts.get("task") or guess_task(source)
     text = data or DataSource.model_validate(facts.get("data", {}))
-    corpus = prepare_corpus(text, load_tokenizer(source), pack=task == "text-generation", seed=facts.get("seed", 0))
+    tokenizer = load_tokenizer(source)
+    corpus = prepare_corpus(text, tokenizer, pack=task == "text-generation", seed=facts.get("seed", 0))
     teacher = load_model(source, task).requires_grad_(False)
     fidelity = Fidelity(teacher, corpus.evaluation, task=task)
     models = {"original": teacher, "student": load_student_model(student, task)[0]}
-    return {label: _figures(model, fidelity) for label, model in models.items()}
-
-
-def _figures(model: PreTrainedModel, fidelity: Fidelity) -> dict[str, Any]:
-    sizes = {"params": count_params(model), "size_bytes": count_bytes(model)}
-    return sizes | evaluate_model(model, fidelity)
+    return {label: evaluate_model(model, fidelity, tokenizer) for label, model in models.items()}
 
 
 def read_data_option(text: str | None) -> DataSource | None:

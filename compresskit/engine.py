@@ -16,9 +16,8 @@ import torch
 
 from compresskit.environment import describe_environment
 from compresskit.errors import CompressKitError, RunFailedError
-from compresskit.evaluate import Fidelity, evaluate
+from compresskit.evaluate import Fidelity, count_parameters, evaluate, state_dict_bytes
 from compresskit.export import EXPORTERS
-from compresskit.forecast import count_bytes, count_params
 from compresskit.job import Job, Prints, prepare, take_prints
 from compresskit.models import ModelSource, load_empty, load_model
 from compresskit.recipe import Recipe, dump_recipe, load_recipe
@@ -132,13 +131,12 @@ class _Run:
             elapsed_s = time.perf_counter() - begun
             self.student.model.eval()
             verify(self.student, self.job.source, is_original=one is None)
-            metrics = evaluate(self.student.model, self._reference()) if self._measures(index) else {}
             record = {
                 "kind": kind,
                 "options": one.model_dump(mode="json", serialize_as_any=True, exclude={"kind"}) if one else {},
-                "params": count_params(self.student.model),
-                "size_bytes": count_bytes(self.student.model),
-                "metrics": metrics,
+                "params": count_parameters(self.student.model),
+                "size_bytes": state_dict_bytes(self.student.model),
+                "metrics": self._figures() if self._measures(index) else {},
                 "elapsed_s": round(elapsed_s, 3),
                 "notes": notes,
             }
@@ -150,10 +148,11 @@ class _Run:
         if record["kind"] != "original":
             save_student(self.student, folder / "student")
 
-    def _reference(self) -> Fidelity:
+    def _figures(self) -> dict[str, int | float]:
         if self._fidelity is None:
             self._fidelity = Fidelity(self.student.original, self.job.corpus.evaluation, task=self.job.task)
-        return self._fidelity
+        figures = evaluate(self.student.model, self._fidelity, self.job.tokenizer)
+        return {name: figure for name, figure in figures.items() if name not in ("params", "size_bytes")}
 
     def _write_result(self) -> dict[str, Any]:
         recipe, store = self.job.recipe, self.store
@@ -162,13 +161,8 @@ class _Run:
             store.replace(store.folder / "student", lambda folder: save_student(self.student, folder))
         for index, exporter in enumerate(recipe.export):
             self.progress(f"export {exporter.kind} …")
-            with self._named(f"export[{index}] ({exporter.kind})"):
-                target = store.folder / exporter.kind
-                entries: list[dict[str, Any]] = []
-                store.replace(
-                    target, lambda folder, e=exporter, into=entries: into.append(e.write(self.student, folder))
-                )
-                exports.append({"kind": exporter.kind, **entries[0]})
+            with self._named(f"export[{index}] ({exporter.kind})"), store.explaining_full_disk():
+                exports.append({"kind": exporter.kind, **exporter.write(self.student, store.folder / exporter.kind)})
         report = {
             "schema_version": REPORT_SCHEMA,
             "model": recipe.model,

@@ -12,9 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from compresskit.errors import CompressKitError, ManyErrors
-from compresskit.layers.int8_linear import Int8Linear
-from compresskit.layers.quant_embedding import QuantEmbedding
-from compresskit.layers.quant_linear import QuantLinear
+from compresskit.evaluate import count_parameters, state_dict_bytes
 from compresskit.models import ModelSource, load_config, load_empty
 from compresskit.passes import Pass
 from compresskit.recipe import Recipe
@@ -52,25 +50,6 @@ class Forecast:
     warnings: tuple[str, ...]
 
 
-def count_params(model: nn.Module) -> int:
-    """Numbers that the model stores as weights: packed integers count one each, a shared weight counts once."""
-    count = sum(parameter.numel() for parameter in model.parameters())
-    for module in model.modules():
-        if isinstance(module, QuantLinear) and module.codes is not None:
-            count += module.in_features * module.out_features
-        elif isinstance(module, Int8Linear):
-            count += module.codes.numel()
-        elif isinstance(module, QuantEmbedding):
-            count += module.num_embeddings * module.embedding_dim
-    return count
-
-
-def count_bytes(model: nn.Module) -> int:
-    """Bytes of the tensors that a checkpoint holds; a shared one counts once."""
-    tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
 def foretell(recipe: Recipe, source: ModelSource, task: str) -> Forecast:
     """Plan every pass on an empty model, in order.
 
@@ -78,7 +57,7 @@ def foretell(recipe: Recipe, source: ModelSource, task: str) -> Forecast:
         ManyErrors: every pass whose options do not fit the model it would meet.
     """
     model = load_empty(source, task)
-    steps = [Expected("original", count_params(model), count_bytes(model))]
+    steps = [Expected("original", count_parameters(model), state_dict_bytes(model))]
     weights = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)}
     activations = _activation_bytes(recipe, model)
     mistakes: list[CompressKitError] = []
@@ -89,7 +68,7 @@ def foretell(recipe: Recipe, source: ModelSource, task: str) -> Forecast:
         except CompressKitError as error:
             mistakes += _each(error, f"passes[{index}] ({one.kind})")
             continue
-        steps.append(Expected(one.kind, count_params(model), count_bytes(model), tuple(edits)))
+        steps.append(Expected(one.kind, count_parameters(model), state_dict_bytes(model), tuple(edits)))
     if mistakes:
         raise ManyErrors(mistakes)
     edits = [edit for step in steps for edit in step.edits]

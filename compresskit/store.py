@@ -24,7 +24,6 @@ from typing import IO, Any
 from safetensors import SafetensorError
 
 from compresskit.errors import CompressKitError, RunFailedError
-from compresskit.export import Exporter
 from compresskit.passes import Pass
 
 SCHEMA = 1
@@ -42,11 +41,11 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def chain(start: str, parts: Sequence[Pass | Exporter]) -> list[str]:
-    """The fingerprint after each of `parts`, over that of its predecessor; `start` itself is not among them."""
+def chain(start: str, passes: Sequence[Pass]) -> list[str]:
+    """The fingerprint after each pass, over that of its predecessor; `start` itself is not among them."""
     prints: list[str] = []
-    for part in parts:
-        start = digest([start, part.kind, part.version, part.model_dump(mode="json", serialize_as_any=True)])
+    for one in passes:
+        start = digest([start, one.kind, one.version, one.model_dump(mode="json", serialize_as_any=True)])
         prints.append(start)
     return prints
 

@@ -3,5 +3,6 @@
 from compresskit.passes.base import PASSES, Pass, Trait
 from compresskit.passes.low_rank import LowRank
 from compresskit.passes.prune_width import PruneWidth
+from compresskit.passes.quantize import Quantize
 
-__all__ = ["PASSES", "LowRank", "Pass", "PruneWidth", "Trait"]
+__all__ = ["PASSES", "LowRank", "Pass", "PruneWidth", "Quantize", "Trait"]
