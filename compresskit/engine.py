@@ -1,0 +1,230 @@
+"""run(): the only loop over passes. Every step is applied, verified, measured and saved before the next begins.
+
+recipe ─► source, text, forecast ─► store ─► [pass: apply, verify, measure, save]… ─► student/, exports, report
+"""
+
+import hashlib
+import logging
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compresskit.environment import describe_environment
+from compresskit.errors import CompressKitError, RunFailedError
+from compresskit.evaluate import Fidelity, count_parameters, evaluate, state_dict_bytes
+from compresskit.export import EXPORTERS
+from compresskit.job import Job, Prints, prepare, take_prints
+from compresskit.models import ModelSource, load_empty, load_model
+from compresskit.recipe import Recipe, dump_recipe, load_recipe
+from compresskit.report import write_report
+from compresskit.store import Step, Store, opened, refuse_foreign, write_json
+from compresskit.student import Student, load_student_model, save_student
+from compresskit.surgery.edits import replay
+
+REPORT_SCHEMA = 1
+LOG = logging.getLogger(__name__)
+Progress = Callable[[str], None]
+
+
+def run(
+    recipe: Recipe | str | Path, output: str | Path, *, fresh: bool = False, progress: Progress = LOG.info
+) -> dict[str, Any]:
+    """Do what the recipe says, going on where an earlier run of it stopped.
+
+    Args:
+        recipe: a Recipe, or the path of its YAML.
+        output: the folder of the run: new, empty, or holding this run.
+        fresh: delete what an earlier run left there first.
+        progress: is told, in words, what happens.
+
+    Returns:
+        The report: what report.json holds.
+
+    Raises:
+        CompressKitError: the user's mistake. RunFailedError: anything else; the steps before it are kept.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    output = Path(output)
+    refuse_foreign(output)
+    job = prepare(recipe)
+    prints = take_prints(job)
+    for warning in job.forecast.warnings:
+        progress(f"warning: {warning}")
+    with opened(output) as store:
+        if fresh:
+            store.wipe(list(EXPORTERS))
+        store.claim(prints.identity)
+        if store.is_finished(prints.result):
+            progress(f"already done: {output} holds this very result (--fresh makes it again)")
+            return Step(output).read("report.json")
+        return _Run(job, prints, store, progress).finish()
+
+
+class _Run:
+    """One run under way: the student, and what the report will say."""
+
+    def __init__(self, job: Job, prints: Prints, store: Store, progress: Progress) -> None:
+        self.job, self.prints, self.store, self.progress = job, prints, store, progress
+        self.records: list[dict[str, Any]] = []
+        self.kinds = ["original", *(one.kind for one in job.recipe.passes)]
+        self._fidelity: Fidelity | None = None
+
+    def finish(self) -> dict[str, Any]:
+        """Every step that is missing, then the result."""
+        steps = self._stored()
+        self._require_space(len(steps))
+        self.student = self._student_after(steps[-1] if steps else None)
+        for index in range(len(steps), len(self.kinds)):
+            self._do(index)
+        return self._write_result()
+
+    def _stored(self) -> list[Step]:
+        """The longest run of steps from the first that are on the disk, with the figures that the recipe wants."""
+        found: list[Step] = []
+        for index, kind in enumerate(self.kinds):
+            step = self.store.find(index, kind, self.prints.steps[index])
+            if step is None:
+                break
+            record = step.read("record.json")
+            if self._measures(index) and not record["metrics"]:
+                break
+            self.progress(f"[{index}/{len(self.kinds) - 1}] {kind}: kept from an earlier run")
+            self.records.append(record)
+            found.append(step)
+        return found
+
+    def _measures(self, index: int) -> bool:
+        ends = index in (0, len(self.kinds) - 1)
+        return self.job.recipe.evaluate == "each" or (self.job.recipe.evaluate == "ends" and ends)
+
+    def _require_space(self, done: int) -> None:
+        """Steps to come, the student's own folder, and for each export the student and the float baseline."""
+        sizes = [step.size_bytes for step in self.job.forecast.steps]
+        exports = len(self.job.recipe.export) * (sizes[0] + 2 * sizes[-1])
+        self.store.need(sum(sizes[max(done, 1) :]) + sizes[-1] + exports)
+
+    def _student_after(self, step: Step | None) -> Student:
+        job = self.job
+        original = load_model(job.source, job.task).requires_grad_(False)
+        if step is None or len(self.records) == 1:
+            return Student(load_model(job.source, job.task), original, job.tokenizer, job.task, job.corpus)
+        model, edits = load_student_model(step.student, job.task)
+        return Student(model, original, job.tokenizer, job.task, job.corpus, edits)
+
+    def _do(self, index: int) -> None:
+        """Apply, verify, measure and save pass `index` - 1; index 0 is the original."""
+        kind = self.kinds[index]
+        one = self.job.recipe.passes[index - 1] if index else None
+        where = f"passes[{index - 1}] ({kind})" if one else kind
+        self.progress(f"[{index}/{len(self.kinds) - 1}] {kind} …")
+        with self._named(where):
+            notes: dict[str, Any] = {}
+            begun = time.perf_counter()
+            if one:
+                with seeded(self.job.recipe.seed, index) as generator:
+                    notes = one.apply(self.student, generator=generator)
+            elapsed_s = time.perf_counter() - begun
+            self.student.model.eval()
+            verify(self.student, self.job.source, is_original=one is None)
+            record = {
+                "kind": kind,
+                "options": one.model_dump(mode="json", serialize_as_any=True, exclude={"kind"}) if one else {},
+                "params": count_parameters(self.student.model),
+                "size_bytes": state_dict_bytes(self.student.model),
+                "metrics": self._figures() if self._measures(index) else {},
+                "elapsed_s": round(elapsed_s, 3),
+                "notes": notes,
+            }
+            self.store.save(index, kind, self.prints.steps[index], lambda folder: self._write_step(folder, record))
+        self.records.append(record)
+
+    def _write_step(self, folder: Path, record: dict[str, Any]) -> None:
+        write_json(folder / "record.json", record)
+        if record["kind"] != "original":
+            save_student(self.student, folder / "student")
+
+    def _figures(self) -> dict[str, int | float]:
+        if self._fidelity is None:
+            self._fidelity = Fidelity(self.student.original, self.job.corpus.evaluation, task=self.job.task)
+        figures = evaluate(self.student.model, self._fidelity, self.job.tokenizer)
+        return {name: figure for name, figure in figures.items() if name not in ("params", "size_bytes")}
+
+    def _write_result(self) -> dict[str, Any]:
+        recipe, store = self.job.recipe, self.store
+        exports: list[dict[str, Any]] = []
+        with self._named("student"):
+            store.replace(store.folder / "student", lambda folder: save_student(self.student, folder))
+        for index, exporter in enumerate(recipe.export):
+            self.progress(f"export {exporter.kind} …")
+            with self._named(f"export[{index}] ({exporter.kind})"), store.explaining_full_disk():
+                exports.append({"kind": exporter.kind, **exporter.write(self.student, store.folder / exporter.kind)})
+        report = {
+            "schema_version": REPORT_SCHEMA,
+            "model": recipe.model,
+            "task": self.job.task,
+            "seed": recipe.seed,
+            "recipe": dump_recipe(recipe),
+            "warnings": list(self.job.forecast.warnings),
+            "passes": self.records,
+            "export": exports,
+            "environment": describe_environment(),
+        }
+        with self._named("report"), store.explaining_full_disk():
+            write_report(report, store.folder)
+        folders = [exporter.kind for exporter in recipe.export]
+        store.finish(self.prints.result, ["student", *folders, "report.json", "report.html"])
+        return report
+
+    @contextmanager
+    def _named(self, where: str) -> Iterator[None]:
+        """Say in every error which pass it was, and what is kept; the traceback of a foreign one goes to a file."""
+        try:
+            yield
+        except CompressKitError as error:
+            error.at(where)
+            raise
+        except Exception as error:
+            log = self.store.folder / "failure.log"
+            log.write_text(traceback.format_exc(), encoding="utf-8")
+            what = f"{type(error).__name__}: {error}; {self.store.kept()}"
+            fix = f"the traceback is in {log}; the same command goes on from the last saved step"
+            raise RunFailedError(what, where=where, fix=fix) from error
+
+
+@contextmanager
+def seeded(seed: int, index: int) -> Iterator[torch.Generator]:
+    """A generator that depends on (seed, index) alone; torch's own one is set to it inside and given back after."""
+    word = int.from_bytes(hashlib.sha256(f"{seed}:{index}".encode()).digest()[:8], "big") >> 1
+    with torch.random.fork_rng():
+        torch.manual_seed(word)
+        yield torch.Generator().manual_seed(word)
+
+
+@torch.no_grad()
+def verify(student: Student, source: ModelSource, *, is_original: bool = False) -> None:
+    """Refuse a student that gives no finite answer, or whose edits do not lead to its shapes.
+
+    Raises:
+        RunFailedError: the pass that made it has a bug, or the original is broken itself.
+    """
+    fix = "leave this pass out, or report the bug together with the recipe"
+    if is_original:
+        fix = "the model is broken before any pass: use one with intact weights"
+    batch = next(iter(student.corpus.evaluation.batches(2)))
+    answer = student.model(**batch)[0]
+    if not torch.isfinite(answer[batch["attention_mask"].bool()] if answer.ndim == 3 else answer).all():
+        raise RunFailedError("the model's answer to held-out text is not finite", fix=fix)
+    empty = load_empty(source, student.task)
+    replay(student.edits, empty)
+    expected = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
+    present = {name: tuple(tensor.shape) for name, tensor in student.model.state_dict().items()}
+    differing = sorted(name for name in expected.keys() | present.keys() if expected.get(name) != present.get(name))
+    if differing:
+        name = differing[0]
+        what = f"{name} has shape {present.get(name)}, and its recorded edits lead to {expected.get(name)}"
+        raise RunFailedError(what, fix=fix)

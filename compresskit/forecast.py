@@ -1,0 +1,140 @@
+"""What a recipe will make of a model, from shapes alone: no weight is read, every misfit of every pass is found.
+
+empty original (meta device) ── plan of pass 0, replay ── plan of pass 1, replay ── …      parameters, bytes, edits
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from compresskit.errors import CompressKitError, ManyErrors
+from compresskit.evaluate import count_parameters, state_dict_bytes
+from compresskit.models import ModelSource, load_config, load_empty
+from compresskit.passes import Pass
+from compresskit.recipe import Recipe
+from compresskit.surgery.edits import Edit, replay
+from compresskit.surgery.plugin import stock_config
+from compresskit.surgery.sites import find_blocks
+
+FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A model after a pass (or the original), as its shapes say."""
+
+    kind: str
+    params: int
+    size_bytes: int
+    edits: tuple[Edit, ...] = ()
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The whole run, foretold.
+
+    Attributes:
+        steps: entry 0 is the original, then one per pass.
+        memory_bytes: the least that the run holds at once: original, student, calibration activations of both.
+        is_stock: whether the student's checkpoint loads with transformers alone, without `import compresskit`.
+        warnings: orders that can be done and are unwise.
+    """
+
+    steps: tuple[Expected, ...]
+    memory_bytes: int
+    is_stock: bool
+    warnings: tuple[str, ...]
+
+
+def foretell(recipe: Recipe, source: ModelSource, task: str) -> Forecast:
+    """Plan every pass on an empty model, in order.
+
+    Raises:
+        ManyErrors: every pass whose options do not fit the model it would meet.
+    """
+    model = load_empty(source, task)
+    steps = [Expected("original", count_parameters(model), state_dict_bytes(model))]
+    weights = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)}
+    activations = _activation_bytes(recipe, model)
+    mistakes: list[CompressKitError] = []
+    for index, one in enumerate(recipe.passes):
+        try:
+            edits = one.plan(model)
+            replay(edits, model)
+        except CompressKitError as error:
+            mistakes += _each(error, f"passes[{index}] ({one.kind})")
+            continue
+        steps.append(Expected(one.kind, count_parameters(model), state_dict_bytes(model), tuple(edits)))
+    if mistakes:
+        raise ManyErrors(mistakes)
+    edits = [edit for step in steps for edit in step.edits]
+    return Forecast(
+        steps=tuple(steps),
+        memory_bytes=steps[0].size_bytes + max(step.size_bytes for step in steps) + activations,
+        is_stock=_is_stock(source, edits, load_empty(source, task)),
+        warnings=(*_overlaps(steps, weights), *_late_strength(recipe.passes, steps)),
+    )
+
+
+def _each(error: CompressKitError, where: str) -> list[CompressKitError]:
+    if isinstance(error, ManyErrors):
+        return [one.at(where) for one in error.errors]
+    return [error.at(where)]
+
+
+def _is_stock(source: ModelSource, edits: list[Edit], empty: PreTrainedModel) -> bool:
+    return not edits or stock_config(load_config(source), edits, len(find_blocks(empty))) is not None
+
+
+def _activation_bytes(recipe: Recipe, model: PreTrainedModel) -> int:
+    """Two streams (original and student) of the calibration sequences."""
+    width: int = model.config.get_text_config().hidden_size
+    return 2 * recipe.data.calibration * recipe.data.max_length * width * FLOAT_BYTES
+
+
+def _touched(step: Expected, weights: set[str]) -> set[str]:
+    """The original's matrices that the edits of a step name."""
+    said = (value for edit in step.edits for value in edit.model_dump().values())
+    names = (name for value in said for name in (value if isinstance(value, tuple | list) else (value,)))
+    return {name for name in names if isinstance(name, str) and name in weights}
+
+
+def _overlaps(steps: Sequence[Expected], weights: set[str]) -> list[str]:
+    """Matrices that are both factorised and pruned."""
+    touched = [_touched(step, weights) for step in steps]
+    found: list[str] = []
+    for index, step in enumerate(steps):
+        for before in range(1, index):
+            kinds = {step.kind, steps[before].kind}
+            both = touched[index] & touched[before]
+            if both and "low_rank" in kinds and any(kind.startswith("prune") for kind in kinds):
+                found.append(
+                    f"passes[{index - 1}] ({step.kind}) meets {len(both)} matrices that passes[{before - 1}] "
+                    f"({steps[before].kind}) has reduced already, such as {min(both)}: expect to lose more than either "
+                    f"loses alone at the same size; narrow `targets` so that each matrix is reduced once"
+                )
+    return found
+
+
+def _late_strength(passes: Sequence[Pass], steps: Sequence[Expected]) -> list[str]:
+    """A pass that cuts deeper than an earlier one of its kind: what the earlier one fitted is cut away again."""
+    kept = [after.size_bytes / before.size_bytes for before, after in pairwise(steps)]
+    repeated = {kind for kind, times in Counter(one.kind for one in passes).items() if times > 1}
+    found: list[str] = []
+    for index, one in enumerate(passes):
+        milder = [
+            before
+            for before in range(index)
+            if one.kind in repeated and passes[before].kind == one.kind and kept[index] < kept[before] < 1
+        ]
+        if milder:
+            found.append(
+                f"passes[{index}] ({one.kind}) is stronger than passes[{milder[0]}] before it (keeps {kept[index]:.0%} "
+                f"of the bytes against {kept[milder[0]]:.0%}): it cuts away what was just fitted; put it first, or ask "
+                f"for both cuts in one pass"
+            )
+    return found

@@ -1,0 +1,59 @@
+"""A recipe made ready: its model and text found, every pass planned, all of it fingerprinted."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from compresskit.data import Corpus, check_max_length, prepare_corpus
+from compresskit.forecast import Forecast, foretell
+from compresskit.models import ModelSource, find_model, guess_task, load_config, load_tokenizer
+from compresskit.recipe import Recipe
+from compresskit.store import chain, digest
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe with everything that it names found, and every pass planned."""
+
+    recipe: Recipe
+    source: ModelSource
+    task: str
+    tokenizer: PreTrainedTokenizerBase
+    corpus: Corpus
+    forecast: Forecast
+
+
+@dataclass(frozen=True)
+class Prints:
+    """Fingerprints of a job: of the original and after each pass, and of everything, exports included."""
+
+    steps: tuple[str, ...]
+    result: str
+    identity: dict[str, Any]  # what run.json says of it
+
+
+def prepare(recipe: Recipe) -> Job:
+    """Find the model and its text, and plan every pass. No weight is read, nothing is written but caches.
+
+    Raises:
+        CompressKitError: whatever the recipe names and is not there, or does not fit; each pass's misfits at once.
+    """
+    source = find_model(recipe.model, gguf_file=recipe.gguf_file)
+    task = recipe.task or guess_task(source)
+    check_max_length(load_config(source), recipe.data.max_length)
+    forecast = foretell(recipe, source, task)
+    tokenizer = load_tokenizer(source)
+    corpus = prepare_corpus(recipe.data, tokenizer, pack=task == "text-generation", seed=recipe.seed)
+    return Job(recipe, source, task, tokenizer, corpus, forecast)
+
+
+def take_prints(job: Job) -> Prints:
+    """The fingerprints of a job; the model's files are read for it."""
+    recipe = job.recipe
+    start = digest([job.source.fingerprint(), job.task, job.corpus.fingerprint, recipe.seed])
+    steps = (start, *chain(start, recipe.passes))
+    written = [one.model_dump(mode="json", serialize_as_any=True) for one in recipe.export]
+    result = digest([steps[-1], written, recipe.evaluate])
+    said = recipe.model_dump(mode="json", include={"model", "gguf_file", "data", "seed"})
+    return Prints(steps, result, {**said, "task": job.task, "fingerprint": start})
