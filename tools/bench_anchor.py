@@ -9,6 +9,7 @@ first windows of each text. Prints one JSON object.
 import argparse
 import copy
 import json
+import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -17,9 +18,9 @@ from typing import Any
 
 import psutil
 import torch
-from bench_environment import describe_environment, peak_rss_bytes
 
 from compresskit.data import DataSource, Sequences, prepare_corpus
+from compresskit.environment import describe_environment
 from compresskit.evaluate import Fidelity, count_parameters
 from compresskit.models import find_model, load_model, load_tokenizer
 from compresskit.passes.base import Pass
@@ -52,7 +53,9 @@ def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     source = find_model(options.model)
     original, tokenizer = load_model(source, TASK), load_tokenizer(source)
     fidelities = {
-        name: Fidelity(original, windows(Path(path), tokenizer, count=options.windows, length=options.window_tokens), task=TASK)
+        name: Fidelity(
+            original, windows(Path(path), tokenizer, count=options.windows, length=options.window_tokens), task=TASK
+        )
         for name, path in (item.split("=", 1) for item in options.score)
     }
     shared = {"model": options.model, "calibration_windows": options.calibration}
@@ -83,7 +86,7 @@ def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     "kept_params": count_parameters(student.model),
                     "elapsed_s": elapsed,
                     "rss_before_bytes": before,
-                    "peak_rss_bytes": peak_rss_bytes(),
+                    "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
                 }
                 if index < len(passes) - 1 and not options.each:
                     continue

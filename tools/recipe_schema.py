@@ -36,7 +36,12 @@ def recipe_schema() -> dict[str, Any]:
         for kind in registry:
             _require_kind(definitions[registry[kind].__name__])
         definitions[base] = {"description": f"one {registry.noun}", "oneOf": kinds} if kinds else {"not": {}}
-    return {"$schema": DRAFT, "title": "compresskit recipe", "$ref": _REFERENCE.format(model="Recipe"), "$defs": definitions}
+    return {
+        "$schema": DRAFT,
+        "title": "compresskit recipe",
+        "$ref": _REFERENCE.format(model="Recipe"),
+        "$defs": definitions,
+    }
 
 
 def _collect(cls: type[BaseModel], classes: dict[str, type[BaseModel]], registries: dict[str, Registry[Any]]) -> None:
