@@ -1,0 +1,111 @@
+"""Edits: slices equal masks, replay gives the same shapes, and nothing outside the model is reached."""
+
+import pytest
+import torch
+from families import FAMILIES, answer, tiny
+from pydantic import ValidationError
+from transformers import AutoModel, AutoModelForCausalLM
+
+from compresskit.errors import CompressKitError
+from compresskit.passes.low_rank import LowRank
+from compresskit.passes.prune_width import PruneWidth
+from compresskit.passes.quantize import Quantize
+from compresskit.surgery.edits import (
+    EDITS,
+    MakeLowRank,
+    PruneHeads,
+    PruneNeurons,
+    get_module,
+    read_ranges,
+    replay,
+    write_ranges,
+)
+from compresskit.surgery.sites import find_anatomy
+
+
+@pytest.mark.parametrize("indices", [[0], [0, 1, 2, 7], [3, 5, 9], list(range(100))])
+def test_ranges_round_trip(indices):
+    assert read_ranges(write_ranges(indices)) == indices
+
+
+@pytest.mark.parametrize("text", ["", "3-1", "5,4", "a", "1,1"])
+def test_ranges_that_are_not_ascending_are_refused(text):
+    with pytest.raises(ValueError):
+        read_ranges(text)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sliced_neurons_equal_masked_neurons(family):
+    model, masked = tiny(family), tiny(family)
+    ffn = find_anatomy(model).feed_forwards[1]
+    keep = [i for i in range(64) if i % 3]
+    with torch.no_grad():
+        drop = torch.ones(64)
+        drop[keep] = 0
+        masked.get_submodule(ffn.output).weight.mul_(1 - drop)
+    PruneNeurons(inputs=ffn.inputs, output=ffn.output, keep=write_ranges(keep)).apply(model)
+    assert model.get_submodule(ffn.output).in_features == len(keep)
+    torch.testing.assert_close(answer(model), answer(masked), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sliced_heads_equal_masked_heads(family):
+    model, masked = tiny(family), tiny(family)
+    attention = find_anatomy(model).attentions[0]
+    per_group = attention.heads // attention.kv_heads
+    groups = [g for g in range(attention.kv_heads) if g != 0]
+    heads = [g * per_group + q for g in groups for q in range(per_group)]
+    edit = PruneHeads(
+        module=attention.module,
+        query=attention.query,
+        key=attention.key,
+        value=attention.value,
+        output=attention.output,
+        head_dim=8,
+        keep=write_ranges(heads),
+        keep_kv=write_ranges(groups),
+    )
+    with torch.no_grad():
+        mask = torch.zeros(32)
+        mask[edit.rows()[0]] = 1
+        masked.get_submodule(attention.output).weight.mul_(mask)
+    edit.apply(model)
+    torch.testing.assert_close(answer(model), answer(masked), atol=1e-5, rtol=0)
+    assert find_anatomy(model).attentions[0].heads == len(heads)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_replayed_edits_give_the_shapes_of_the_edited_model(family):
+    model = tiny(family)
+    edits = []
+    for step in (
+        LowRank(keep=0.6, targets="*", round_to=4, on_misfit="keep"),
+        PruneWidth.model_validate({"keep": {"ffn": 0.5, "heads": 0.5}, "round_to": 16}),
+        Quantize(bits=8, group_size=16, on_misfit="keep"),
+    ):
+        planned = step.plan(model)
+        assert planned
+        replay(planned, model)
+        edits += planned
+    auto = AutoModelForCausalLM if hasattr(model, "lm_head") else AutoModel
+    with torch.device("meta"):
+        empty = auto.from_config(FAMILIES[family])
+    replay([EDITS.parse(edit.model_dump(mode="json")) for edit in edits], empty)
+    shapes = {name: (tuple(t.shape), t.dtype) for name, t in empty.state_dict().items()}
+    assert shapes == {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc", "encoder.__class__", "encoder..layer", ""])
+def test_names_that_are_no_module_paths_are_refused(name):
+    with pytest.raises(CompressKitError, match="is not a module name"):
+        get_module(tiny("bert"), name)
+
+
+def test_a_module_that_is_not_there_is_named():
+    with pytest.raises(CompressKitError, match="no module 'encoder.layers'"):
+        MakeLowRank(targets=("encoder.layers",), rank=4, bias=True).apply(tiny("bert"))
+
+
+def test_unknown_keys_of_an_edit_are_refused():
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        EDITS.parse({"kind": "low_rank", "targets": ["a"], "rank": 2, "bias": False, "import": "os"})
