@@ -173,7 +173,8 @@ class Fidelity:
 
     def _language_fidelity(self, model: PreTrainedModel) -> dict[str, float]:
         sums = self._compare_logits(model, next_token=True)
-        return {"perplexity": math.exp(sums.nll / sums.positions), **sums.divergence()}
+        perplexity = float(torch.tensor(sums.nll / sums.positions, dtype=torch.float64).exp())  # inf, not an error
+        return {"perplexity": perplexity, **sums.divergence()}
 
     def _class_fidelity(self, model: PreTrainedModel) -> dict[str, float]:
         sums = self._compare_logits(model, next_token=False)

@@ -1,0 +1,196 @@
+"""What a report says, as rows of text: values, what each pass changed, and the verdict on every export.
+
+Pure functions of `report.json`'s content; the terminal's table and the page are made of them.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+#: Figures in which a change is told in points of per cent; the others are told as plain differences.
+_SHARES = frozenset({"top1_flips"})
+_LABELS = {
+    "p50_ms": "torch p50 ms",
+    "p95_ms": "torch p95 ms",
+    "mean_cosine": "mean cosine",
+    "top10_overlap": "top-10 overlap",
+    "spearman": "Spearman",
+    "perplexity": "perplexity",
+    "kl_to_original": "KL to original",
+    "top1_flips": "top-1 flips",
+}
+_BASELINES = {"baseline": "original, float ONNX", "stock_int8": "original, onnxruntime's stock dynamic int8"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A figure and, where there is one to compare with, what the pass changed in it."""
+
+    text: str
+    change: str = ""
+
+
+@dataclass(frozen=True)
+class PassRow:
+    """One line of the table of passes."""
+
+    kind: str
+    options: dict[str, Any]
+    params: Cell
+    size: Cell
+    #: bytes, as a share of the original's
+    share: float
+    metrics: dict[str, Cell]
+    seconds: str
+    notes: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SpeedRow:
+    """One line of an export's table: the student's file or a baseline."""
+
+    name: str
+    size: str
+    size_share: str
+    p50: str
+    p95: str
+    speed: str
+
+
+def write_bytes(count: float) -> str:
+    """`22 700 000` as `22.7 MB` (decimal units, three digits)."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            amount = count / size
+            return f"{amount:,.{2 if amount < 10 else 1 if amount < 100 else 0}f} {unit}"
+    return f"{count:.0f} B"
+
+
+def write_figure(name: str, value: Any) -> str:
+    """A metric's value in the digits that are worth reading."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return "not finite" if value is None else str(value)
+    if not math.isfinite(value):
+        return "not finite"
+    if name in _SHARES:
+        return f"{value:.2%}"
+    if name.endswith("_ms"):
+        return f"{value:.2f}"
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:,.2f}"
+
+
+def write_change(name: str, value: Any, before: Any) -> str:
+    """The difference from the row before, with its sign; empty where either is missing."""
+    if not (_is_finite(value) and _is_finite(before)):
+        return ""
+    difference = value - before
+    text = write_figure(name, abs(difference))
+    return "±0" if float(text.rstrip("%").replace(",", "")) == 0 else f"{'+' if difference > 0 else '−'}{text}"
+
+
+def write_ratio_change(value: float, before: float) -> str:
+    """The relative difference in per cent, with its sign."""
+    if before == 0 or value == before:
+        return "±0"
+    return f"{value / before - 1:+.1%}".replace("-", "−")
+
+
+def label(name: str) -> str:
+    """A metric's name as a person reads it."""
+    return _LABELS.get(name, name.replace("_", " "))
+
+
+def metric_names(report: dict[str, Any]) -> list[str]:
+    """Every metric that some pass has: quality first, times last."""
+    names = list(dict.fromkeys(name for entry in report["passes"] for name in entry["metrics"]))
+    return sorted(names, key=lambda name: name.endswith("_ms"))
+
+
+def pass_rows(report: dict[str, Any]) -> list[PassRow]:
+    """The table of passes; changes are from the row before, for metrics from the last row that was measured."""
+    rows: list[PassRow] = []
+    entries = report["passes"]
+    measured: dict[str, Any] = {}
+    for before, entry in zip([None, *entries], entries, strict=False):
+        params = _size_cell("{:,}".format, entry["params"], before and before["params"])
+        size = _size_cell(write_bytes, entry["size_bytes"], before and before["size_bytes"])
+        metrics = {
+            name: Cell(write_figure(name, value), write_change(name, value, measured.get(name)))
+            for name, value in entry["metrics"].items()
+        }
+        share = entry["size_bytes"] / entries[0]["size_bytes"]
+        seconds = f"{entry['elapsed_s']:,.1f}" if before else ""
+        rows.append(
+            PassRow(entry["kind"], entry["options"], params, size, share, metrics, seconds, entry.get("notes") or {})
+        )
+        measured |= entry["metrics"]
+    return rows
+
+
+def _size_cell(write: Callable[[int], str], value: int, before: int | None) -> Cell:
+    return Cell(write(value), "" if before is None else write_ratio_change(value, before))
+
+
+def speed_rows(entry: dict[str, Any]) -> list[SpeedRow]:
+    """An export's file beside its baselines, all timed in one run; shares and speeds are of the float baseline."""
+    base = entry.get("baseline")
+    found = [(f"student ({entry['kind']})", entry)]
+    found += [(name, entry[key]) for key, name in _BASELINES.items() if entry.get(key)]
+    rows = []
+    for name, own in found:
+        latency = own["latency_ms"]
+        share = f"{own['size_bytes'] / base['size_bytes']:.1%}" if base else ""
+        speed = f"{base['latency_ms']['p50'] / latency['p50']:.2f} ×" if base else ""
+        times = (f"{latency['p50']:.2f}", f"{latency['p95']:.2f}")
+        rows.append(SpeedRow(name, write_bytes(own["size_bytes"]), share, *times, speed))
+    return rows
+
+
+def shape_rows(entry: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    """For each timed input shape, the p50 of the student and of each baseline, in the order of `speed_rows`."""
+    latencies = [entry["latency_ms"], *(entry[key]["latency_ms"] for key in _BASELINES if entry.get(key))]
+    shapes = [shape for shape, own in latencies[0].items() if isinstance(own, dict)]
+    return [(shape, [f"{own[shape]['p50']:.2f}" if shape in own else "" for own in latencies]) for shape in shapes]
+
+
+def further_facts(entry: dict[str, Any]) -> dict[str, Any]:
+    """What an export says beyond its files, sizes and times: parity, operators, fidelity, also of its baselines."""
+    told = ("kind", "files", "size_bytes", "latency_ms")
+    facts = {key: value for key, value in entry.items() if key not in told and key not in _BASELINES}
+    for key in _BASELINES:
+        inner = {name: value for name, value in (entry.get(key) or {}).items() if name not in told}
+        if inner:
+            facts[key] = inner
+    return facts
+
+
+def verdicts(report: dict[str, Any]) -> list[str]:
+    """One sentence for each comparison of an export with a baseline; what is worse than a baseline comes first."""
+    bad, good = [], []
+    for entry in report["export"]:
+        for key, name in _BASELINES.items():
+            if entry.get(key):
+                sentence, is_good = _compare(entry, entry[key], name)
+                (good if is_good else bad).append(sentence)
+    return bad + good
+
+
+def _compare(entry: dict[str, Any], base: dict[str, Any], name: str) -> tuple[str, bool]:
+    share = entry["size_bytes"] / base["size_bytes"]
+    speed = base["latency_ms"]["p50"] / entry["latency_ms"]["p50"]
+    smaller, faster = share < 1, speed >= 1
+    head = {
+        (True, True): "Smaller and faster",
+        (True, False): "Smaller but slower",
+        (False, True): "Faster but larger",
+        (False, False): "Larger and slower",
+    }[smaller, faster]
+    pace = f"{speed:.2f} times as fast" if faster else f"takes {1 / speed:.2f} times as long"
+    tie = "and" if smaller == faster else "but"
+    sentence = f"{head} than the {name}: the {entry['kind']} student has {share:.1%} of the bytes {tie} "
+    return sentence + (f"is {pace}." if faster else f"{pace}."), smaller and faster
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
