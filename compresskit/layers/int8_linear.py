@@ -8,6 +8,9 @@ This is ONNX's `DynamicQuantizeLinear` followed by ONNX Runtime's integer produc
 times as fast as float on a CPU with dot-product instructions. The forward pass here computes the same integers, so
 what is evaluated in torch is what the file computes.
 
+On x86 without VNNI or AMX (before about 2019) ONNX Runtime adds pairs of products in 16 bits, where codes near 127 can
+overflow. There the session needs `session.x64quantprecision` = 1; the parity check of an export made there says so.
+
 Not for layers whose input has a few huge entries: they stretch the one scale that the whole tensor shares. There
 weight-only (`QuantLinear`) is the safe choice. The scale depends on everything in the batch, padding included, so a
 text's result depends a little on what it is batched with, in torch and in ONNX Runtime alike.

@@ -6,7 +6,6 @@ Outside a trace these functions must not be called: they stand for a node of the
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,34 +13,22 @@ from torch import Tensor
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 
 
-@dataclass(frozen=True)
-class Emission:
-    """How the operators are written.
-
-    Attributes:
-        accuracy_level: of `MatMulNBits`: 0 multiplies in float32, as the student does; 4 rounds activations to int8
-            in blocks, which is faster and no longer what was evaluated.
-    """
-
-    accuracy_level: int = 0
-
-
-_EMISSION: ContextVar[Emission | None] = ContextVar("emission", default=None)
+_EMITTING: ContextVar[bool] = ContextVar("emitting", default=False)
 
 
 @contextmanager
-def emit_operators(emission: Emission) -> Iterator[None]:
+def emit_operators() -> Iterator[None]:
     """Layers traced inside emit operators (`torch.onnx.is_in_onnx_export` is false while transformers traces)."""
-    token = _EMISSION.set(emission)
+    token = _EMITTING.set(True)
     try:
         yield
     finally:
-        _EMISSION.reset(token)
+        _EMITTING.reset(token)
 
 
 def emitting() -> bool:
     """Whether a layer's forward should emit operators instead of computing."""
-    return _EMISSION.get() is not None or torch.onnx.is_in_onnx_export()
+    return _EMITTING.get() or torch.onnx.is_in_onnx_export()
 
 
 def check_group_size(columns: int, group_size: int) -> None:
@@ -84,7 +71,6 @@ def matmul_nbits(
         scales = scales.expand(out_features, blocks)
         # A 4-bit zero in both halves of each byte.
         zeros = None if zeros is None else (zeros * 17).expand(out_features, (blocks + 1) // 2)
-    emission = _EMISSION.get() or Emission()
     inputs = [x, codes, scales, zeros, None, bias]
     while inputs[-1] is None:
         inputs.pop()
@@ -96,7 +82,7 @@ def matmul_nbits(
             "N": out_features,
             "bits": bits,
             "block_size": blob * 8 // bits,
-            "accuracy_level": emission.accuracy_level,
+            "accuracy_level": 0,  # multiply in float32, as the layer does; 4 would round x to int8
         },
         dtype=torch.float32,
         shape=(*x.shape[:-1], out_features),

@@ -1,0 +1,29 @@
+"""The contract of an exporter: its fields are its options, `write` makes a folder that another runtime runs."""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+from compresskit.config import Config, Registry
+from compresskit.student import Student
+
+
+class Exporter(Config, ABC):
+    """One form to ship a student in. Instances are frozen options and hold no other state."""
+
+    kind: str
+
+    @abstractmethod
+    def write(self, student: Student, folder: Path) -> dict[str, Any]:
+        """Write the student to `folder`, prove it, and return the report's entry.
+
+        Args:
+            student: read, never changed.
+            folder: appears whole or not at all; an earlier one is replaced.
+
+        Raises:
+            RunFailedError: what was written does not compute what the student computes, or cannot be written.
+        """
+
+
+EXPORTERS: Registry[Exporter] = Registry("exporter")

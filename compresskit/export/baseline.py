@@ -1,0 +1,87 @@
+"""What a user would ship without compresskit: the original as float ONNX, and its stock dynamic int8."""
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import torch
+import transformers
+from onnxruntime.quantization import QuantType, quantize_dynamic
+from transformers import PreTrainedModel
+
+from compresskit.data import Batch
+from compresskit.export.files import save_graph, whole_folder
+from compresskit.export.trace import fuse_float, trace
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Two files made of the original.
+
+    Attributes:
+        float_model: float32, with ONNX Runtime's fusions.
+        int8_model: `quantize_dynamic` of the unfused float graph, its defaults with int8 weights: its fastest form.
+    """
+
+    float_model: Path
+    int8_model: Path
+
+
+def model_fingerprint(model: PreTrainedModel) -> str:
+    """sha256 over a model's weights and config."""
+    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True, default=str).encode())
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
+        digest.update(
+            value.detach().cpu().contiguous().view(torch.uint8).numpy() if value.ndim else str(value).encode()
+        )
+    return digest.hexdigest()
+
+
+def export_baseline(
+    original: PreTrainedModel, batch: Batch, *, output: str, opset: int | None, cache: Path
+) -> Baseline:
+    """Both files of the original, made once and kept under `cache`.
+
+    Args:
+        original: left as it was.
+        batch: sample inputs, see `trace`.
+        output: the output that the student's file gives too.
+        opset: as for the student.
+        cache: keyed inside by the model, the options and the versions that made the files.
+    """
+    versions = (onnxruntime.__version__, onnx.__version__, transformers.__version__, torch.__version__)
+    key = json.dumps([model_fingerprint(original), sorted(batch), output, opset, versions])
+    folder = cache / hashlib.sha256(key.encode()).hexdigest()[:16]
+    files = Baseline(folder / "float.onnx", folder / "int8.onnx")
+    if folder.is_dir():
+        return files
+    cache.mkdir(parents=True, exist_ok=True)
+    with whole_folder(folder) as scratch:
+        graph = trace(original, batch, output=output, fuse=False, opset=opset)
+        save_graph(graph, scratch / "plain.onnx")
+        _stock_int8(scratch / "plain.onnx", scratch / files.int8_model.name)
+        # The plain file is read lazily; it goes after the fused one is written.
+        graph = ir.load(scratch / "plain.onnx")
+        fuse_float(graph)
+        save_graph(graph, scratch / files.float_model.name)
+        for path in scratch.glob("plain.onnx*"):
+            path.unlink()
+    return files
+
+
+def _stock_int8(source: Path, target: Path) -> None:
+    model = onnx.load(str(source))
+    # Its own shape inference then runs afresh; shapes under the exporter's names would contradict it.
+    del model.graph.value_info[:]
+    large = source.with_name(f"{source.name}.data").is_file()
+    logging.disable(logging.WARNING)  # it advises pre-processing on the root logger
+    try:
+        quantize_dynamic(model, str(target), weight_type=QuantType.QInt8, use_external_data_format=large)
+    finally:
+        logging.disable(logging.NOTSET)

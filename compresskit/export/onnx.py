@@ -1,0 +1,173 @@
+"""The student as a folder for ONNX Runtime, holding the very integers that were evaluated.
+
+    student.model  →  trace  →  fuse  →  model.onnx, tokenizer, config  →  parity  →  latency against two baselines
+
+`model.onnx` has one output (`last_hidden_state` for feature extraction, else `logits`), free batch and length, and
+the operators of `compresskit.layers.operators` wherever a layer holds integers. Nothing is written unless ONNX Runtime
+agrees with torch on held-out text.
+"""
+
+import inspect
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from transformers import PreTrainedModel
+
+from compresskit.data import Batch, Sequences
+from compresskit.errors import RunFailedError
+from compresskit.export import fidelity, parity
+from compresskit.export.base import EXPORTERS, Exporter
+from compresskit.export.baseline import Baseline, export_baseline
+from compresskit.export.files import count_operators, model_bytes, save_graph, whole_folder
+from compresskit.export.runtime import compare_latency, default_threads, latency_entry, open_session, speed_entry
+from compresskit.export.trace import OUTPUTS, trace
+from compresskit.student import Student
+
+MODEL_FILE = "model.onnx"
+_FIDELITY_BATCH = 16
+
+
+@EXPORTERS.add
+class OnnxExport(Exporter):
+    """Write ONNX for ONNX Runtime on a CPU."""
+
+    kind: Literal["onnx"] = "onnx"  # pyright: ignore[reportIncompatibleVariableOverride]
+    #: ONNX operator set; None is the newest that the exporter knows
+    opset: int | None = Field(None, ge=18)
+    #: use ONNX Runtime's fused operators; false gives a plainer graph that computes the same
+    fuse: bool = True
+    #: largest ‖onnx − torch‖ / ‖torch‖ that passes; of a segment where activations are rounded
+    max_relative_error: float = Field(parity.BOUND, gt=0)
+    #: held-out texts in the parity check, and in the comparison with the original
+    texts: int = Field(64, ge=4)
+    #: also export the original, as float and as onnxruntime's stock dynamic int8, and compare
+    baselines: bool = True
+    #: timed runs of each model at each shape
+    rounds: int = Field(30, ge=3)
+    #: threads of ONNX Runtime; None is every core this process may use
+    threads: int | None = Field(None, ge=1)
+
+    def write(self, student: Student, folder: Path) -> dict[str, Any]:
+        """Write, prove and time the student; the report's entry.
+
+        Returns:
+            `kind`, `files`, `size_bytes` (of the model), `operators`, `parity`, `latency_ms` (p50 and p95 at 1 × 64
+            tokens, and by shape), and with baselines `baseline` and `stock_int8` (each `size_bytes`, `latency_ms`),
+            `speed` (the original's float time over this one's, by shape), and `fidelity` for feature extraction.
+
+        Raises:
+            RunFailedError: parity past the bound, or a disk that refuses; then no `model.onnx` is left.
+        """
+        batch = sample_batch(student)
+        output = OUTPUTS[student.task]
+        threads = self.threads or default_threads()
+        graph = trace(
+            student.model,
+            batch,
+            output=output,
+            fuse=self.fuse,
+            opset=self.opset,
+        )
+        with whole_folder(folder) as scratch:
+            save_graph(graph, scratch / MODEL_FILE)
+            write_companions(student, scratch)
+            entry = {
+                "kind": self.kind,
+                "files": sorted(path.name for path in scratch.iterdir()),
+                "size_bytes": model_bytes(scratch / MODEL_FILE),
+                "operators": count_operators(graph),
+                "parity": self._check_parity(student, scratch / MODEL_FILE, output, threads, folder),
+            }
+            del graph
+            entry |= self._compare(student, scratch / MODEL_FILE, batch, folder.parent / ".baseline", threads)
+        return entry
+
+    def _check_parity(self, student: Student, path: Path, output: str, threads: int, folder: Path) -> dict[str, Any]:
+        batches = [
+            complete_batch(student, batch)
+            for batch in parity.parity_batches(student.corpus.evaluation, texts=self.texts)
+        ]
+        open_model = partial(open_session, threads=threads)
+        found = parity.check_parity(path, open_model, student.model, batches, output=output)
+        where, bound = f"export ({self.kind}) to {folder}", self.max_relative_error
+        if not found["relative_error"] <= bound:
+            in_integers = "worst_segment" in found
+            place = f" at {found['worst_segment']}" if in_integers else ""
+            cpu = "; on x86 without VNNI the integer kernels overflow" if in_integers else ""
+            raise RunFailedError(
+                f"ONNX Runtime differs from the student by {found['relative_error']:.3g}{place} (relative, "
+                f"{found['texts']} held-out texts); the bound is {bound:g}",
+                where=where,
+                fix=f"try 'fuse: false'; max_relative_error moves the bound{cpu}",
+            )
+        whole = found.get("end_to_end")
+        if whole and not whole["relative_error"] <= parity.NOISE_RATIO * whole["rounding_noise"] + bound:
+            raise RunFailedError(
+                f"ONNX Runtime differs from the student by {whole['relative_error']:.3g} end to end, more than "
+                f"{parity.NOISE_RATIO:g} times what rounding activations does ({whole['rounding_noise']:.3g})",
+                where=where,
+                fix="try 'fuse: false'",
+            )
+        return found | {"bound": bound}
+
+    def _compare(self, student: Student, path: Path, batch: Batch, cache: Path, threads: int) -> dict[str, Any]:
+        """Latency of the student and, where asked for, of both baselines; their sizes and fidelity."""
+        paths = {"student": path}
+        if self.baselines:
+            output = OUTPUTS[student.task]
+            files: Baseline = export_baseline(student.original, batch, output=output, opset=self.opset, cache=cache)
+            paths = {"baseline": files.float_model, "stock_int8": files.int8_model, "student": path}
+        sessions = {name: open_session(file, threads=threads) for name, file in paths.items()}
+        rows = compare_latency(sessions, vocabulary=vocabulary_size(student.model), rounds=self.rounds)
+        entry: dict[str, Any] = {"latency_ms": latency_entry(rows["student"]), "threads": threads}
+        if not self.baselines:
+            return entry
+        entry["speed"] = speed_entry(rows["student"])
+        for name in ("baseline", "stock_int8"):
+            entry[name] = {"size_bytes": model_bytes(paths[name]), "latency_ms": latency_entry(rows[name])}
+        entry["stock_int8"]["speed"] = speed_entry(rows["stock_int8"])
+        if student.task == "feature-extraction" and len(student.corpus.evaluation.rows) > 2:
+            entry["fidelity"], entry["stock_int8"]["fidelity"] = self._fidelity(student, sessions)
+        return entry
+
+    def _fidelity(self, student: Student, sessions: dict[str, Any]) -> list[dict[str, float]]:
+        rows = student.corpus.evaluation.rows[: self.texts]
+        texts = Sequences(rows, student.corpus.evaluation.pad_token_id)
+        batches = [complete_batch(student, batch) for batch in texts.batches(_FIDELITY_BATCH)]
+        original = fidelity.embed_torch(student.original, batches, output=OUTPUTS[student.task])
+        embedded = (fidelity.embed_session(sessions[name], batches) for name in ("student", "stock_int8"))
+        return [fidelity.embedding_fidelity(original, other) for other in embedded]
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Token ids that the model knows."""
+    embedding: Any = model.get_input_embeddings()
+    return int(embedding.num_embeddings)
+
+
+def complete_batch(student: Student, batch: Batch) -> Batch:
+    """`batch` with the token types that the tokenizer gives such a model: zero, as for any single text."""
+    takes = inspect.signature(student.model.forward).parameters
+    if "token_type_ids" in student.tokenizer.model_input_names and "token_type_ids" in takes:
+        return batch | {"token_type_ids": torch.zeros_like(batch["input_ids"])}
+    return batch
+
+
+def sample_batch(student: Student) -> Batch:
+    """Two texts of six tokens, one of them padded: what the trace runs on."""
+    ids = torch.arange(12).view(2, 6) % vocabulary_size(student.model)
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    return complete_batch(student, {"input_ids": ids, "attention_mask": mask})
+
+
+def write_companions(student: Student, folder: Path) -> None:
+    """Tokenizer and configuration, as runtimes of Hugging Face folders look for them."""
+    student.tokenizer.save_pretrained(folder)
+    config = student.model.config.to_dict()
+    # The plug-in's record of edits belongs to the torch checkpoint; here the graph says it all.
+    config.pop("quantization_config", None)
+    type(student.model.config).from_dict(config).save_pretrained(folder)

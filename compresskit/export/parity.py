@@ -1,0 +1,225 @@
+"""Does the file compute what the student computes? ONNX Runtime against torch on held-out text.
+
+A float student is compared end to end. One that rounds activations to 8 bits cannot be: float32 sums in another order
+differ in the last bit, that pushes a value over the middle between two steps now and then, and every such flip is a
+difference of a whole step to the layers after it, where it flips more. After a few layers two *correct*
+implementations differ by as much as rounding itself does: 7 % on all-MiniLM-L6-v2, which rounding moves by 14 %.
+
+So integer students are compared in segments: ONNX Runtime tells the values it rounds, torch is given these very
+values at the same places, and each segment from one rounding to the next must then agree to float precision. Every
+operator of the file lies in a segment, and no flip can hide an error or pass for one. The difference end to end is
+measured too, and must not exceed what rounding itself does to the student.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compresskit.data import Batch, Sequences
+from compresskit.export.files import save_graph
+from compresskit.export.fusion import rounding_points
+from compresskit.export.runtime import run_session
+from compresskit.layers.int8_linear import Int8Linear
+
+BOUND = 1e-3
+_BATCH_SIZES = (1, 3, 8, 4)
+# Two implementations with independent rounding noise differ by √2 of it; the rest is room for chance.
+NOISE_RATIO = 2.0
+
+
+def parity_batches(sequences: Sequences, *, texts: int) -> Iterator[Batch]:
+    """Ragged batches of 1, 3, 8 and 4 held-out texts in turn; every second text is cut, one to a single token."""
+    rows = [row if i % 2 else row[: max(1, len(row) * (i % 5) // 5)] for i, row in enumerate(sequences.rows[:texts])]
+    start, turn = 0, 0
+    while start < len(rows):
+        size = _BATCH_SIZES[turn % len(_BATCH_SIZES)]
+        yield from Sequences(rows[start : start + size], sequences.pad_token_id).batches(size)
+        start, turn = start + size, turn + 1
+
+
+class Difference:
+    """‖got − expected‖ / ‖expected‖ over any number of pairs; values that are not finite count as infinite."""
+
+    def __init__(self) -> None:
+        self._square = self._norm = self.max_abs = 0.0
+
+    def add(self, got: np.ndarray, expected: np.ndarray) -> None:
+        """Count one more pair of equal shapes."""
+        if got.shape != expected.shape:
+            raise ValueError(f"shapes differ: {got.shape} and {expected.shape}")
+        apart = got.astype(np.float64) - expected
+        self._square += float(np.square(apart).sum())
+        self._norm += float(np.square(expected.astype(np.float64)).sum())
+        self.max_abs = max(self.max_abs, float(np.abs(apart).max(initial=0.0)))
+
+    @property
+    def relative(self) -> float:
+        """The ratio so far."""
+        if not np.isfinite(self._square) or not np.isfinite(self._norm):
+            return float("inf")
+        return float(np.sqrt(self._square / self._norm)) if self._norm else float(np.sqrt(self._square))
+
+
+def _unmasked(values: np.ndarray, batch: Batch) -> np.ndarray:
+    """The positions of (batch, length, …) values that are not padding; anything else whole."""
+    mask = batch["attention_mask"].numpy().astype(bool)
+    return values[mask] if values.shape[:2] == mask.shape else values
+
+
+def compare_outputs(
+    run: Callable[[Batch], np.ndarray], model: nn.Module, batches: list[Batch], *, output: str
+) -> dict[str, Any]:
+    """`relative_error` and `max_abs` of `run` against torch over unmasked positions, and the `worst_batch` alone."""
+    total, worst = Difference(), 0.0
+    for batch in batches:
+        with torch.no_grad():
+            expected = _unmasked(model(**batch)[output].numpy(), batch)
+        got = _unmasked(run(batch), batch)
+        alone = Difference()
+        for difference in (total, alone):
+            difference.add(got, expected)
+        worst = max(worst, alone.relative)
+    return {"relative_error": total.relative, "max_abs": total.max_abs, "worst_batch": worst}
+
+
+def _integer_layers(model: nn.Module) -> dict[str, Int8Linear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, Int8Linear)}
+
+
+@contextmanager
+def _forced(model: nn.Module, inputs: Mapping[str, Tensor], seen: dict[str, Tensor]) -> Iterator[None]:
+    """Inside, each named integer layer reads `inputs[name]`; what it would have read is left in `seen`."""
+
+    def hook_for(name: str) -> Callable[..., tuple[Tensor]]:
+        def hook(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+            seen[name] = args[0]
+            return (inputs[name],)
+
+        return hook
+
+    layers = _integer_layers(model)
+    handles = [layers[name].register_forward_pre_hook(hook_for(name)) for name in inputs]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def write_probe(model: Path, probe: Path) -> dict[str, str]:
+    """Copy an ONNX file, adding the values that it rounds to its outputs.
+
+    Returns:
+        For each layer that rounds its input, the output that holds it.
+    """
+    graph = ir.load(model)
+    points = rounding_points(graph)
+    values = {value.name: value for node in graph.graph for value in node.outputs}
+    present = {value.name for value in graph.graph.outputs}
+    graph.graph.outputs.extend(values[name] for name in dict.fromkeys(points.values()) if name not in present)
+    save_graph(graph, probe)
+    return points
+
+
+def compare_segments(
+    session: ort.InferenceSession, points: Mapping[str, str], model: nn.Module, batches: list[Batch], *, output: str
+) -> dict[str, Any]:
+    """The largest relative difference of any segment between roundings, the last one ending at the output.
+
+    Args:
+        session: of a file that `write_probe` wrote.
+        points: what `write_probe` returned.
+        model: the student in torch.
+        batches: held-out text.
+        output: the name of the output.
+
+    Returns:
+        `relative_error`, the segment's end (`worst_segment`: a layer, or the output), how many `segments`.
+    """
+    differences: dict[str, Difference] = {name: Difference() for name in [*points, output]}
+    names = [value.name for value in session.get_outputs()]
+    for batch in batches:
+        feed = {value.name: batch[value.name].numpy() for value in session.get_inputs()}
+        got = {name: np.asarray(value) for name, value in zip(names, session.run(None, feed), strict=True)}
+        seen: dict[str, Tensor] = {}
+        forced = {layer: torch.from_numpy(got[value]) for layer, value in points.items()}
+        with torch.no_grad(), _forced(model, forced, seen):
+            expected = model(**batch)[output].numpy()
+        differences[output].add(_unmasked(got[output], batch), _unmasked(expected, batch))
+        # Padding counts here: it takes part in the one scale of the tensor.
+        for layer, value in points.items():
+            differences[layer].add(got[value], seen[layer].numpy())
+    worst = max(differences, key=lambda name: differences[name].relative)
+    return {
+        "relative_error": differences[worst].relative,
+        "max_abs": differences[output].max_abs,
+        "worst_segment": worst,
+        "segments": len(set(points.values())) + 1,
+    }
+
+
+@contextmanager
+def _unrounded(model: nn.Module) -> Iterator[None]:
+    """Inside, integer layers multiply their float input by their dequantised weight."""
+
+    def hook(module: Int8Linear, args: tuple[Tensor], _: Tensor) -> Tensor:
+        return F.linear(args[0], module.dequantize(), module.bias)
+
+    handles = [layer.register_forward_hook(hook) for layer in _integer_layers(model).values()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def rounding_noise(model: nn.Module, batches: list[Batch], *, output: str) -> float:
+    """How far rounding its activations moves the student, relative, on these texts."""
+
+    def without(batch: Batch) -> np.ndarray:
+        with torch.no_grad(), _unrounded(model):
+            return model(**batch)[output].numpy()
+
+    return compare_outputs(without, model, batches, output=output)["relative_error"]
+
+
+def check_parity(
+    path: Path,
+    open_model: Callable[[Path], ort.InferenceSession],
+    model: nn.Module,
+    batches: list[Batch],
+    *,
+    output: str,
+) -> dict[str, Any]:
+    """Everything that the report says about parity; judges nothing.
+
+    Returns:
+        `relative_error` (end to end; of the worst segment where activations are rounded), `max_abs`, `texts`,
+        `shapes`; for integer students also `worst_segment`, `segments` and `end_to_end` with `relative_error`,
+        `worst_batch`, `max_abs` and `rounding_noise`.
+    """
+    session = open_model(path)
+    end_to_end = compare_outputs(lambda batch: run_session(session, batch), model, batches, output=output)
+    compared = {
+        "texts": sum(len(batch["input_ids"]) for batch in batches),
+        "shapes": ["x".join(map(str, batch["input_ids"].shape)) for batch in batches],
+    }
+    if not _integer_layers(model):
+        return end_to_end | compared
+    probe = path.with_name("probe.onnx")
+    points = write_probe(path, probe)
+    try:
+        found = compare_segments(open_model(probe), points, model, batches, output=output)
+    finally:
+        for file in probe.parent.glob(f"{probe.name}*"):
+            file.unlink()
+    end_to_end["rounding_noise"] = rounding_noise(model, batches, output=output)
+    return found | compared | {"end_to_end": end_to_end}

@@ -1,0 +1,182 @@
+"""A model in torch becomes an ONNX graph, by `transformers.exporters`, with the integer operators of our layers.
+
+Encoders with integer activations are traced with an attention that stands for one node, `MultiHeadAttention`, in
+place of the dozen that spell it out; `compresskit.export.fusion` then joins it with its projections. Everything else
+keeps the model's own attention, and transformers' fusions for ONNX Runtime.
+"""
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.exporters.configs import OnnxConfig
+from transformers.exporters.exporter_onnx import OnnxExporter
+from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
+from transformers.masking_utils import bidirectional_mask_function
+
+from compresskit.data import Batch
+from compresskit.errors import CompressKitError
+from compresskit.export.fusion import fuse_encoder, prefer_sums
+from compresskit.layers.int8_linear import Int8Linear
+from compresskit.layers.operators import emit_operators
+
+OUTPUTS = {
+    "feature-extraction": "last_hidden_state",
+    "text-generation": "logits",
+    "text-classification": "logits",
+    "token-classification": "logits",
+}
+_NODE_ATTENTION = "compresskit_onnx"
+_MASKED = torch.finfo(torch.float32).min
+
+
+def _node_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """Attention of (batch, heads, length, width) states as one operator; result (batch, length, heads, width)."""
+    batch, heads, length, width = query.shape
+
+    def merged(states: Tensor) -> Tensor:
+        return states.transpose(1, 2).reshape(batch, states.shape[2], heads * width)
+
+    inputs = [merged(query), merged(key), merged(value)]
+    attributes: dict[str, Any] = {"num_heads": heads, "mask_filter_value": _MASKED}
+    if scaling is not None and scaling != width**-0.5:
+        attributes["scale"] = scaling
+    mask = [] if attention_mask is None else [None, attention_mask]
+    merged_output = torch.onnx.ops.symbolic(
+        "com.microsoft::MultiHeadAttention",
+        [*inputs, *mask],
+        attributes,
+        dtype=torch.float32,
+        shape=(batch, length, heads * width),
+        version=1,
+    )
+    return merged_output.view(batch, length, heads, width), None
+
+
+def _node_mask(*, mask_function: object, attention_mask: Tensor | None = None, **_: object) -> Tensor | None:
+    """The padding mask itself, (batch, length) int32, which is what the operator reads."""
+    if mask_function is not bidirectional_mask_function:
+        raise CompressKitError("this encoder has an attention pattern that cannot be fused", fix="set fuse: false")
+    return None if attention_mask is None else attention_mask.to(torch.int32)
+
+
+AttentionInterface.register(_NODE_ATTENTION, _node_attention)
+AttentionMaskInterface.register(_NODE_ATTENTION, _node_mask)
+
+
+def computes_in_integers(model: nn.Module) -> bool:
+    """Whether any layer rounds its activations to 8 bits."""
+    return any(isinstance(module, Int8Linear) for module in model.modules())
+
+
+def _looks_both_ways(model: nn.Module) -> bool:
+    return not any(getattr(module, "is_causal", False) for module in model.modules())
+
+
+@contextlib.contextmanager
+def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+    before = model.config._attn_implementation or "eager"
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporters' progress prints and version notes to themselves; their errors still arrive."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", UserWarning)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def trace(
+    model: PreTrainedModel,
+    batch: Batch,
+    *,
+    output: str,
+    fuse: bool,
+    opset: int | None = None,
+) -> ir.Model:
+    """The ONNX graph of `model`, batch and length free, with the one output `output`.
+
+    Args:
+        model: in eval mode; left as it was.
+        batch: sample inputs with at least two rows of at least two tokens (a size of 1 would become fixed).
+        output: the name of the wanted output; what only others need is dropped.
+        fuse: use ONNX Runtime's fused operators, which compute the same in fewer steps.
+        opset: ONNX operator set; None takes the exporter's newest.
+
+    Raises:
+        CompressKitError: an encoder whose attention pattern cannot be fused.
+    """
+    as_node = fuse and computes_in_integers(model) and _looks_both_ways(model)
+    # Spelt-out attention is what the float fusions recognise best in an encoder; decoders keep their own.
+    own = model.config._attn_implementation or "eager"
+    attention = _NODE_ATTENTION if as_node else "eager" if _looks_both_ways(model) else own
+    free = torch.export.Dim.DYNAMIC
+    config = OnnxConfig(opset_version=opset, dynamic_shapes={name: {0: free, 1: free} for name in batch})
+    inputs: dict[str, Any] = dict(batch)
+    if hasattr(model.config, "use_cache"):
+        inputs["use_cache"] = False
+    with _quiet(), _attention(model, attention), emit_operators():
+        graph = OnnxExporter().export(model, inputs, config=config).program
+        _keep_output(graph, output)
+        if as_node:
+            fuse_encoder(graph)
+        elif fuse:
+            fuse_float(graph)
+            prefer_sums(graph)
+    _name_axes(graph, list(batch))
+    return graph
+
+
+def fuse_float(model: ir.Model) -> None:
+    """transformers' own fusions for ONNX Runtime on a CPU, in place."""
+    with _quiet():
+        fuse_for_onnxruntime(model, "cpu")
+
+
+def _keep_output(model: ir.Model, output: str) -> None:
+    kept = [value for value in model.graph.outputs if value.name == output]
+    if not kept:
+        names = ", ".join(str(value.name) for value in model.graph.outputs)
+        raise CompressKitError(f"the model has no output {output!r}; it has: {names}", where="export")
+    model.graph.outputs[:] = kept
+    RemoveUnusedNodesPass()(model)
+
+
+def _name_axes(model: ir.Model, names: list[str]) -> None:
+    """Call the free axes of the inputs `batch` and `sequence`; keep the order of `names`."""
+    by_name = {value.name: value for value in model.graph.inputs}
+    for value in by_name.values():
+        value.shape = ir.Shape(["batch", "sequence"])
+    model.graph.inputs[:] = [by_name[name] for name in names if name in by_name]
