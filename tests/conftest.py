@@ -111,3 +111,10 @@ def tiny_text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "sentences.txt"
     path.write_text("\n".join(sorted(lines)[:400]) + "\n", encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def tiny_data(tiny_text_file: Path) -> dict[str, object]:
+    """A recipe's `data` for the tiny models: enough for every part, small enough for seconds."""
+    sizes = {"max_length": 32, "calibration": 8, "training": 16, "evaluation": 12}
+    return {"source": "text", "path": str(tiny_text_file), **sizes}
