@@ -52,7 +52,9 @@ class _ChunkedKL(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
         return (grad if grad is None else grad * grad_outputs[0].to(grad.dtype)), None, None, None, None, None
 

@@ -1,7 +1,8 @@
 """`kl_div` as one Triton program per token.
 
 First read of the row: running maximum and sum of exponentials of student and teacher. Second read: the divergence and
-the gradient τ w (q − p), written where autograd will look for it. Numbers are float32 in registers, whatever the logits.
+the gradient τ w (q − p), written where autograd will look for it. Numbers are float32 in registers, whatever the
+logits are.
 """
 
 # Pyright takes `import triton` for this very file; Python, with absolute imports, does not.
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
+import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -91,7 +92,9 @@ class _TritonKL(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
         return (grad if grad is None else grad * grad_outputs[0].to(grad.dtype)), None, None, None, None
 
