@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from compresskit.data import Batch, Sequences
+from compresskit.data.sequences import Batch, Sequences, pad
 
 #: Optimiser steps whose sequences are sorted by length together.
 _POOL_STEPS = 16
@@ -21,14 +21,7 @@ class Numbered:
 
 def collate(sequences: Sequences, rows: Sequence[int], *, max_length: int | None = None) -> Numbered:
     """The sequences `rows`, cut to `max_length` tokens and padded on the right to the longest."""
-    texts = [sequences.rows[row][:max_length] for row in rows]
-    width = max(len(text) for text in texts)
-    input_ids = torch.full((len(texts), width), sequences.pad_token_id)
-    mask = torch.zeros_like(input_ids)
-    for i, text in enumerate(texts):
-        input_ids[i, : len(text)] = torch.tensor(text)
-        mask[i, : len(text)] = 1
-    return Numbered(list(rows), {"input_ids": input_ids, "attention_mask": mask})
+    return Numbered(list(rows), pad([sequences.rows[row][:max_length] for row in rows], sequences.pad_token_id))
 
 
 def split_held_out(rows: int, held_out: int, *, generator: torch.Generator) -> tuple[list[int], list[int]]:

@@ -11,11 +11,11 @@ without it, and a student that is to agree with it gains nothing from noise.
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -34,35 +34,26 @@ from compresskit.errors import CompressKitError, RunFailedError
 
 log = logging.getLogger(__name__)
 
-Patterns = tuple[str, ...]
-
 
 class TrainingOptions(Config):
     """How to train, whatever the losses are."""
 
-    steps: Annotated[int, Field(ge=1)] = 300
-    #: sequences in a batch
-    batch_size: Annotated[int, Field(ge=1)] = 32
-    #: batches in an optimiser step
-    accumulate: Annotated[int, Field(ge=1)] = 1
-    #: AdamW's, at its highest
-    learning_rate: Annotated[float, Field(gt=0)] = 3e-4
-    schedule: Literal["cosine", "linear"] = "cosine"
-    #: share of the steps in which the learning rate rises
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    #: largest norm of the gradient; larger ones are scaled down to it
-    clip_norm: Annotated[float, Field(gt=0)] = 1.0
-    #: tokens of a sequence that are trained on; all of them where left out
-    max_length: Annotated[int, Field(ge=2)] | None = None
-    #: sequences of the training part that choose the best weights, at most a tenth of it
-    held_out: Annotated[int, Field(ge=1)] = 128
-    #: optimiser steps between two looks at the held-out loss
-    held_out_every: Annotated[int, Field(ge=1)] = 50
-    #: names of parameters that learn, and of those among them that do not (`*` matches anything)
-    train: Patterns = ("*",)
-    freeze: Patterns = ()
-    dropout: bool = False
+    steps: int = Field(default=300, ge=1, description="optimiser steps")
+    batch_size: int = Field(default=32, ge=1, description="sequences in a batch")
+    accumulate: int = Field(default=1, ge=1, description="batches in an optimiser step")
+    learning_rate: float = Field(default=3e-4, gt=0, description="of AdamW, at its highest")
+    schedule: Literal["cosine", "linear"] = Field(default="cosine", description="how the learning rate falls to 0")
+    warmup: float = Field(default=0.1, ge=0, lt=1, description="share of the steps in which the learning rate rises")
+    weight_decay: float = Field(default=0.0, ge=0, description="of AdamW")
+    clip_norm: float = Field(default=1.0, gt=0, description="longer gradients are shortened to this norm")
+    max_length: int | None = Field(default=None, ge=2, description="tokens of a sequence that are used; by default all")
+    held_out: int = Field(
+        default=128, ge=1, description="training sequences, at most a tenth, that choose the best weights"
+    )
+    held_out_every: int = Field(default=50, ge=1, description="optimiser steps between two looks at the held-out loss")
+    train: tuple[str, ...] = Field(default=("*",), description="globs over the names of parameters that learn")
+    freeze: tuple[str, ...] = Field(default=(), description="globs over the names among those that do not")
+    dropout: bool = Field(default=False, description="whether the model's dropout is on while it learns")
 
 
 @dataclass(frozen=True)
@@ -88,7 +79,7 @@ def learning_rate_at(step: int, *, steps: int, warmup: float, schedule: str) -> 
     return left if schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left))
 
 
-def choose_parameters(model: nn.Module, train: Patterns, freeze: Patterns) -> dict[str, nn.Parameter]:
+def choose_parameters(model: nn.Module, train: tuple[str, ...], freeze: tuple[str, ...]) -> dict[str, nn.Parameter]:
     """The float parameters whose names match `train` and not `freeze`; shared ones once.
 
     Raises:
@@ -115,7 +106,7 @@ def choose_parameters(model: nn.Module, train: Patterns, freeze: Patterns) -> di
 
 
 @contextmanager
-def _only_these_learn(model: nn.Module, chosen: Mapping[str, nn.Parameter], *, dropout: bool):
+def _only_these_learn(model: nn.Module, chosen: Mapping[str, nn.Parameter], *, dropout: bool) -> Iterator[None]:
     """Gradients for `chosen` alone; afterwards none, no requires_grad and eval mode."""
     model.requires_grad_(False).train(dropout)
     for value in chosen.values():
@@ -272,7 +263,7 @@ def train(
 
 
 @contextmanager
-def _seeded(seed: int, device: torch.device):
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     """torch's global randomness (dropout reads it) from `seed`, and as it was afterwards."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)

@@ -36,8 +36,9 @@ class Distill(TrainingOptions, Pass):
     """Train the student to agree with the original."""
 
     kind: Literal["distill"] = "distill"
-    #: what to agree on; by default kl for models with a head, embedding for the others
-    losses: tuple[AnyLoss, ...] | None = Field(default=None, min_length=1)
+    losses: tuple[AnyLoss, ...] | None = Field(
+        default=None, min_length=1, description="what to agree on; by default kl for models with a head, else embedding"
+    )
 
     refuses: ClassVar[frozenset[Trait]] = frozenset({"quantized"})
 

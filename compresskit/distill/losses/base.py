@@ -16,8 +16,7 @@ class Loss(Config, ABC):
     """One way to compare a student with its teacher. Instances are frozen options and hold no other state."""
 
     kind: str
-    #: what this loss counts beside the others
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: float = Field(default=1.0, gt=0, description="what this loss counts beside the others")
 
     #: The outputs that this loss reads.
     needs: ClassVar[frozenset[Need]]

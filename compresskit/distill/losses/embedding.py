@@ -9,7 +9,7 @@ second part sees fewer neighbours than one large batch would show. Embeddings ar
 hidden states; a model that is pooled in another way (first token) is better served by `hidden`.
 """
 
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -55,12 +55,11 @@ class Embedding(Loss):
     """Match the teacher's sentence embeddings."""
 
     kind: Literal["embedding"] = "embedding"
-    #: share of the distance between a sentence's two embeddings
-    cosine: Annotated[float, Field(ge=0)] = 1.0
-    #: share of the divergence between in-batch similarities
-    similarity: Annotated[float, Field(ge=0)] = 1.0
-    #: τ of the similarities; small values look at near neighbours only
-    temperature: Annotated[float, Field(gt=0)] = 0.05
+    cosine: float = Field(default=1.0, ge=0, description="what the distance between a sentence's two embeddings counts")
+    similarity: float = Field(default=1.0, ge=0, description="what the divergence between in-batch similarities counts")
+    temperature: float = Field(
+        default=0.05, gt=0, description="τ of the similarities; small ones look at near neighbours only"
+    )
 
     needs: ClassVar[frozenset[Need]] = frozenset({"sentence"})
 

@@ -41,9 +41,10 @@ class Hidden(Loss):
     """Match the teacher's hidden states."""
 
     kind: Literal["hidden"] = "hidden"
-    measure: Literal["mse", "cosine"] = "mse"
-    #: layers of the student, 0 the embeddings; every block's output where left out
-    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    measure: Literal["mse", "cosine"] = Field(default="mse", description="relative squared error, or 1 − cosine")
+    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        default=None, description="layers of the student, 0 the embeddings; by default every block's output"
+    )
 
     needs: ClassVar[frozenset[Need]] = frozenset({"hidden"})
 

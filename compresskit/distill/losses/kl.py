@@ -10,7 +10,7 @@ tokens. KL alone beats every mixture when a pruned language model is recovered (
 Not for models without a head (use `embedding`), nor for heads that regress or give several labels at once.
 """
 
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -36,10 +36,10 @@ class KL(Loss):
     """Match the teacher's output distribution."""
 
     kind: Literal["kl"] = "kl"
-    #: τ: above 1, small probabilities count more
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    #: share of the loss that is cross-entropy with the next token (language models only)
-    alpha: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    temperature: float = Field(default=1.0, gt=0, description="τ; above 1, small probabilities count more")
+    alpha: float = Field(
+        default=0.0, ge=0, lt=1, description="share of cross-entropy with the next token (language models)"
+    )
 
     needs: ClassVar[frozenset[Need]] = frozenset({"logits"})
 
