@@ -1,0 +1,1 @@
+"""Distillation: losses between a student and its teacher, teachers, and one training loop."""

@@ -1,0 +1,46 @@
+"""Teachers: whatever gives the outputs that a student should give."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from compresskit.data import Batch
+from compresskit.distill.outputs import Need, Outputs, observe
+
+
+class Teacher(Protocol):
+    """Gives a batch's target outputs, without gradients."""
+
+    def __call__(self, batch: Batch, rows: list[int], needs: frozenset[Need]) -> Outputs:
+        """The outputs for `batch`, whose sequences have the numbers `rows` in the training part."""
+        ...
+
+
+class LiveTeacher:
+    """Runs the original beside the student, and remembers its sentence embeddings.
+
+    A sentence embedding is a few hundred numbers, so a sequence that is seen again costs no forward pass; logits and
+    hidden states are too large to keep and are computed each time.
+
+    Args:
+        model: in eval mode on the device of the batches; never modified.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self._sentences: dict[int, Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, rows: list[int], needs: frozenset[Need]) -> Outputs:
+        """The original's outputs for this batch."""
+        if needs != {"sentence"}:
+            return observe(self.model, batch, needs)
+        new = [i for i, row in enumerate(rows) if row not in self._sentences]
+        if new:
+            part = {name: values[new] for name, values in batch.items()}
+            fresh = observe(self.model, part, needs).sentence
+            assert fresh is not None
+            self._sentences.update(zip([rows[i] for i in new], fresh, strict=True))
+        return Outputs(sentence=torch.stack([self._sentences[row] for row in rows]))

@@ -1,0 +1,85 @@
+"""Recover what the passes before lost: the student learns to give what the untouched original gives.
+
+    before   the student's weights as the last pass left them
+    after    weights that minimise Σ weight · loss(student, original) over the training text
+
+No label is needed; the text is the training part of the recipe's data. Shapes stay as they are, so `plan` asks for no
+edit. Use it after low_rank and prune_width, whose errors are large and smooth, and before quantize, whose integers have
+no gradient. It is not worth its time after a pass that lost almost nothing.
+"""
+
+from dataclasses import asdict
+from typing import Any, ClassVar, Literal
+
+import torch
+from accelerate import Accelerator
+from pydantic import Field
+from transformers import PreTrainedModel
+
+from compresskit.distill.losses import KL, AnyLoss, Embedding, Loss
+from compresskit.distill.outputs import has_head
+from compresskit.distill.teachers import LiveTeacher
+from compresskit.distill.trainer import TrainingOptions, choose_parameters, train
+from compresskit.errors import CompressKitError, ManyErrors
+from compresskit.passes.base import PASSES, Pass, Trait
+from compresskit.student import Student
+from compresskit.surgery.edits import Edit
+
+
+def default_losses(model: torch.nn.Module) -> tuple[Loss, ...]:
+    """KL on logits for a model with a head, sentence embeddings for one without."""
+    return (KL(),) if has_head(model) else (Embedding(),)
+
+
+@PASSES.add
+class Distill(TrainingOptions, Pass):
+    """Train the student to agree with the original."""
+
+    kind: Literal["distill"] = "distill"
+    losses: tuple[AnyLoss, ...] | None = Field(
+        default=None, min_length=1, description="what to agree on; by default kl for models with a head, else embedding"
+    )
+
+    refuses: ClassVar[frozenset[Trait]] = frozenset({"quantized"})
+
+    def plan(self, model: torch.nn.Module) -> list[Edit]:
+        """No edit; refuses losses that do not suit the model, and patterns that match nothing."""
+        assert isinstance(model, PreTrainedModel)
+        self._checked_losses(model, model)
+        choose_parameters(model, self.train, self.freeze)
+        return []
+
+    def apply(self, student: Student, *, generator: torch.Generator) -> dict[str, Any]:
+        """Train `student.model` in place against `student.original`; eval mode, no gradients afterwards."""
+        losses = self._checked_losses(student.model, student.original)
+        accelerator = Accelerator()
+        home = student.model.device
+        student.model.to(accelerator.device)  # type: ignore[arg-type]
+        student.original.to(accelerator.device)  # type: ignore[arg-type]
+        try:
+            result = train(
+                student.model,
+                LiveTeacher(student.original),
+                losses,
+                student.corpus.training,
+                self,
+                generator=generator,
+                accelerator=accelerator,
+            )
+        finally:
+            student.model.to(home)  # type: ignore[arg-type]
+            student.original.to(home)  # type: ignore[arg-type]
+        return {"losses": [loss.model_dump(mode="json") for loss in losses], **asdict(result)}
+
+    def _checked_losses(self, model: PreTrainedModel, original: PreTrainedModel) -> tuple[Loss, ...]:
+        losses, errors = self.losses or default_losses(model), []
+        for i, loss in enumerate(losses):
+            try:
+                loss.check(model, original)
+            except CompressKitError as error:
+                errors.append(error.at(f"losses[{i}]"))
+        if len(errors) > 1:
+            raise ManyErrors(errors)
+        if errors:
+            raise errors[0]
+        return losses

