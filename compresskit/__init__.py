@@ -12,7 +12,7 @@ from compresskit.data import DataSource
 from compresskit.engine import run
 from compresskit.errors import CompressKitError, ManyErrors, RunFailedError
 from compresskit.export import EXPORTERS, Exporter
-from compresskit.passes import PASSES, LowRank, Pass, PruneWidth, Quantize
+from compresskit.passes import PASSES, Distill, LowRank, Pass, PruneWidth, Quantize
 from compresskit.recipe import Recipe, dump_recipe, load_recipe
 from compresskit.student import Student
 
@@ -22,6 +22,7 @@ __all__ = [
     "CompressKitError",
     "Config",
     "DataSource",
+    "Distill",
     "Exporter",
     "LowRank",
     "ManyErrors",

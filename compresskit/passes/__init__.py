@@ -1,8 +1,9 @@
 """Every built-in pass; importing this registers them. A new pass is one file, one test file and one line here."""
 
 from compresskit.passes.base import PASSES, Pass, Trait
+from compresskit.passes.distill import Distill
 from compresskit.passes.low_rank import LowRank
 from compresskit.passes.prune_width import PruneWidth
 from compresskit.passes.quantize import Quantize
 
-__all__ = ["PASSES", "LowRank", "Pass", "PruneWidth", "Quantize", "Trait"]
+__all__ = ["PASSES", "Distill", "LowRank", "Pass", "PruneWidth", "Quantize", "Trait"]
