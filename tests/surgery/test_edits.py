@@ -102,7 +102,7 @@ def test_names_that_are_no_module_paths_are_refused(name):
 
 
 def test_a_module_that_is_not_there_is_named():
-    with pytest.raises(CompressKitError, match="no module 'encoder.layers'"):
+    with pytest.raises(CompressKitError, match=r"no module 'encoder\.layers'"):
         MakeLowRank(targets=("encoder.layers",), rank=4, bias=True).apply(tiny("bert"))
 
 

@@ -1,0 +1,85 @@
+"""Every registered pass keeps the contract: replayable, reproducible, reloadable, original untouched."""
+
+import copy
+
+import pytest
+import torch
+from families import answer, tiny, tiny_student
+
+from compresskit.models import find_model, load_empty
+from compresskit.passes import PASSES, Pass
+from compresskit.recipe import Recipe, dump_recipe
+from compresskit.student import load_student_model, save_student
+from compresskit.surgery.edits import replay
+
+EXAMPLES: dict[str, list[dict[str, object]]] = {
+    "low_rank": [{"keep": 0.6, "round_to": 16, "on_misfit": "keep"}, {"rank": 8, "anchor": 0.5, "share": False}],
+    "prune_width": [{"keep": {"ffn": 0.5, "heads": 0.5}}, {"keep": 0.75, "anchor": 1.0, "round_to": 16}],
+    "quantize": [
+        {"bits": 8, "group_size": 16},
+        {"bits": 4, "group_size": 16, "anchor": 0.5},
+        {"bits": 8, "group_size": "channel", "act": "int8"},
+    ],
+    "distill": [{"steps": 2, "batch_size": 4}],
+}
+CASES = [(kind, options, family) for kind, many in EXAMPLES.items() for options in many for family in ("bert", "llama")]
+
+
+def make(kind: str, options: dict[str, object]) -> Pass:
+    return PASSES.parse({"kind": kind, **options})
+
+
+def test_every_registered_pass_has_an_example():
+    assert set(EXAMPLES) == set(PASSES)
+
+
+@pytest.mark.parametrize(("kind", "options", "family"), CASES)
+def test_a_pass_keeps_the_contract(kind, options, family, tmp_path):
+    step = make(kind, options)
+    original = tiny(family)
+    before = copy.deepcopy(original.state_dict())
+    students = []
+    for _ in range(2):
+        student = tiny_student(family, original=original)
+        planned = step.plan(student.model)
+        notes = step.apply(student, generator=torch.Generator().manual_seed(7))
+        students.append(student)
+        assert isinstance(notes, dict)
+    first, second = (student.model.state_dict() for student in students)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first), "the same seed gives the same weights"
+    assert all(torch.equal(before[name], t) for name, t in original.state_dict().items()), "the original is untouched"
+    foreseen = copy.deepcopy(original)
+    replay(planned, foreseen)
+    shapes = {name: tuple(tensor.shape) for name, tensor in foreseen.state_dict().items()}
+    assert shapes == {name: tuple(tensor.shape) for name, tensor in first.items()}, "plan foretells the shapes"
+    assert torch.isfinite(answer(student.model)).all()
+    assert not student.model.training
+
+
+@pytest.mark.parametrize(("kind", "options", "family"), CASES)
+def test_a_student_reloads_bit_for_bit_with_the_same_edits(kind, options, family, tmp_path):
+    student = tiny_student(family)
+    make(kind, options).apply(student, generator=torch.Generator().manual_seed(7))
+    save_student(student, tmp_path)
+    model, edits = load_student_model(tmp_path, student.task)
+    assert edits == student.edits
+    assert torch.equal(answer(model), answer(student.model))
+    assert type(model) is type(student.model)
+
+
+@pytest.mark.parametrize("kind", PASSES)
+def test_options_survive_the_recipe_and_have_a_source(kind, tmp_path):
+    step = make(kind, EXAMPLES[kind][0])
+    recipe = Recipe.model_validate({"model": "m", "passes": [step]})
+    assert PASSES.parse(dump_recipe(recipe)["passes"][0]) == step
+    assert type(step).__doc__
+    assert step.version >= 1
+
+
+@pytest.mark.parametrize("kind", PASSES)
+def test_planning_on_the_meta_device_changes_nothing_and_agrees(kind, tiny_bert_folder):
+    empty = load_empty(find_model(tiny_bert_folder), "feature-extraction")
+    names = {name: tuple(t.shape) for name, t in empty.state_dict().items()}
+    make(kind, EXAMPLES[kind][0]).plan(empty)
+    assert names == {name: tuple(t.shape) for name, t in empty.state_dict().items()}

@@ -1,0 +1,109 @@
+"""The quantize pass: which layers get which integers, and what is refused."""
+
+import pytest
+import torch
+from families import FAMILIES, answer, tiny, tiny_student
+from pydantic import ValidationError
+
+from compresskit.errors import CompressKitError
+from compresskit.layers.int8_linear import Int8Linear
+from compresskit.layers.quant_embedding import QuantEmbedding
+from compresskit.layers.quant_linear import QuantLinear
+from compresskit.passes.low_rank import LowRank
+from compresskit.passes.quantize import Quantize
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("options", "bound"),
+    [
+        ({"bits": 8, "group_size": 16}, 0.02),
+        ({"bits": 4, "group_size": 16, "embeddings": 4}, 0.4),
+        ({"bits": 8, "group_size": "channel", "act": "int8"}, 0.06),
+    ],
+)
+def test_the_student_stays_close_and_no_float_matrix_is_left(family, options, bound):
+    original = tiny(family)
+    student = tiny_student(family, original=original)
+    Quantize(**options).apply(student, generator=torch.Generator())
+    lost = (answer(student.model) - answer(original)).norm() / answer(original).norm()
+    assert lost < bound
+    assert not any(isinstance(module, torch.nn.Linear) for module in student.model.modules())
+    kinds = {type(module) for module in student.model.modules()}
+    assert QuantEmbedding in kinds
+    assert (Int8Linear if "act" in options else QuantLinear) in kinds
+
+
+def test_a_tied_head_reads_the_tables_integers():
+    student = tiny_student("llama")
+    Quantize(bits=8, group_size=16).apply(student, generator=torch.Generator())
+    table, head = student.model.model.embed_tokens, student.model.lm_head
+    assert isinstance(table, QuantEmbedding)
+    assert isinstance(head, QuantLinear)
+    assert torch.equal(head.dequantize(), table.dequantize())
+    assert not any(name.startswith("lm_head") for name in student.model.state_dict())
+
+
+def test_an_untied_head_has_integers_of_its_own():
+    student = tiny_student("qwen3")
+    Quantize(bits=4, group_size=16).apply(student, generator=torch.Generator())
+    assert any(name.startswith("lm_head") for name in student.model.state_dict())
+
+
+def test_embeddings_can_stay_float():
+    student = tiny_student("bert")
+    Quantize(bits=8, group_size=32, embeddings=None).apply(student, generator=torch.Generator())
+    assert isinstance(student.model.get_input_embeddings(), torch.nn.Embedding)
+
+
+def test_biases_make_each_layer_exact_in_the_mean():
+    student = tiny_student("bert")
+    notes = Quantize(bits=4, group_size=16).apply(student, generator=torch.Generator())
+    layer = "encoder.layer.0.attention.self.query"
+    rows = [torch.tensor([row]) for row in student.corpus.calibration.rows]
+    with torch.no_grad():
+        hidden = [student.model.embeddings(input_ids=row)[0] for row in rows]
+        x = torch.cat(hidden)
+        now = student.model.get_submodule(layer)(x).mean(0)
+        was = student.original.get_submodule(layer)(x).mean(0)
+    torch.testing.assert_close(now, was, atol=1e-4, rtol=1e-4)
+    assert notes["layers"][layer]["relative_error"] > 0
+
+
+def test_columns_that_no_group_divides_are_all_listed_with_what_fits():
+    model = tiny("bert")
+    from_low_rank = LowRank(keep=0.5, round_to=4)
+    for edit in from_low_rank.plan(model):
+        edit.apply(model)
+    with pytest.raises(CompressKitError, match="does not divide the columns") as caught:
+        Quantize(bits=8, group_size=32).plan(model)
+    assert "encoder.layer.1.output.dense.expand" in str(caught.value)
+    assert "on_misfit: keep" in str(caught.value)
+
+
+def test_misfits_stay_float_and_are_listed_on_request():
+    student = tiny_student("bert")
+    LowRank(keep=0.5, round_to=4, targets="*intermediate*").apply(student, generator=torch.Generator())
+    notes = Quantize(bits=8, group_size=32, on_misfit="keep").apply(student, generator=torch.Generator())
+    assert notes["kept_float"] == [f"encoder.layer.{i}.intermediate.dense.expand" for i in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"group_size": 100}, "100 is not a power of two in 16"),
+        ({"act": "int8"}, "needs bits: 8 and group_size: channel"),
+        ({"act": "int8", "bits": 4, "group_size": "channel"}, "needs bits: 8"),
+        ({"group_size": "channel"}, "weight-only layers ship in groups"),
+        ({"bits": 5}, "Input should be 4 or 8"),
+        ({"method": "gptq"}, "Input should be 'rtn'"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options, match):
+    with pytest.raises(ValidationError, match=match):
+        Quantize(**options)
+
+
+def test_targets_that_match_nothing_are_refused():
+    with pytest.raises(CompressKitError, match="match no module"):
+        Quantize(targets="*mlp*").plan(tiny("bert"))
