@@ -198,4 +198,5 @@ def _pass_classes(entries: Any) -> list[type[Pass] | None]:
 def _placed(mistakes: Iterable[_Mistake], text: RecipeText) -> list[CompressKitError]:
     """Mistakes of the whole (`passes[1]`) with the line where their entry stands."""
     lines = {write_path(path): text.where(path) for path in text.origins}
-    return [CompressKitError(what, where=lines.get(where, text.where(())), fix=fix) for where, what, fix in mistakes]
+    whole = text.where(())
+    return [CompressKitError(what, where=lines.get(at, f"{whole}: {at}"), fix=fix) for at, what, fix in mistakes]

@@ -287,7 +287,8 @@ class Store:
         finished = self.read_run().get("finished")
         if not finished or finished.get("fingerprint") != fingerprint:
             return False
-        return self._results(finished["results"]) == finished["files"]
+        is_whole = all((self.folder / name).exists() for name in finished["results"])
+        return is_whole and self._results(finished["results"]) == finished["files"]
 
     def _results(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
         found: dict[str, dict[str, Any]] = {}

@@ -1,0 +1,154 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from compresskit import cli
+from compresskit.passes import PASSES
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def recipe(tiny_bert_folder: Path, tiny_data: dict[str, object], tmp_path: Path) -> Path:
+    """One real pass over the tiny BERT, in a file."""
+    passes = [{"kind": "prune_width", "keep": {"ffn": 0.5}}]
+    said = {"model": str(tiny_bert_folder), "data": tiny_data, "evaluate": "never", "passes": passes}
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(said), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run the command in this process: (status, standard output, standard error)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["compresskit", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(caught.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+def test_run_prints_the_table_and_a_second_run_is_done_at_once(call: Any, recipe: Path, tmp_path: Path) -> None:
+    status, out, err = call("run", recipe, "--output", tmp_path / "out")
+    assert status == 0, err
+    assert "prune_width" in out
+    assert (tmp_path / "out" / "student" / "model.safetensors").is_file()
+    status, again, err = call("run", recipe, "--output", tmp_path / "out")
+    assert (status, again) == (0, out)
+    assert "already done" in err
+    status, told, _ = call("report", tmp_path / "out")
+    assert status == 0
+    assert "prune_width" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "{recipe}", "--output", "{tmp}/out", "--set", "passes.0.kep=1"], "did you mean 'keep'?"),
+        (["run", "{tmp}/none.yaml", "--output", "{tmp}/out"], "no recipe"),
+        (["run", "{recipe}", "--output", "{tmp}"], "it is not the output of a run"),
+        (["run", "{recipe}", "--output", "{tmp}/out", "--set", "model=./nowhere"], "no folder './nowhere'"),
+        (["run", "{recipe}"], "Missing option '--output'"),
+        (["check", "{recipe}", "--set", "passes.0.keep=2"], "--set passes.0.keep=2"),
+        (["check", "{recipe}", "--set", "data.path={tmp}/none.txt"], "none.txt"),
+        (["eval", "{tmp}"], "no student in"),
+        (["eval", "{tmp}", "--data", "{sorce: text}"], "did you mean 'source'?"),
+        (["report", "{tmp}"], "no {tmp}/report.json"),
+        (["passes", "prune_widht"], "did you mean 'prune_width'?"),
+        (["modules", "./nowhere"], "no folder './nowhere'"),
+        (["rnu"], "No such command 'rnu'"),
+    ],
+)
+def test_the_users_mistakes_end_with_2_and_a_message_without_traceback(
+    call: Any, recipe: Path, tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    def fill(text: str) -> str:
+        return text.replace("{recipe}", str(recipe)).replace("{tmp}", str(tmp_path))
+
+    status, out, err = call(*(fill(argument) for argument in arguments))
+    assert status == 2
+    assert fill(said) in err
+    assert "fix: " in err
+    assert "Traceback" not in err
+    assert out == ""
+
+
+def test_check_foretells_what_the_run_measures(call: Any, recipe: Path, tmp_path: Path) -> None:
+    status, out, err = call("check", recipe)
+    assert status == 0, err
+    foretold = [line.split()[1:3] for line in out.splitlines() if line.startswith(("original", "prune_width"))]
+    assert not (tmp_path / "out").exists()
+    call("run", recipe, "--output", tmp_path / "out")
+    report = yaml.safe_load((tmp_path / "out" / "report.json").read_text())
+    measured = [[f"{entry['params']:,}", f"{entry['size_bytes']:,}"] for entry in report["passes"]]
+    assert foretold == measured
+    assert "the student loads with transformers alone" in out
+    assert "memory: at least" in out
+
+
+def test_check_says_when_the_plug_in_is_needed(call: Any, recipe: Path) -> None:
+    status, out, _ = call("check", recipe, "--set", "passes.0={kind: low_rank, keep: 0.5}")
+    assert status == 0
+    assert "the student loads with transformers after `import compresskit`" in out
+
+
+def test_unwise_orders_are_warned_about_and_done(call: Any, recipe: Path) -> None:
+    passes = "[{kind: low_rank, keep: 0.5}, {kind: prune_width, keep: 0.75}, {kind: prune_width, keep: 0.5}]"
+    status, _, err = call("check", recipe, "--set", f"passes={passes}")
+    assert status == 0
+    assert "warning: passes[1] (prune_width) meets 4 matrices that passes[0] (low_rank) has reduced already" in err
+    assert "warning: passes[2] (prune_width) is stronger than passes[1] before it" in err
+
+
+def test_passes_lists_every_registered_pass(call: Any) -> None:
+    status, out, _ = call("passes")
+    assert status == 0
+    assert {line.split()[0] for line in out.splitlines()[1:]} == set(PASSES)
+
+
+@pytest.mark.parametrize("kind", sorted(PASSES))
+def test_every_option_of_every_pass_is_listed_with_its_meaning(call: Any, kind: str) -> None:
+    status, out, _ = call("passes", kind)
+    assert status == 0
+    listed = {line.split()[0]: line for line in out.splitlines() if line}
+    assert set(PASSES[kind].model_fields) - {"kind"} <= set(listed)
+
+
+def test_modules_shows_names_shapes_and_parts(call: Any, tiny_llama_folder: Path) -> None:
+    status, out, _ = call("modules", tiny_llama_folder)
+    assert status == 0
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert "model.layers.1.self_attn.k_proj 16 × 32 block 1 attention key, 2 heads of 8" in lines
+    assert "model.layers.0.mlp.gate_proj 64 × 32 block 0 FFN input, 64 neurons" in lines
+    assert any(line.startswith("model.embed_tokens") and line.endswith("outside the blocks") for line in lines)
+
+
+def test_an_interrupted_run_says_how_to_go_on(recipe: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys, time\nfrom compresskit import cli, engine\n"
+        "def slow(*_, **__):\n    print('working', flush=True)\n    time.sleep(60)\n"
+        "engine.load_model = slow\ncli.main()\n"
+    )
+    command = [sys.executable, "-c", script, "run", str(recipe), "--output", str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "working\n"
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert err.splitlines()[-1].startswith("interrupted; finished steps are kept in")
+    assert "Traceback" not in err

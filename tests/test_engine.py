@@ -1,0 +1,306 @@
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load
+
+import compresskit
+from compresskit import CompressKitError, ManyErrors, Recipe, RunFailedError, engine, load_recipe, run
+from compresskit.engine import seeded
+from compresskit.passes import PASSES, LowRank
+from compresskit.recipe import dump_recipe, parse_recipe
+from tests.small_passes import ALL, Fail, Halve, Quantized, Shake
+
+
+@pytest.fixture(autouse=True)
+def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cls in ALL:
+        monkeypatch.setitem(PASSES._classes, cls.model_fields["kind"].default, cls)
+
+
+@pytest.fixture
+def make(tiny_bert_folder: Path, tiny_data: dict[str, object]) -> Any:
+    """Recipes over the tiny BERT; nothing is measured unless asked for."""
+
+    def recipe(*passes: Any, **said: Any) -> Recipe:
+        given = {"model": str(tiny_bert_folder), "data": tiny_data, "evaluate": "never", "passes": passes}
+        return parse_recipe({**given, **said})
+
+    return recipe
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Read whole, because tests cut the file afterwards, which a mapped one does not survive."""
+    return load((folder / "student" / "model.safetensors").read_bytes())
+
+
+def assert_equal_students(a: Path, b: Path) -> None:
+    left, right = weights(a), weights(b)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def steps(folder: Path) -> list[str]:
+    return sorted(path.name.rpartition("-")[0] for path in (folder / "steps").iterdir())
+
+
+def test_a_run_writes_steps_student_and_report(make: Any, tmp_path: Path) -> None:
+    report = run(make(Shake(), Halve(), evaluate="each"), tmp_path / "out")
+    assert steps(tmp_path / "out") == ["00-original", "01-shake", "02-halve"]
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
+    assert report["schema_version"] == 1
+    original, shaken, halved = report["passes"]
+    assert [entry["kind"] for entry in report["passes"]] == ["original", "shake", "halve"]
+    assert {"kind", "options", "params", "size_bytes", "metrics", "elapsed_s", "notes"} == set(halved)
+    assert shaken["options"] == {"scale": 0.01, "target": "encoder.layer.0.output.dense"}
+    assert shaken["notes"] == {"noise": 0.01}
+    assert original["params"] - halved["params"] == 32 * (32 + 1 + 32)
+    assert original["metrics"]["mean_cosine"] == pytest.approx(1)
+    assert shaken["metrics"]["mean_cosine"] < 1
+
+
+@pytest.mark.parametrize(("when", "measured"), [("each", [1, 1, 1]), ("ends", [1, 0, 1]), ("never", [0, 0, 0])])
+def test_evaluate_says_which_entries_have_metrics(make: Any, tmp_path: Path, when: str, measured: list[int]) -> None:
+    report = run(make(Shake(), Halve(), evaluate=when), tmp_path / "out")
+    assert [bool(entry["metrics"]) for entry in report["passes"]] == measured
+
+
+def test_the_student_loads_and_answers_as_the_saved_step(make: Any, tmp_path: Path) -> None:
+    run(make(Shake(), Halve()), tmp_path / "out")
+    model, tokenizer = compresskit.load(tmp_path / "out")
+    assert model.get_submodule("encoder.layer.0.intermediate.dense").out_features == 32
+    answer = model(**tokenizer("the model keeps every layer", return_tensors="pt"))[0]
+    assert torch.isfinite(answer).all()
+    assert set(weights(tmp_path / "out")) == set(model.state_dict())
+
+
+def test_a_finished_run_does_nothing_again(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = make(Shake())
+    first = run(recipe, tmp_path / "out")
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.name != ".lock"}
+    monkeypatch.setattr(engine, "load_model", None)
+    said: list[str] = []
+    assert run(recipe, tmp_path / "out", progress=said.append) == first
+    assert said == [f"already done: {tmp_path / 'out'} holds this very result (--fresh makes it again)"]
+    assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
+
+
+def test_a_damaged_result_is_made_again_from_the_steps(make: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(make(Shake()), out)
+    before = weights(out)
+    (out / "student" / "model.safetensors").write_bytes(b"cut")
+    run(make(Shake()), out)
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(out).items())
+
+
+def test_resume_reruns_only_passes_after_the_changed_one(make: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(make(Shake(), Halve(), Shake(scale=0.1)), out)
+    said: list[str] = []
+    run(make(Shake(), Halve(), Shake(scale=0.2)), out, progress=said.append)
+    assert said == [
+        "[0/3] original: kept from an earlier run",
+        "[1/3] shake: kept from an earlier run",
+        "[2/3] halve: kept from an earlier run",
+        "[3/3] shake …",
+    ]
+    run(make(Shake(), Halve(), Shake(scale=0.2)), tmp_path / "other")
+    assert_equal_students(out, tmp_path / "other")
+
+
+def test_a_kept_step_without_the_figures_that_are_wanted_now_is_made_again(make: Any, tmp_path: Path) -> None:
+    run(make(Shake(), evaluate="never"), tmp_path / "out")
+    report = run(make(Shake(), evaluate="each"), tmp_path / "out")
+    assert all(entry["metrics"] for entry in report["passes"])
+
+
+def test_the_same_recipe_gives_the_same_student_whatever_the_global_generator(make: Any, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    run(make(Shake(), Shake()), tmp_path / "a")
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    run(make(Shake(), Shake()), tmp_path / "b")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert_equal_students(tmp_path / "a", tmp_path / "b")
+
+
+def test_each_pass_draws_its_own_numbers_from_seed_and_position() -> None:
+    drawn = []
+    for seed, index in [(0, 1), (0, 2), (1, 1), (0, 1)]:
+        with seeded(seed, index) as generator:
+            drawn.append((torch.rand(3, generator=generator).tolist(), torch.rand(3).tolist()))
+    assert drawn[0] == drawn[3]
+    assert len({str(pair) for pair in drawn}) == 3
+
+
+def test_python_and_yaml_give_the_same_student(make: Any, tmp_path: Path, tiny_data: dict[str, object]) -> None:
+    recipe = make(Shake(), LowRank(keep=0.5, targets="*intermediate*"))
+    (tmp_path / "r.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    run(tmp_path / "r.yaml", tmp_path / "yaml")
+    assert load_recipe(tmp_path / "r.yaml") == recipe
+    compresskit.compress(
+        recipe.model,
+        passes=[Shake(), LowRank(keep=0.5, targets="*intermediate*")],
+        data=tiny_data,
+        evaluate="never",
+        output=tmp_path / "python",
+    )
+    assert_equal_students(tmp_path / "yaml", tmp_path / "python")
+
+
+def test_compress_reports_all_mistakes_of_its_arguments(tiny_bert_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ManyErrors) as caught:
+        compresskit.compress(tiny_bert_folder, passes=[Quantized(), Halve()], seed=-1, task="sing", output=tmp_path)
+    assert [str(error.where) for error in caught.value.errors] == [
+        "compress: task",
+        "compress: seed",
+        "compress: passes[1]",
+    ]
+
+
+def test_a_teacher_without_a_pass_that_learns_is_an_error(tiny_bert_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(CompressKitError, match="no pass learns from a teacher"):
+        compresskit.compress(tiny_bert_folder, passes=[Shake()], teacher="other", output=tmp_path)
+
+
+def test_a_bug_in_a_pass_names_it_and_what_is_saved(make: Any, tmp_path: Path) -> None:
+    with pytest.raises(RunFailedError) as caught:
+        run(make(Shake(), Fail(how="bug")), tmp_path / "out")
+    said = str(caught.value)
+    assert said.startswith("passes[1] (fail): KeyError: 'no such layer'; saved in ")
+    assert "01-shake-" in said
+    assert "the same command goes on from the last saved step" in said
+    assert caught.value.exit_code == 1
+    assert "no such layer" in (tmp_path / "out" / "failure.log").read_text()
+
+
+def test_a_mistake_found_by_a_pass_stays_the_users(make: Any, tmp_path: Path) -> None:
+    with pytest.raises(CompressKitError) as caught:
+        run(make(Fail(how="mistake")), tmp_path / "out")
+    assert str(caught.value) == "passes[0] (fail): the calibration text is too short\n  fix: use more of it"
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [("nan", "is not finite"), ("unrecorded", "encoder.layer.0.output.extra.bias has shape (2,)")],
+)
+def test_a_pass_that_breaks_the_model_is_stopped_and_not_saved(make: Any, tmp_path: Path, how: str, said: str) -> None:
+    with pytest.raises(RunFailedError, match=r"^passes\[0\] \(fail\): ") as caught:
+        run(make(Fail(how=how)), tmp_path / "out")  # type: ignore[arg-type]
+    assert said in str(caught.value)
+    assert steps(tmp_path / "out") == ["00-original"]
+
+
+def test_misfits_of_all_passes_are_found_before_anything_is_written(make: Any, tmp_path: Path) -> None:
+    with pytest.raises(ManyErrors) as caught:
+        run(make(Fail(how="misfit"), Shake(target="encoder.layer.9.x")), tmp_path / "out")
+    places = [error.where for error in caught.value.errors]
+    assert places == ["passes[0] (fail)", "passes[1] (shake): edits"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_model_is_the_users_mistake(make: Any, tmp_path: Path) -> None:
+    with pytest.raises(CompressKitError, match=r"^model: no folder '\./nowhere'"):
+        run(make(Shake(), model="./nowhere"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_runs_folder_is_refused_and_fresh_replaces_it(make: Any, tmp_path: Path) -> None:
+    run(make(Shake()), tmp_path / "out")
+    with pytest.raises(CompressKitError, match=r"holds another run \(seed 0 there, 1 here\)"):
+        run(make(Shake(), seed=1), tmp_path / "out")
+    run(make(Shake(), seed=1), tmp_path / "out", fresh=True)
+    run(make(Shake(), seed=1), tmp_path / "new")
+    assert_equal_students(tmp_path / "out", tmp_path / "new")
+
+
+def test_fresh_refuses_a_folder_that_is_no_run(make: Any, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(CompressKitError, match=r"no run\.json"):
+        run(make(Shake()), tmp_path, fresh=True)
+    assert (tmp_path / "thesis.tex").read_text() == "x"
+
+
+def test_an_altered_step_is_refused_and_the_run_goes_on_without_it(make: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(make(Shake(), Shake()), out)
+    before = weights(out)
+    broken = next((out / "steps").glob("02-*"))
+    (broken / "student" / "model.safetensors").write_bytes(b"cut off")
+    shutil.rmtree(out / "student")
+    with pytest.raises(CompressKitError, match=r"was altered or cut off: student/model.safetensors has 7 bytes"):
+        run(make(Shake(), Shake()), out)
+    shutil.rmtree(broken)
+    said: list[str] = []
+    run(make(Shake(), Shake()), out, progress=said.append)
+    assert "[1/2] shake: kept from an earlier run" in said
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(out).items())
+
+
+def test_a_full_disk_keeps_the_finished_steps(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = engine.save_student
+
+    def fill(student: Any, folder: Path) -> None:
+        save(student, folder)
+        if "02-" in str(folder):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(engine, "save_student", fill)
+    with pytest.raises(RunFailedError, match=r"^passes\[1\] \(shake\): no space left on the disk") as caught:
+        run(make(Shake(), Shake()), tmp_path / "out")
+    assert "01-shake-" in str(caught.value)
+    assert steps(tmp_path / "out") == ["00-original", "01-shake"]
+    monkeypatch.setattr(engine, "save_student", save)
+    run(make(Shake(), Shake()), tmp_path / "out")
+    run(make(Shake(), Shake()), tmp_path / "whole")
+    assert_equal_students(tmp_path / "out", tmp_path / "whole")
+
+
+def test_too_small_a_disk_is_refused_before_the_first_pass(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: free)
+    with pytest.raises(RunFailedError, match="the run will write about"):
+        run(make(Shake()), tmp_path / "out")
+
+
+def test_a_killed_run_ends_bit_for_bit_where_an_uninterrupted_one_ends(make: Any, tmp_path: Path) -> None:
+    allowed = tmp_path / "allowed"
+    recipe = make(Shake(), Fail(how="kill", unless=str(allowed)), Shake(), Halve())
+    (tmp_path / "r.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    script = (
+        "import sys\nfrom compresskit import run\nfrom compresskit.passes import PASSES\n"
+        "from tests.small_passes import ALL\n"
+        "for cls in ALL: PASSES.add(cls)\n"
+        "run(sys.argv[1], sys.argv[2])\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "r.yaml"), str(tmp_path / "killed")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    killed = subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert killed.returncode == -9, killed.stderr.decode()
+    assert steps(tmp_path / "killed") == ["00-original", "01-shake"]
+    allowed.touch()
+    resumed = subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert resumed.returncode == 0, resumed.stderr.decode()
+    run(recipe, tmp_path / "whole")
+    assert_equal_students(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_measure_compares_a_finished_student_with_its_original(make: Any, tmp_path: Path) -> None:
+    report = run(make(Shake(scale=0.1), evaluate="ends"), tmp_path / "out")
+    figures = compresskit.measure(tmp_path / "out")
+    assert figures["student"]["spearman"] == report["passes"][-1]["metrics"]["spearman"]
+    assert figures["original"]["params"] == report["passes"][0]["params"]
+    shutil.move(tmp_path / "out" / "student", tmp_path / "elsewhere")
+    with pytest.raises(CompressKitError, match="add --original MODEL"):
+        compresskit.measure(tmp_path / "elsewhere")
