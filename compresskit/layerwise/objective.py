@@ -20,29 +20,21 @@ from compresskit.layerwise.moments import MeanMoments, Moments
 SHRINKAGES = (1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, math.inf)
 
 
-class RidgeSolver:
-    """(T + λ W)(C + λ I)⁻¹ for any λ from one eigendecomposition of C.
+def shrunk_weight(weight: Tensor, moments: MeanMoments, shrinkage: float) -> Tensor:
+    """M(λ) = (T + λ W)(C + λ I)⁻¹, (O, I) float64, for λ = shrinkage · mean(diag C) > 0; `inf` returns W.
 
     Args:
         weight: W (O, I), what the answer is pulled towards.
-        moments: C (I, I) and T (O, I); C may be singular.
-
-    Cost: one float64 `eigh` of (I, I); then two products per λ.
+        moments: C (I, I), which may be singular, and T (O, I).
     """
-
-    def __init__(self, weight: Tensor, moments: MeanMoments) -> None:
-        self._W = weight.double()
-        spectrum, self._Q = torch.linalg.eigh(moments.C)
-        self._spectrum = spectrum.clamp_min(0)
-        self._scale = float(moments.C.diagonal().mean())
-        # In eigenvector coordinates the answer is W + (T − W C) Q diag(1 / (s + λ)) Qᵀ.
-        self._gap = (moments.T - self._W @ moments.C) @ self._Q
-
-    def solve(self, shrinkage: float) -> Tensor:
-        """M (O, I) in float64 for λ = shrinkage · mean(diag C); `inf` returns W."""
-        if math.isinf(shrinkage) or self._scale <= 0:
-            return self._W
-        return self._W + (self._gap / (self._spectrum + shrinkage * self._scale)) @ self._Q.T
+    W = weight.double()
+    scale = float(moments.C.diagonal().mean())
+    if math.isinf(shrinkage) or scale <= 0:
+        return W
+    # W + (T − W C)(C + λ I)⁻¹: the same, and exactly W where the layer already gives its target.
+    shrunk = moments.C + shrinkage * scale * torch.eye(len(moments.C), dtype=torch.float64)
+    gap = moments.T - W @ moments.C
+    return W + torch.cholesky_solve(gap.T, torch.linalg.cholesky(shrunk)).T
 
 
 def choose_shrinkage(
@@ -53,10 +45,25 @@ def choose_shrinkage(
     Args:
         weight: W (O, I).
         fit, held_out: moments of disjoint sequences, both centred or both not.
+
+    Cost: one float64 `eigh` of (I, I) and four products of (O, I) by (I, I), whatever the length of the grid: with
+    C = Q diag(s) Qᵀ on `fit`, M(λ) − W = G diag(f) Qᵀ for f = 1 / (s + λ), so the error on `held_out` is the
+    quadratic fᵀ (QᵀC'Q ∘ GᵀG) f + 2 pᵀ f + const.
     """
-    solver = RidgeSolver(weight, fit)
-    errors = [held_out.error(solver.solve(shrinkage)) for shrinkage in grid]
-    return grid[min(range(len(grid)), key=errors.__getitem__)]
+    W = weight.double()
+    scale = float(fit.C.diagonal().mean())
+    if scale <= 0:
+        return math.inf
+    spectrum, Q = torch.linalg.eigh(fit.C)
+    G = (fit.T - W @ fit.C) @ Q
+    linear = (((W @ held_out.C - held_out.T) @ Q) * G).sum(0)
+    quadratic = (Q.T @ held_out.C @ Q) * (G.T @ G)
+
+    def error(shrinkage: float) -> float:
+        f = 1 / (spectrum.clamp_min(0) + shrinkage * scale)  # zeros for an infinite shrinkage
+        return float(f @ quadratic @ f + 2 * linear @ f)
+
+    return min(grid, key=error)
 
 
 def restrict(moments: MeanMoments, columns: Tensor) -> MeanMoments:
@@ -90,9 +97,7 @@ def fit_weight(
         parts = [restrict(part, columns) for part in parts]
         W = W[:, columns]
     shrinkage = choose_shrinkage(W, parts[0], parts[1])
-    if math.isinf(shrinkage):
-        return W, parts[2], shrinkage
-    return RidgeSolver(W, parts[2]).solve(shrinkage), parts[2], shrinkage
+    return shrunk_weight(W, parts[2], shrinkage), parts[2], shrinkage
 
 
 def folded_bias(weight: Tensor, moments: MeanMoments) -> Tensor:

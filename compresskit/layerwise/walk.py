@@ -7,12 +7,12 @@ earlier blocks, sites and passes are seen by the later ones, which can repair th
     inside a branch            t = (1 − α) y + α y₀            y the layer's answer today, y₀ the original layer's
     at a writer of the stream  t = y + α (s₀ − s)              s the residual stream after the addition
 
-Outputs that were pruned away are left out of y₀. Memory: both models, the hidden states of all calibration tokens at
-one depth (twice where anchored), and the moments of one site.
+Outputs that were pruned away are left out of y₀. Memory: both models, the moments of one site, and of all calibration
+tokens the hidden states at one depth and, where anchored, the original's outputs at the sites of one block.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -45,51 +45,54 @@ class SiteMoments:
         return self.fit + self.held_out
 
 
-class _SiteSeenError(Exception):
+class _AllSeenError(Exception):
     """Ends a block's forward as soon as everything wanted from it is there."""
 
 
 class _Watch(TorchFunctionMode):
-    """Records a site's input, its linears' outputs, and the sum that the first of them is added into.
+    """Records what named linears of a block read and give, and the sum that a stream writer's output is added into.
 
     Args:
-        linears: modules of the site, in order.
-        want_stream: wait for the addition of the first linear's output to another tensor.
+        linears: modules by name.
+        writers: those of them whose sum is wanted too.
+        stop_early: leave the block once all is seen.
     """
 
-    def __init__(self, linears: Sequence[nn.Module], *, want_stream: bool) -> None:
+    def __init__(self, linears: Mapping[str, nn.Module], writers: Collection[str], *, stop_early: bool) -> None:
         super().__init__()
-        self.input: Tensor | None = None
-        self.outputs: list[Tensor | None] = [None] * len(linears)
-        self.stream: Tensor | None = None
-        self._want_stream = want_stream
-        self._handles = [
-            linear.register_forward_hook(partial(self._saw, index)) for index, linear in enumerate(linears)
-        ]
+        self.inputs: dict[str, Tensor] = {}
+        self.outputs: dict[str, Tensor] = {}
+        self.streams: dict[str, Tensor] = {}
+        self._linears, self._writers, self._stop_early = linears, writers, stop_early
 
-    def _saw(self, index: int, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        self.input, self.outputs[index] = args[0], output
-        if not self._want_stream and all(seen is not None for seen in self.outputs):
-            raise _SiteSeenError
+    def _saw(self, name: str, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        self.inputs[name], self.outputs[name] = args[0], output
+        self._stop_if_complete()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run `func`; where it adds the watched output, keep the sum."""
+        """Run `func`; where it adds the watched output of a writer, keep the sum."""
         result = func(*args, **(kwargs or {}))
-        output = self.outputs[0]
-        if self._want_stream and output is not None and func in _ADDITIONS and _one_is(output, args[:2]):
-            self.stream = result
-            raise _SiteSeenError
+        if func in _ADDITIONS:
+            for name in self._writers:
+                if name in self.outputs and name not in self.streams and _one_is(self.outputs[name], args[:2]):
+                    self.streams[name] = result
+                    self._stop_if_complete()
         return result
 
-    def run(self, call: Callable[[], Any]) -> None:
-        """Run a block under watch; it is left as soon as all is seen."""
+    def _stop_if_complete(self) -> None:
+        if self._stop_early and len(self.outputs) == len(self._linears) and len(self.streams) == len(self._writers):
+            raise _AllSeenError
+
+    def run(self, call: Callable[[], Tensor]) -> Tensor | None:
+        """What the block gives, under watch; None where it was left early."""
+        handles = [module.register_forward_hook(partial(self._saw, name)) for name, module in self._linears.items()]
         try:
             with self:
-                call()
-        except _SiteSeenError:
-            pass
+                return call()
+        except _AllSeenError:
+            return None
         finally:
-            for handle in self._handles:
+            for handle in handles:
                 handle.remove()
 
 
@@ -100,13 +103,22 @@ def _one_is(output: Tensor, args: Sequence[Any]) -> bool:
 
 @dataclass
 class _Lane:
-    """One batch on its way: what each block is called with, and the hidden states before the current block."""
+    """One batch on its way: what each block is called with, and the hidden states before the current block.
+
+    Attributes:
+        calls: positional and named arguments of each block but the hidden states; the same tensors in all.
+        student, original: hidden states, (batch, length, width); the original's only where anchored.
+        beside: of the current block of the original, each target layer's outputs (tokens, O), padding included, and
+            under `…+` the stream after they were added.
+        fit_rows, held_out_rows: flat indices of real tokens.
+    """
 
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
     student: Tensor
     original: Tensor | None
     fit_rows: Tensor
     held_out_rows: Tensor
+    beside: dict[str, Tensor] = field(default_factory=dict)
 
     def run(self, block: nn.Module, index: int, hidden: Tensor) -> Tensor:
         """The block's output hidden states, (batch, length, width)."""
@@ -147,12 +159,12 @@ def _first_hidden(model: nn.Module, block: str, batch: Batch) -> Tensor:
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.append(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
-        raise _SiteSeenError
+        raise _AllSeenError
 
     handle = model.get_submodule(block).register_forward_pre_hook(hook, with_kwargs=True)
     try:
         model(**batch)
-    except _SiteSeenError:
+    except _AllSeenError:
         pass
     finally:
         handle.remove()
@@ -196,12 +208,12 @@ class Walk:
             by_block.setdefault(site.block, []).append(site)
         with without_cache(self._student.model), without_cache(self._student.original):
             lanes = self._open_lanes()
-            for index in track(range(len(self._blocks)), label):
-                for site in by_block.get(index, ()):
+            for index in track(range(max(by_block) + 1), label):
+                here = by_block.get(index, [])
+                self._advance_original(index, here, lanes)
+                for site in here:
                     solve(site, self._collect(site, lanes))
-                if index >= max(by_block):
-                    break
-                self._advance(index, lanes)
+                self._advance_student(index, lanes)
 
     def _open_lanes(self) -> list[_Lane]:
         student, original = self._student.model, self._student.original
@@ -213,74 +225,65 @@ class Walk:
             sequences += len(batch["input_ids"])
         return lanes
 
-    def _advance(self, index: int, lanes: list[_Lane]) -> None:
+    def _advance_original(self, index: int, sites: Sequence[Site], lanes: list[_Lane]) -> None:
+        """Run the original's block, keeping what its layers at `sites` give."""
+        block = self._student.original.get_submodule(self._blocks[index])
+        names = {self._original_name(name): site for site in sites for name in site.linears}
+        linears = {name: self._original_modules[name] for name in names if name in self._original_modules}
+        writers = [name for name in linears if names[name].writes_stream]
+        for lane in lanes:
+            if lane.original is None:
+                return
+            watch = _Watch(linears, writers, stop_early=False)
+            lane.original = watch.run(partial(lane.run, block, index, lane.original))
+            lane.beside = {name: _flat(output) for name, output in watch.outputs.items()}
+            lane.beside |= {f"{name}+": _flat(stream) for name, stream in watch.streams.items()}
+
+    def _advance_student(self, index: int, lanes: list[_Lane]) -> None:
         block = self._student.model.get_submodule(self._blocks[index])
-        beside = self._student.original.get_submodule(self._blocks[index])
         for lane in lanes:
             lane.student = lane.run(block, index, lane.student)
-            if lane.original is not None:
-                lane.original = lane.run(beside, index, lane.original)
 
-    def _originals(self, site: Site) -> list[nn.Module] | None:
-        """The original's layers at this site; None where it has none (the first of two factors)."""
-        names = [name.removesuffix(".expand") for name in site.linears]
-        if not self._anchor or not all(name in self._original_modules for name in names):
-            return None
-        return [self._original_modules[name] for name in names]
+    def _original_name(self, name: str) -> str:
+        """The original's layer that gives what this one gives: a low-rank layer's last factor stands for the layer."""
+        return name.removesuffix(".expand")
 
     def _collect(self, site: Site, lanes: list[_Lane]) -> SiteMoments:
-        linears = [self._student.model.get_submodule(name) for name in site.linears]
-        originals = self._originals(site)
-        weight, bias = stacked_weight(linears)
+        linears = {name: self._student.model.get_submodule(name) for name in site.linears}
+        weight, bias = stacked_weight(list(linears.values()))
         fit, held_out = (Moments.zeros(weight.shape[1], weight.shape[0]) for _ in range(2))
+        anchored = all(self._original_name(name) in lanes[0].beside for name in site.linears)
+        block = self._student.model.get_submodule(self._blocks[site.block])
         for lane in lanes:
-            if originals is None:
-                x = _flat(self._watch(linears, lane, self._student.model, lane.student, site.block, False).input)
-                fit.update_input(x[lane.fit_rows])
-                held_out.update_input(x[lane.held_out_rows])
-            else:
-                x, t = self._input_and_target(site, lane, linears, originals)
+            watch = _Watch(linears, site.linears if anchored and site.writes_stream else (), stop_early=True)
+            watch.run(partial(lane.run, block, site.block, lane.student))
+            x = _flat(watch.inputs[site.linears[0]])
+            if anchored:
+                t = self._target(site, lane, watch)
                 fit.update(x[lane.fit_rows], t[lane.fit_rows])
                 held_out.update(x[lane.held_out_rows], t[lane.held_out_rows])
-        if originals is None:
+            else:
+                fit.update_input(x[lane.fit_rows])
+                held_out.update_input(x[lane.held_out_rows])
+        if not anchored:
             fit, held_out = fit.with_linear_target(weight, bias), held_out.with_linear_target(weight, bias)
         return SiteMoments(fit, held_out)
 
-    def _input_and_target(
-        self, site: Site, lane: _Lane, linears: list[nn.Module], originals: list[nn.Module]
-    ) -> tuple[Tensor, Tensor]:
-        """x (N, I) and t (N, O) of all positions of one batch, padding included."""
-        assert lane.original is not None
-        now = self._watch(linears, lane, self._student.model, lane.student, site.block, site.writes_stream)
-        x = _flat(now.input)
-        y = torch.cat([_flat(output) for output in now.outputs], dim=1)
-        was = self._watch(originals, lane, self._student.original, lane.original, site.block, site.writes_stream)
-        if now.stream is not None and was.stream is not None:
-            return x, y + self._anchor * (_flat(was.stream) - _flat(now.stream))
-        y0 = torch.cat(
-            [self._keep(name, _flat(output)) for name, output in zip(site.linears, was.outputs, strict=True)], dim=1
-        )
-        return x, torch.lerp(y, y0, self._anchor)
-
-    def _watch(
-        self,
-        linears: Sequence[nn.Module],
-        lane: _Lane,
-        model: nn.Module,
-        hidden: Tensor,
-        index: int,
-        want_stream: bool,
-    ) -> _Watch:
-        watch = _Watch(linears, want_stream=want_stream)
-        block = model.get_submodule(self._blocks[index])
-        watch.run(lambda: lane.run(block, index, hidden))
-        return watch
+    def _target(self, site: Site, lane: _Lane, watch: _Watch) -> Tensor:
+        """t (tokens, O) of one batch, padding included."""
+        y = torch.cat([_flat(watch.outputs[name]) for name in site.linears], dim=1)
+        first = site.linears[0]
+        was = lane.beside.get(f"{self._original_name(first)}+")
+        if first in watch.streams and was is not None:
+            return y + self._anchor * (was - _flat(watch.streams[first]))
+        y0 = [self._keep(name, lane.beside[self._original_name(name)]) for name in site.linears]
+        return torch.lerp(y, torch.cat(y0, dim=1), self._anchor)
 
     def _keep(self, name: str, outputs: Tensor) -> Tensor:
-        kept = self._kept.get(name.removesuffix(".expand"))
+        kept = self._kept.get(self._original_name(name))
         return outputs if kept is None else outputs[:, kept]
 
 
-def _flat(hidden: Tensor | None) -> Tensor:
-    assert hidden is not None, "the site was not reached"
+def _flat(hidden: Tensor) -> Tensor:
+    """(batch, length, width) as (batch · length, width)."""
     return hidden.reshape(-1, hidden.shape[-1])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from compresskit.layerwise.moments import Moments
-from compresskit.layerwise.objective import RidgeSolver, choose_shrinkage, fit_weight, folded_bias
+from compresskit.layerwise.objective import SHRINKAGES, choose_shrinkage, fit_weight, folded_bias, shrunk_weight
 
 
 def sample(tokens: int = 400, inputs: int = 12, outputs: int = 7, *, seed: int = 0, rank: int | None = None):
@@ -59,16 +59,15 @@ def test_linear_targets_follow_from_the_inputs_alone(with_bias):
 def test_no_shrinkage_is_least_squares_and_infinite_shrinkage_is_the_old_weight():
     x, t, weight = sample()
     mean = moments_of(x, t).mean(centred=True)
-    solver = RidgeSolver(torch.zeros_like(weight), mean)
     expected = torch.linalg.lstsq(x - x.mean(0), t - t.mean(0)).solution.T
-    torch.testing.assert_close(solver.solve(1e-14), expected, rtol=1e-6, atol=1e-8)
-    assert torch.equal(RidgeSolver(weight, mean).solve(math.inf), weight)
+    torch.testing.assert_close(shrunk_weight(torch.zeros_like(weight), mean, 1e-12), expected, rtol=1e-6, atol=1e-8)
+    assert torch.equal(shrunk_weight(weight, mean, math.inf), weight)
 
 
 def test_singular_moments_are_solved():
     x, t, weight = sample(tokens=5)
     mean = moments_of(x, t).mean(centred=True)
-    answer = RidgeSolver(weight, mean).solve(1e-3)
+    answer = shrunk_weight(weight, mean, 1e-3)
     assert torch.isfinite(answer).all()
     assert mean.error(answer) < mean.error(weight)
 
@@ -76,8 +75,17 @@ def test_singular_moments_are_solved():
 def test_error_on_the_fitted_tokens_falls_with_shrinkage():
     x, t, weight = sample(tokens=30)
     mean = moments_of(x, t).mean(centred=True)
-    errors = [mean.error(RidgeSolver(weight * 0.5, mean).solve(s)) for s in (math.inf, 10, 1, 0.1, 1e-3)]
+    errors = [mean.error(shrunk_weight(weight * 0.5, mean, s)) for s in (math.inf, 10, 1, 0.1, 1e-3)]
     assert errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_chosen_shrinkage_has_the_least_held_out_error_of_the_grid(seed):
+    x, t, weight = sample(seed=seed, tokens=60)
+    fit, held = (moments_of(a, b).mean(centred=True) for a, b in ((x[:45], t[:45]), (x[45:], t[45:])))
+    errors = {s: held.error(shrunk_weight(weight * 0.8, fit, s)) for s in SHRINKAGES}
+    chosen = choose_shrinkage(weight * 0.8, fit, held)
+    assert errors[chosen] == pytest.approx(min(errors.values()), rel=1e-9)
 
 
 def test_pure_noise_is_answered_by_the_old_weight():
