@@ -38,7 +38,7 @@ _BOUNDS = {
 @dataclass(frozen=True)
 class _Complaint:
     path: Path
-    in_branch: bool  # the last thing named is a branch of a union, not a key
+    gives_way: bool  # to a complaint from deeper inside the same value
     noun: str | None
     what: str
     fix: str | None
@@ -59,7 +59,7 @@ def explain(
     by_path: dict[Path, list[_Complaint]] = {}
     for one in complaints:
         deeper = any(len(o.path) > len(one.path) and o.path[: len(one.path)] == one.path for o in complaints)
-        if not (one.in_branch and deeper):
+        if not (one.gives_way and deeper):
             by_path.setdefault(one.path, []).append(one)
     return [_join(group, value, where(path)) for path, group in by_path.items()]
 
@@ -102,7 +102,8 @@ def _translate(detail: dict[str, Any], root: type[BaseModel], value: Any) -> _Co
             fix = f"write {noun}, such as - {example}"
     else:
         what, fix = detail["msg"][:1].lower() + detail["msg"][1:], None
-    return _Complaint(path, in_branch, noun, what, fix or _fallback(root, path, value))
+    # A list of which one entry is wrong is also said to be too short.
+    return _Complaint(path, in_branch or kind == "too_short", noun, what, fix or _fallback(root, path, value))
 
 
 def _noun(kind: str) -> tuple[str, str] | None:

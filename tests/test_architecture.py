@@ -38,7 +38,7 @@ def imports(source: str) -> list[tuple[int, tuple[str, ...]]]:
     found: list[tuple[int, tuple[str, ...]]] = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module] if node.module != "compresskit" else [f"compresskit.{n.name}" for n in node.names]
+            names = [f"{node.module}.{name.name}" for name in node.names]  # a name may be a module itself
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         else:

@@ -296,6 +296,32 @@ def test_a_killed_run_ends_bit_for_bit_where_an_uninterrupted_one_ends(make: Any
     assert_equal_students(tmp_path / "killed", tmp_path / "whole")
 
 
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_a_chain_of_real_passes_resumes_bit_for_bit_after_every_step(
+    family: str, make: Any, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    chain = [
+        {"kind": "low_rank", "keep": 0.7, "targets": "*att*"},
+        {"kind": "prune_width", "keep": {"ffn": 0.5, "heads": 0.5}},
+        {"kind": "distill", "steps": 2, "losses": [{"kind": "embedding" if family == "bert" else "kl"}]},
+        {"kind": "quantize", "bits": 8, "group_size": 16, "on_misfit": "keep"},
+    ]
+    recipe = make(*chain, model=str(request.getfixturevalue(f"tiny_{family}_folder")))
+    whole = tmp_path / "whole"
+    run(recipe, whole)
+    model, _ = compresskit.load(whole)
+    assert set(weights(whole)) <= set(model.state_dict())
+    for last in range(len(chain)):
+        part = tmp_path / f"from{last}"
+        shutil.copytree(whole, part)
+        for step in (part / "steps").iterdir():
+            if int(step.name[:2]) > last:
+                shutil.rmtree(step)
+        shutil.rmtree(part / "student")
+        run(recipe, part)
+        assert_equal_students(part, whole)
+
+
 def test_measure_compares_a_finished_student_with_its_original(make: Any, tmp_path: Path) -> None:
     report = run(make(Shake(scale=0.1), evaluate="ends"), tmp_path / "out")
     figures = compresskit.measure(tmp_path / "out")

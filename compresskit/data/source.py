@@ -41,7 +41,7 @@ class DataSource(Config):
 
     source: Literal["python-docs", "json", "csv", "parquet", "text", "hub"] = "python-docs"
     #: a file, a glob or a list of them (json covers jsonl); for `hub` the data set's id, such as 'owner/name'
-    path: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ()
+    path: Annotated[tuple[str, ...], BeforeValidator(_as_tuple, json_schema_input_type=str | tuple[str, ...])] = ()
     #: for `hub`: the configuration, as `datasets.load_dataset(path, name)` has it
     name: str | None = None
     #: for `hub`: the part to read, slices such as 'train[:20000]' too

@@ -64,7 +64,7 @@ class PruneWidth(Pass):
     adds: ClassVar[frozenset[Trait]] = frozenset({"pruned"})
     refuses: ClassVar[frozenset[Trait]] = frozenset({"quantized"})
 
-    @field_validator("keep", mode="before")
+    @field_validator("keep", mode="before", json_schema_input_type=float | Widths)
     @classmethod
     def _number_is_ffn(cls, keep: Any) -> Any:
         return {"ffn": keep} if isinstance(keep, int | float) and not isinstance(keep, bool) else keep
