@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 T = TypeVar("T", bound=BaseModel)
-C = TypeVar("C", bound=type)
+C = TypeVar("C", bound=BaseModel)
 
 
 class Config(BaseModel):
@@ -33,12 +33,12 @@ class Registry(Generic[T]):
         self.noun = noun
         self._classes: dict[str, type[T]] = {}
 
-    def add(self, cls: C) -> C:
+    def add(self, cls: type[C]) -> type[C]:
         """Register a class under the default of its `kind` field; a taken name is a programming error."""
-        kind = cls.model_fields["kind"].default  # type: ignore[attr-defined]
+        kind = cls.model_fields["kind"].default
         if kind in self._classes:
             raise ValueError(f"{self.noun} {kind!r} is already registered by {self._classes[kind].__name__}")
-        self._classes[kind] = cls
+        self._classes[kind] = cls  # pyright: ignore[reportArgumentType] # C is a kind of T, which typing cannot say
         return cls
 
     def __getitem__(self, kind: str) -> type[T]:

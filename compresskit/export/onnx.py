@@ -36,19 +36,19 @@ class OnnxExport(Exporter):
 
     kind: Literal["onnx"] = "onnx"  # pyright: ignore[reportIncompatibleVariableOverride]
     #: ONNX operator set; None is the newest that the exporter knows
-    opset: int | None = Field(None, ge=18)
+    opset: int | None = Field(default=None, ge=18)
     #: use ONNX Runtime's fused operators; false gives a plainer graph that computes the same
     fuse: bool = True
     #: largest ‖onnx − torch‖ / ‖torch‖ that passes; of a segment where activations are rounded
-    max_relative_error: float = Field(parity.BOUND, gt=0)
+    max_relative_error: float = Field(default=parity.BOUND, gt=0)
     #: held-out texts in the parity check, and in the comparison with the original
-    texts: int = Field(64, ge=4)
+    texts: int = Field(default=64, ge=4)
     #: also export the original, as float and as onnxruntime's stock dynamic int8, and compare
     baselines: bool = True
     #: timed runs of each model at each shape
-    rounds: int = Field(30, ge=3)
+    rounds: int = Field(default=30, ge=3)
     #: threads of ONNX Runtime; None is every core this process may use
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(default=None, ge=1)
 
     def write(self, student: Student, folder: Path) -> dict[str, Any]:
         """Write, prove and time the student; the report's entry.

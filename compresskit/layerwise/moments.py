@@ -9,6 +9,7 @@ held out and added back. Padding never enters: the caller passes only the rows o
 # N tokens, I in, O out
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,13 +34,13 @@ class Moments:
     @classmethod
     def zeros(cls, in_features: int, out_features: int) -> "Moments":
         """Empty sums."""
-        options = {"dtype": torch.float64}
+        zeros = partial(torch.zeros, dtype=torch.float64)
         return cls(
             0,
-            torch.zeros(in_features, **options),
-            torch.zeros(out_features, **options),
-            torch.zeros(in_features, in_features, **options),
-            torch.zeros(out_features, in_features, **options),
+            zeros(in_features),
+            zeros(out_features),
+            zeros(in_features, in_features),
+            zeros(out_features, in_features),
             0.0,
         )
 

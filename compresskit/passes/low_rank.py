@@ -85,15 +85,22 @@ class LowRank(Pass):
     """Replace linears by two thin factors each, fitted to the activations of calibration text."""
 
     kind: Literal["low_rank"] = "low_rank"
-    keep: float | None = Field(None, gt=0, le=1, description="share of the targeted weights that stays, in (0, 1]")
-    rank: int | None = Field(None, ge=1, description="one rank for every target, instead of keep")
-    targets: str = Field("*", description="glob over the names of linears inside blocks")
-    round_to: int | None = Field(None, ge=1, description="ranks are multiples of this; by default 32, or 8 below 128")
-    share: bool = Field(True, description="linears that read the same input share their first factor")
-    bias: bool = Field(True, description="fold the mean into a bias, adding one where the layer has none")
-    anchor: float = Field(0.0, ge=0, le=1, description="how far the target moves to the original's output (alpha)")
+    keep: float | None = Field(
+        default=None, gt=0, le=1, description="share of the targeted weights that stays, in (0, 1]"
+    )
+    rank: int | None = Field(default=None, ge=1, description="one rank for every target, instead of keep")
+    targets: str = Field(default="*", description="glob over the names of linears inside blocks")
+    round_to: int | None = Field(
+        default=None, ge=1, description="ranks are multiples of this; by default 32, or 8 below 128"
+    )
+    share: bool = Field(default=True, description="linears that read the same input share their first factor")
+    bias: bool = Field(default=True, description="fold the mean into a bias, adding one where the layer has none")
+    anchor: float = Field(
+        default=0.0, ge=0, le=1, description="how far the target moves to the original's output (alpha)"
+    )
     on_misfit: Literal["error", "keep"] = Field(
-        "error", description="a layer whose factors would save nothing: an error, or it stays dense and is listed"
+        default="error",
+        description="a layer whose factors would save nothing: an error, or it stays dense and is listed",
     )
 
     adds: ClassVar[frozenset[Trait]] = frozenset({"low_rank"})

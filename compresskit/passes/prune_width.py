@@ -48,8 +48,8 @@ def top_indices(scores: Tensor, count: int) -> Tensor:
 class Widths(Config):
     """What stays of each kind of width."""
 
-    ffn: float = Field(1.0, gt=0, le=1, description="share of FFN neurons that stays")
-    heads: float = Field(1.0, gt=0, le=1, description="share of attention heads (key/value groups) that stays")
+    ffn: float = Field(default=1.0, gt=0, le=1, description="share of FFN neurons that stays")
+    heads: float = Field(default=1.0, gt=0, le=1, description="share of attention heads (key/value groups) that stays")
 
 
 @PASSES.add
@@ -58,8 +58,12 @@ class PruneWidth(Pass):
 
     kind: Literal["prune_width"] = "prune_width"
     keep: Widths = Field(description="a fraction of the FFN neurons, or {ffn: …, heads: …}")
-    round_to: int = Field(8, ge=1, description="kept neurons are a multiple of this; 32 suits a group size of 32")
-    anchor: float = Field(0.0, ge=0, le=1, description="how far the target moves to the original's stream (alpha)")
+    round_to: int = Field(
+        default=8, ge=1, description="kept neurons are a multiple of this; 32 suits a group size of 32"
+    )
+    anchor: float = Field(
+        default=0.0, ge=0, le=1, description="how far the target moves to the original's stream (alpha)"
+    )
 
     adds: ClassVar[frozenset[Trait]] = frozenset({"pruned"})
     refuses: ClassVar[frozenset[Trait]] = frozenset({"quantized"})

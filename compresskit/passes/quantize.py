@@ -45,15 +45,23 @@ class Quantize(Pass):
     """Hold weights as 4 or 8 bit integers; optionally compute with 8-bit activations."""
 
     kind: Literal["quantize"] = "quantize"
-    bits: Literal[4, 8] = Field(8, description="bits of a weight")
-    method: Literal["rtn"] = Field("rtn", description="round to nearest, after a clip search")
-    group_size: int | Literal["channel"] = Field(32, description="columns that share a scale; channel: a whole row")
-    act: Literal["none", "int8"] = Field("none", description="int8: round activations too (ONNX Runtime's fast path)")
-    targets: str = Field("*", description="glob over the names of linears")
-    embeddings: Literal[4, 8] | None = Field(8, description="bits of embedding tables; null leaves them in float")
-    anchor: float = Field(0.0, ge=0, le=1, description="how far the target moves to the original's output (alpha)")
+    bits: Literal[4, 8] = Field(default=8, description="bits of a weight")
+    method: Literal["rtn"] = Field(default="rtn", description="round to nearest, after a clip search")
+    group_size: int | Literal["channel"] = Field(
+        default=32, description="columns that share a scale; channel: a whole row"
+    )
+    act: Literal["none", "int8"] = Field(
+        default="none", description="int8: round activations too (ONNX Runtime's fast path)"
+    )
+    targets: str = Field(default="*", description="glob over the names of linears")
+    embeddings: Literal[4, 8] | None = Field(
+        default=8, description="bits of embedding tables; null leaves them in float"
+    )
+    anchor: float = Field(
+        default=0.0, ge=0, le=1, description="how far the target moves to the original's output (alpha)"
+    )
     on_misfit: Literal["error", "keep"] = Field(
-        "error", description="a layer whose columns no group divides: an error, or it stays float and is listed"
+        default="error", description="a layer whose columns no group divides: an error, or it stays float and is listed"
     )
 
     adds: ClassVar[frozenset[Trait]] = frozenset({"quantized"})

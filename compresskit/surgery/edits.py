@@ -135,7 +135,8 @@ def keep_outputs(module: nn.Module, keep: Tensor) -> None:
     linear.weight = nn.Parameter(linear.weight.detach().index_select(0, index), linear.weight.requires_grad)
     if linear.bias is not None:
         linear.bias = nn.Parameter(linear.bias.detach().index_select(0, index), linear.bias.requires_grad)
-    module.out_features = linear.out_features = len(keep)
+    for part in (module, linear):
+        setattr(part, "out_features", len(keep))  # noqa: B010
 
 
 def keep_inputs(module: nn.Module, keep: Tensor) -> None:
@@ -145,7 +146,8 @@ def keep_inputs(module: nn.Module, keep: Tensor) -> None:
         raise CompressKitError(f"cannot cut the inputs of a {type(module).__name__}", fix="prune before quantising")
     index = keep.to(linear.weight.device)
     linear.weight = nn.Parameter(linear.weight.detach().index_select(1, index), linear.weight.requires_grad)
-    module.in_features = linear.in_features = len(keep)
+    for part in (module, linear):
+        setattr(part, "in_features", len(keep))  # noqa: B010
 
 
 class _Cutting(Edit):

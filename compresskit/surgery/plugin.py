@@ -10,7 +10,8 @@ import copy
 from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compresskit.surgery.edits import EDITS, Edit, PruneHeads, PruneNeurons, read_ranges, replay
@@ -46,14 +47,14 @@ class EditsQuantizer(HfQuantizer):
     """Replays edits on the empty model before transformers loads the weights."""
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        replay(parse_edits(self.quantization_config.edits), model)  # type: ignore[attr-defined]
+        replay(parse_edits(self.quantization_config.edits), model)  # pyright: ignore[reportAttributeAccessIssue]
 
-    def is_serializable(self) -> bool:
+    def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Saved by compresskit only."""
         return False
 
     @property
-    def is_trainable(self) -> bool:
+    def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Float layers of a student train as any others."""
         return True
 
@@ -103,9 +104,8 @@ def config_with_edits(config: PretrainedConfig, edits: list[Edit], layers: int) 
 
 def edits_of(config: PretrainedConfig) -> list[Edit]:
     """The edits recorded in a student's config; none for any other model's."""
-    raw = getattr(config, "quantization_config", None)
-    if isinstance(raw, EditsConfig):
-        return parse_edits(raw.edits)
-    if isinstance(raw, dict) and raw.get("quant_method") == METHOD:
-        return parse_edits(raw["edits"])
+    raw: Any = getattr(config, "quantization_config", None)
+    said = raw.to_dict() if isinstance(raw, QuantizationConfigMixin) else raw
+    if isinstance(said, dict) and said.get("quant_method") == METHOD:
+        return parse_edits(said["edits"])
     return parse_edits(getattr(config, "compresskit_edits", []))

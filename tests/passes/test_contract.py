@@ -68,7 +68,7 @@ def test_a_student_reloads_bit_for_bit_with_the_same_edits(kind, options, family
     assert type(model) is type(student.model)
 
 
-@pytest.mark.parametrize("kind", PASSES)
+@pytest.mark.parametrize("kind", list(PASSES))
 def test_options_survive_the_recipe_and_have_a_source(kind, tmp_path):
     step = make(kind, EXAMPLES[kind][0])
     recipe = Recipe.model_validate({"model": "m", "passes": [step]})
@@ -77,7 +77,7 @@ def test_options_survive_the_recipe_and_have_a_source(kind, tmp_path):
     assert step.version >= 1
 
 
-@pytest.mark.parametrize("kind", PASSES)
+@pytest.mark.parametrize("kind", list(PASSES))
 def test_planning_on_the_meta_device_changes_nothing_and_agrees(kind, tiny_bert_folder):
     empty = load_empty(find_model(tiny_bert_folder), "feature-extraction")
     names = {name: tuple(t.shape) for name, t in empty.state_dict().items()}
