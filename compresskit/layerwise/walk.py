@@ -131,7 +131,10 @@ class _Lane:
 
 
 def _block_calls(model: nn.Module, blocks: Sequence[str], batch: Batch) -> tuple[list[Any], Tensor]:
-    """How the model calls each block (without the hidden states), and the hidden states before the first."""
+    """How the model calls each of `blocks` (without the hidden states), and the hidden states before the first.
+
+    The model is left at the last of them, so that what follows (an output head, say) is never computed.
+    """
     calls: list[Any] = []
     first: list[Tensor] = []
 
@@ -143,32 +146,18 @@ def _block_calls(model: nn.Module, blocks: Sequence[str], batch: Batch) -> tuple
         if not first:
             first.append(hidden)
         calls.append(rest)
+        if len(calls) == len(blocks):
+            raise _AllSeenError
 
     handles = [model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True) for name in blocks]
-    try:
-        model(**batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls, first[0]
-
-
-def _first_hidden(model: nn.Module, block: str, batch: Batch) -> Tensor:
-    """The hidden states before the first block, without running the blocks."""
-    seen: list[Tensor] = []
-
-    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
-        raise _AllSeenError
-
-    handle = model.get_submodule(block).register_forward_pre_hook(hook, with_kwargs=True)
     try:
         model(**batch)
     except _AllSeenError:
         pass
     finally:
-        handle.remove()
-    return seen[0]
+        for handle in handles:
+            handle.remove()
+    return calls, first[0]
 
 
 def _split_rows(batch: Batch, first_sequence: int) -> tuple[Tensor, Tensor]:
@@ -220,7 +209,7 @@ class Walk:
         lanes, sequences = [], 0
         for batch in self._student.corpus.calibration.batches(self._batch_size):
             calls, hidden = _block_calls(student, self._blocks, batch)
-            beside = _first_hidden(original, self._blocks[0], batch) if self._anchor else None
+            beside = _block_calls(original, self._blocks[:1], batch)[1] if self._anchor else None
             lanes.append(_Lane(calls, hidden, beside, *_split_rows(batch, sequences)))
             sequences += len(batch["input_ids"])
         return lanes

@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
+import yaml
 from families import answer, tiny, tiny_student
 
 from compresskit.models import find_model, load_empty
 from compresskit.passes import PASSES, Pass
-from compresskit.recipe import Recipe, dump_recipe
+from compresskit.recipe import Recipe, dump_recipe, parse_recipe
 from compresskit.student import load_student_model, save_student
 from compresskit.surgery.edits import replay
 
@@ -72,7 +73,7 @@ def test_a_student_reloads_bit_for_bit_with_the_same_edits(kind, options, family
 def test_options_survive_the_recipe_and_have_a_source(kind, tmp_path):
     step = make(kind, EXAMPLES[kind][0])
     recipe = Recipe.model_validate({"model": "m", "passes": [step]})
-    assert PASSES.parse(dump_recipe(recipe)["passes"][0]) == step
+    assert parse_recipe(yaml.safe_load(dump_recipe(recipe))).passes == (step,)
     assert type(step).__doc__
     assert step.version >= 1
 
