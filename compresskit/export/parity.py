@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compresskit.data import Batch, Sequences
+from compresskit.data.sequences import pad
 from compresskit.export.files import save_graph
 from compresskit.export.fusion import rounding_points
 from compresskit.export.runtime import run_session
@@ -41,7 +42,7 @@ def parity_batches(sequences: Sequences, *, texts: int) -> Iterator[Batch]:
     start, turn = 0, 0
     while start < len(rows):
         size = _BATCH_SIZES[turn % len(_BATCH_SIZES)]
-        yield from Sequences(rows[start : start + size], sequences.pad_token_id).batches(size)
+        yield pad(rows[start : start + size], sequences.pad_token_id)
         start, turn = start + size, turn + 1
 
 
