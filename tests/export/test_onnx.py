@@ -25,7 +25,7 @@ from compresskit.layers.low_rank import LowRankLinear
 from compresskit.student import Student
 from compresskit.surgery.edits import MakeLowRank, PruneHeads, QuantizeEmbedding, QuantizeLinears, get_module
 
-FAST = {"baselines": False, "rounds": 3, "threads": 1, "texts": 16}
+FAST = {"baselines": False, "rounds": 3, "threads": 1, "texts": 24}
 BERT = "encoder.layer.{}.{}"
 
 
