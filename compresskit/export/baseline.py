@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from compresskit.data import Batch
 from compresskit.export.files import save_graph, whole_folder
+from compresskit.export.fusion import share_tables
 from compresskit.export.trace import fuse_float, trace
 
 
@@ -69,6 +70,7 @@ def export_baseline(
         # The plain file is read lazily; it goes after the fused one is written.
         graph = ir.load(scratch / "plain.onnx")
         fuse_float(graph)
+        share_tables(graph)
         save_graph(graph, scratch / files.float_model.name)
         for path in scratch.glob("plain.onnx*"):
             path.unlink()

@@ -1,41 +1,38 @@
-"""How alike the sentence embeddings of two models are, in torch or in ONNX Runtime."""
+"""How true sentence embeddings of ONNX files are to the original's in torch."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnxruntime as ort
 import torch
-from scipy.stats import rankdata
-from torch import nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from compresskit.data import Batch
+from compresskit.evaluate.quality import compare_embeddings, evaluating, mean_pool
 from compresskit.export.runtime import run_session
 
 
-def mean_pool(hidden: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Sentence embeddings (batch, width): the mean of the unmasked positions, at unit length."""
-    weights = mask[..., None].astype(np.float64)
-    mean = (hidden * weights).sum(1) / weights.sum(1)
-    return mean / np.linalg.norm(mean, axis=1, keepdims=True)
+def _pooled(hidden: np.ndarray, batch: Batch) -> Tensor:
+    return mean_pool(torch.from_numpy(hidden), batch["attention_mask"])
 
 
-def embed_torch(model: nn.Module, batches: Iterable[Batch], *, output: str) -> np.ndarray:
-    """Sentence embeddings of all texts by a torch model."""
-    parts = []
-    for batch in batches:
-        with torch.no_grad():
-            parts.append(mean_pool(model(**batch)[output].numpy(), batch["attention_mask"].numpy()))
-    return np.concatenate(parts)
+def session_fidelity(
+    original: PreTrainedModel, sessions: Mapping[str, ort.InferenceSession], batches: Sequence[Batch], *, output: str
+) -> dict[str, dict[str, float]]:
+    """`compare_embeddings` of the original in torch with each session, by the session's name.
 
-
-def embed_session(session: ort.InferenceSession, batches: Iterable[Batch]) -> np.ndarray:
-    """Sentence embeddings of all texts by ONNX Runtime."""
-    return np.concatenate([mean_pool(run_session(session, b), b["attention_mask"].numpy()) for b in batches])
-
-
-def embedding_fidelity(original: np.ndarray, other: np.ndarray) -> dict[str, float]:
-    """How alike two sets of unit embeddings (texts, width) are: mean cosine, and Spearman of pairwise similarities."""
-    upper = np.triu_indices(len(original), k=1)
-    ranks = [rankdata((embeddings @ embeddings.T)[upper]) for embeddings in (original, other)]
-    rank = np.corrcoef(*ranks)[0, 1]
-    return {"mean_cosine": float((original * other).sum(1).mean()), "spearman": float(rank)}
+    Args:
+        original: the untouched model.
+        sessions: files with one output, (batch, length, width).
+        batches: three texts or more, with every input that the files have.
+        output: the original's name of that output.
+    """
+    with evaluating(original):
+        expected = torch.cat([_pooled(original(**batch)[output].numpy(), batch) for batch in batches])
+    return {
+        name: compare_embeddings(
+            expected, torch.cat([_pooled(run_session(session, batch), batch) for batch in batches])
+        )
+        for name, session in sessions.items()
+    }

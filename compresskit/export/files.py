@@ -8,8 +8,6 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from compresskit.errors import RunFailedError
-
 # A protobuf holds at most 2 GiB; past this the weights go beside the graph.
 _SINGLE_FILE_BYTES = 1_800_000_000
 
@@ -37,24 +35,16 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """A scratch folder beside `folder` that takes its place when the block ends well, and vanishes when it does not.
 
     A scratch folder that a killed run left behind is removed first.
-
-    Raises:
-        RunFailedError: the disk refuses (full, read-only).
     """
     scratch, replaced = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "replaced"))
+    for left_over in (scratch, replaced):
+        shutil.rmtree(left_over, ignore_errors=True)
+    scratch.mkdir(parents=True)
     try:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
         yield scratch
-        shutil.rmtree(replaced, ignore_errors=True)
         if folder.exists():
             folder.rename(replaced)
         scratch.rename(folder)
         shutil.rmtree(replaced, ignore_errors=True)
-    except OSError as error:
-        free = shutil.disk_usage(folder.parent).free if folder.parent.is_dir() else 0
-        raise RunFailedError(
-            f"cannot write it: {error} ({free / 1e6:.0f} MB free)", where=str(folder), fix="make room, then run again"
-        ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -3,8 +3,9 @@
     reshapes      (b, s, h·d) → (b, s, h, d) → (b, s, h·d)                  becomes   nothing
     attention     three integer products of one input, MultiHeadAttention   becomes   one QAttention
     residuals     LayerNormalization(Add(x, y))                             becomes   LayerNormalization(Sum(x, y))
+    tied tables   a second, transposed or reshaped copy of a weight         becomes   Transpose or Reshape of the first
 
-The last is no taste: ONNX Runtime turns an Add before a LayerNormalization into SkipLayerNormalization, whose CPU
+The third is no taste: ONNX Runtime turns an Add before a LayerNormalization into SkipLayerNormalization, whose CPU
 kernel takes about three times as long for one short text as the two nodes do. It leaves a Sum alone.
 """
 
@@ -12,6 +13,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
+# Smaller constants are not worth a node.
+_SHARED_ELEMENTS = 1024
 _RUNTIME = "com.microsoft"
 _PRODUCT = "MatMulIntegerToFloat"
 # Inputs of MatMulIntegerToFloat
@@ -152,6 +155,44 @@ def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     value.dtype, value.shape = ir.DataType.from_numpy(array.dtype), ir.Shape(array.shape)
     graph.register_initializer(value)
     return value
+
+
+def share_tables(model: ir.Model) -> None:
+    """A weight that is another one, transposed or in another shape, becomes a node that reads the other.
+
+    The exporters fold such views of tied weights into copies. ONNX Runtime folds them again when it loads the file.
+    """
+    graph = model.graph
+    groups: dict[tuple[ir.DataType | None, int], list[ir.Value]] = {}
+    for value in list(graph.initializers.values()):
+        if value.const_value is not None and value.const_value.size >= _SHARED_ELEMENTS:
+            groups.setdefault((value.dtype, value.const_value.size), []).append(value)
+    for values in groups.values():
+        # What is looked up row by row stays as it is; products can read a view.
+        values.sort(key=lambda value: not any("Gather" in user.op_type for user, _ in value.uses()))
+        for index, value in enumerate(values):
+            node = next((view for first in values[:index] if (view := _view(graph, first, value)) is not None), None)
+            if node is not None:
+                graph.insert_before(graph[0], node)
+                value.replace_all_uses_with(node.outputs[0])
+                del graph.initializers[str(value.name)]
+
+
+def _view(graph: ir.Graph, first: ir.Value, second: ir.Value) -> ir.Node | None:
+    """The node that makes `second` of `first`, if one Transpose or Reshape does."""
+    if str(first.name) not in graph.initializers:
+        return None
+    source, wanted = _array(first), _array(second)
+    if source.ndim == wanted.ndim == 2 and np.array_equal(source.T, wanted):
+        node = ir.node("Transpose", [first], {"perm": [1, 0]})
+    elif np.array_equal(source.reshape(-1), wanted.reshape(-1)):
+        shape = _initializer(graph, f"{second.name}.shape", np.array(wanted.shape, np.int64))
+        node = ir.node("Reshape", [first, shape])
+    else:
+        return None
+    node.outputs[0].shape, node.outputs[0].type = second.shape, second.type
+    node.outputs[0].name = f"{second.name}.view"
+    return node
 
 
 def rounding_points(model: ir.Model) -> dict[str, str]:

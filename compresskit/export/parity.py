@@ -24,10 +24,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compresskit.data import Batch, Sequences
+from compresskit.data.sequences import pad
 from compresskit.export.files import save_graph
 from compresskit.export.fusion import rounding_points
 from compresskit.export.runtime import run_session
 from compresskit.layers.int8_linear import Int8Linear
+from compresskit.progress import track
 
 BOUND = 1e-3
 _BATCH_SIZES = (1, 3, 8, 4)
@@ -41,7 +43,7 @@ def parity_batches(sequences: Sequences, *, texts: int) -> Iterator[Batch]:
     start, turn = 0, 0
     while start < len(rows):
         size = _BATCH_SIZES[turn % len(_BATCH_SIZES)]
-        yield from Sequences(rows[start : start + size], sequences.pad_token_id).batches(size)
+        yield pad(rows[start : start + size], sequences.pad_token_id)
         start, turn = start + size, turn + 1
 
 
@@ -74,18 +76,19 @@ def _unmasked(values: np.ndarray, batch: Batch) -> np.ndarray:
     return values[mask] if values.shape[:2] == mask.shape else values
 
 
-def compare_outputs(
-    run: Callable[[Batch], np.ndarray], model: nn.Module, batches: list[Batch], *, output: str
-) -> dict[str, Any]:
-    """`relative_error` and `max_abs` of `run` against torch over unmasked positions, and the `worst_batch` alone."""
+def model_outputs(model: nn.Module, batches: list[Batch], *, output: str) -> list[np.ndarray]:
+    """What the model gives for each batch, in torch."""
+    with torch.no_grad():
+        return [model(**batch)[output].numpy() for batch in track(batches, "running the student")]
+
+
+def compare_outputs(got: list[np.ndarray], expected: list[np.ndarray], batches: list[Batch]) -> dict[str, Any]:
+    """`relative_error` and `max_abs` over unmasked positions of all batches, and the `worst_batch` alone."""
     total, worst = Difference(), 0.0
-    for batch in batches:
-        with torch.no_grad():
-            expected = _unmasked(model(**batch)[output].numpy(), batch)
-        got = _unmasked(run(batch), batch)
+    for one, truth, batch in zip(got, expected, batches, strict=True):
         alone = Difference()
         for difference in (total, alone):
-            difference.add(got, expected)
+            difference.add(_unmasked(one, batch), _unmasked(truth, batch))
         worst = max(worst, alone.relative)
     return {"relative_error": total.relative, "max_abs": total.max_abs, "worst_batch": worst}
 
@@ -146,7 +149,7 @@ def compare_segments(
     """
     differences: dict[str, Difference] = {name: Difference() for name in [*points, output]}
     names = [value.name for value in session.get_outputs()]
-    for batch in batches:
+    for batch in track(batches, "comparing with ONNX Runtime"):
         feed = {value.name: batch[value.name].numpy() for value in session.get_inputs()}
         got = {name: np.asarray(value) for name, value in zip(names, session.run(None, feed), strict=True)}
         seen: dict[str, Tensor] = {}
@@ -181,16 +184,6 @@ def _unrounded(model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def rounding_noise(model: nn.Module, batches: list[Batch], *, output: str) -> float:
-    """How far rounding its activations moves the student, relative, on these texts."""
-
-    def without(batch: Batch) -> np.ndarray:
-        with torch.no_grad(), _unrounded(model):
-            return model(**batch)[output].numpy()
-
-    return compare_outputs(without, model, batches, output=output)["relative_error"]
-
-
 def check_parity(
     path: Path,
     open_model: Callable[[Path], ort.InferenceSession],
@@ -204,10 +197,11 @@ def check_parity(
     Returns:
         `relative_error` (end to end; of the worst segment where activations are rounded), `max_abs`, `texts`,
         `shapes`; for integer students also `worst_segment`, `segments` and `end_to_end` with `relative_error`,
-        `worst_batch`, `max_abs` and `rounding_noise`.
+        `worst_batch`, `max_abs` and `rounding_noise`: how far rounding its activations moves the student.
     """
     session = open_model(path)
-    end_to_end = compare_outputs(lambda batch: run_session(session, batch), model, batches, output=output)
+    expected = model_outputs(model, batches, output=output)
+    end_to_end = compare_outputs([run_session(session, batch) for batch in batches], expected, batches)
     compared = {
         "texts": sum(len(batch["input_ids"]) for batch in batches),
         "shapes": ["x".join(map(str, batch["input_ids"].shape)) for batch in batches],
@@ -221,5 +215,7 @@ def check_parity(
     finally:
         for file in probe.parent.glob(f"{probe.name}*"):
             file.unlink()
-    end_to_end["rounding_noise"] = rounding_noise(model, batches, output=output)
+    with _unrounded(model):
+        unrounded = model_outputs(model, batches, output=output)
+    end_to_end["rounding_noise"] = compare_outputs(unrounded, expected, batches)["relative_error"]
     return found | compared | {"end_to_end": end_to_end}

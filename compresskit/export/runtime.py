@@ -10,6 +10,8 @@ import numpy as np
 import onnxruntime as ort
 from torch import Tensor
 
+from compresskit.progress import track
+
 SHAPES = ((1, 16), (1, 64), (8, 64))
 HEADLINE = "1x64"
 _WARMUP = 5
@@ -61,7 +63,7 @@ def compare_latency(
             for _ in range(_WARMUP):
                 session.run(None, inputs[name])
         times: dict[str, list[float]] = {name: [] for name in sessions}
-        for _ in range(rounds):
+        for _ in track(range(rounds), "timing ONNX Runtime"):
             for name, session in sessions.items():
                 session.run(None, inputs[name])  # untimed: brings its weights back into the caches
                 start = time.perf_counter()

@@ -14,7 +14,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.exporters.configs import OnnxConfig
@@ -24,7 +24,7 @@ from transformers.masking_utils import bidirectional_mask_function
 
 from compresskit.data import Batch
 from compresskit.errors import CompressKitError
-from compresskit.export.fusion import fuse_encoder, prefer_sums
+from compresskit.export.fusion import fuse_encoder, prefer_sums, share_tables
 from compresskit.layers.int8_linear import Int8Linear
 from compresskit.layers.operators import emit_operators
 
@@ -101,7 +101,7 @@ def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_exporters() -> Iterator[None]:
     """Keep the exporters' progress prints and version notes to themselves; their errors still arrive."""
     loggers = [logging.getLogger(name) for name in ("transformers", "torch.onnx", "onnxscript")]
     levels = [logger.level for logger in loggers]
@@ -147,7 +147,7 @@ def trace(
     inputs: dict[str, Any] = dict(batch)
     if hasattr(model.config, "use_cache"):
         inputs["use_cache"] = False
-    with _quiet(), _attention(model, attention), emit_operators():
+    with quiet_exporters(), _attention(model, attention), emit_operators():
         graph = OnnxExporter().export(model, inputs, config=config).program
         _keep_output(graph, output)
         if as_node:
@@ -155,13 +155,16 @@ def trace(
         elif fuse:
             fuse_float(graph)
             prefer_sums(graph)
+        share_tables(graph)
     _name_axes(graph, list(batch))
+    # Each node came with the stack trace of the machine it was traced on.
+    ClearMetadataAndDocStringPass()(graph)
     return graph
 
 
 def fuse_float(model: ir.Model) -> None:
     """transformers' own fusions for ONNX Runtime on a CPU, in place."""
-    with _quiet():
+    with quiet_exporters():
         fuse_for_onnxruntime(model, "cpu")
 
 

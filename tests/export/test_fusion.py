@@ -1,0 +1,82 @@
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+
+from compresskit.export import fusion
+
+
+def _model(nodes: list[ir.Node], inputs: list[ir.Value], constants: dict[str, np.ndarray]) -> ir.Model:
+    values = []
+    for node in nodes:
+        for value in node.inputs:
+            if value is not None and value.name in constants and value not in values:
+                value.const_value = ir.tensor(constants[value.name], name=value.name)
+                values.append(value)
+    output = nodes[-1].outputs[0]
+    output.name, output.dtype = "y", ir.DataType.FLOAT
+    graph = ir.Graph(inputs, [output], nodes=nodes, initializers=values, opset_imports={"": 20, "com.microsoft": 1})
+    return ir.Model(graph, ir_version=10)
+
+
+def _value(name: str, shape: tuple[int, ...], dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
+    return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+
+
+def _run(model: ir.Model, **feed: np.ndarray) -> np.ndarray:
+    data = ir.to_proto(model).SerializeToString()
+    return np.asarray(ort.InferenceSession(data, providers=["CPUExecutionProvider"]).run(None, feed)[0])
+
+
+def _operators(model: ir.Model) -> list[str]:
+    return [node.op_type for node in model.graph]
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_residual_sums_before_norms_compute_the_same(skip: bool) -> None:
+    x, z, gamma, beta = _value("x", (2, 3, 8)), _value("z", (2, 3, 8)), _value("gamma", (8,)), _value("beta", (8,))
+    draw = np.random.default_rng(0)
+    constants = {name: draw.normal(size=8).astype(np.float32) for name in ("gamma", "beta")}
+    if skip:
+        attributes = {"epsilon": 1e-5}
+        nodes = [ir.node("SkipLayerNormalization", [x, z, gamma, beta], attributes, domain="com.microsoft")]
+    else:
+        add = ir.node("Add", [x, z])
+        nodes = [add, ir.node("LayerNormalization", [add.outputs[0], gamma, beta], {"axis": -1, "epsilon": 1e-5})]
+    model = _model(nodes, [x, z], constants)
+    feed = {name: draw.normal(size=(2, 3, 8)).astype(np.float32) for name in ("x", "z")}
+    before = _run(model, **feed)
+    fusion.prefer_sums(model)
+    assert _operators(model) == ["Sum", "LayerNormalization"]
+    np.testing.assert_allclose(_run(model, **feed), before, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("shape", "operator"), [((4000, 2), "Transpose"), ((1, 2, 4000), "Reshape")])
+def test_a_copy_of_a_table_becomes_a_view_of_it(shape: tuple[int, ...], operator: str) -> None:
+    table = np.random.default_rng(0).normal(size=(2, 4000)).astype(np.float32)
+    copy = table.T.copy() if operator == "Transpose" else table.reshape(shape)
+    x = _value("x", (4000,) if operator == "Transpose" else (2, 4000))
+    first, second = _value("first", table.shape), _value("second", shape)
+    product = ir.node("MatMul" if operator == "Transpose" else "Add", [x, second])
+    row = ir.node("Gather", [first, _value("index", (), ir.DataType.INT64)])
+    total = ir.node("ReduceSum", [product.outputs[0]], {"keepdims": 0})
+    result = ir.node("Add", [total.outputs[0], row.outputs[0]])
+    constants = {"first": table, "second": copy, "index": np.array(1)}
+    model = _model([product, row, total, result], [x], constants)
+    value = np.ones(tuple(x.shape or ()), np.float32)
+    before = _run(model, x=value)
+    fusion.share_tables(model)
+    assert _operators(model)[0] == operator
+    assert "second" not in model.graph.initializers
+    assert np.array_equal(_run(model, x=value), before)
+
+
+def test_different_tables_of_one_size_stay_apart() -> None:
+    draw = np.random.default_rng(0)
+    constants = {name: draw.normal(size=(2, 4000)).astype(np.float32) for name in ("first", "second")}
+    x, first, second = (_value(name, (2, 4000)) for name in ("x", "first", "second"))
+    add = ir.node("Add", [x, first])
+    model = _model([add, ir.node("Add", [add.outputs[0], second])], [x], constants)
+    fusion.share_tables(model)
+    assert _operators(model) == ["Add", "Add"]
+    assert set(model.graph.initializers) == {"first", "second"}

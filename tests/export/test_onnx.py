@@ -1,0 +1,398 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from conftest import make_tokenizer
+from onnx import numpy_helper
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+
+from compresskit.data import Corpus, Sequences
+from compresskit.errors import RunFailedError
+from compresskit.export import EXPORTERS, OnnxExport, parity
+from compresskit.export import onnx as exporter
+from compresskit.export.onnx import MODEL_FILE, complete_batch, judge_parity
+from compresskit.export.runtime import open_session, run_session
+from compresskit.layers.grid import quantize_weight
+from compresskit.layers.int8_linear import Int8Linear
+from compresskit.layers.low_rank import LowRankLinear
+from compresskit.student import Student
+from compresskit.surgery.edits import MakeLowRank, PruneHeads, QuantizeEmbedding, QuantizeLinears, get_module
+
+FAST = {"baselines": False, "rounds": 3, "threads": 1, "texts": 24}
+BERT = "encoder.layer.{}.{}"
+
+
+def _corpus(vocabulary: int, longest: int = 24) -> Corpus:
+    draw = torch.Generator().manual_seed(0)
+    lengths = torch.randint(3, longest, (24,), generator=draw).tolist()
+    rows = [torch.randint(5, vocabulary, (n,), generator=draw).tolist() for n in lengths]
+    return Corpus(Sequences([[1]], 0), Sequences([[2]], 0), Sequences(rows, 0), "test")
+
+
+def _student(task: str) -> Student:
+    tokenizer = make_tokenizer()
+    shape = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    shape |= {"intermediate_size": 64, "max_position_embeddings": 64, "pad_token_id": 0}
+    models = []
+    for _ in range(2):
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            if task == "feature-extraction":
+                model = BertModel(BertConfig(**shape)).eval()
+            else:
+                model = LlamaForCausalLM(
+                    LlamaConfig(**shape, num_key_value_heads=2, head_dim=8, tie_word_embeddings=True)
+                ).eval()
+            for name, value in model.named_parameters():
+                if value.ndim == 2 and "embed" not in name:
+                    value.data.normal_(0, 0.3)
+        models.append(model)
+    return Student(models[0], models[1], tokenizer, task, _corpus(len(tokenizer)))
+
+
+@pytest.fixture
+def bert() -> Student:
+    return _student("feature-extraction")
+
+
+@pytest.fixture(scope="module")
+def integer_export(tmp_path_factory: pytest.TempPathFactory) -> tuple[Student, Path, dict[str, Any]]:
+    """A BERT in integers and its export; read only."""
+    student = _student("feature-extraction")
+    _change_bert_integers(student)
+    folder = tmp_path_factory.mktemp("integers") / "onnx"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COMPRESSKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        entry = OnnxExport(**FAST | {"baselines": True}).write(student, folder)  # type: ignore[arg-type]
+    return student, folder, entry
+
+
+def _linears(student: Student) -> list[str]:
+    names = [name for name, module in student.model.named_modules() if isinstance(module, nn.Linear)]
+    return [name for name in names if name not in ("lm_head", "pooler.dense")]
+
+
+def _factorise(student: Student, layers: list[tuple[str, ...]], rank: int) -> None:
+    """Share one factor among each group, from the SVD of their stacked weights."""
+    for names in layers:
+        stacked = torch.cat([get_module(student.model, name).weight.data for name in names])  # type: ignore[arg-type]
+        biases = [get_module(student.model, name).bias for name in names]
+        left, values, right = torch.linalg.svd(stacked, full_matrices=False)
+        student.edit(MakeLowRank(targets=names, rank=rank, bias=False))
+        row = 0
+        for name, bias in zip(names, biases, strict=True):
+            layer = get_module(student.model, name)
+            assert isinstance(layer, LowRankLinear)
+            layer.expand.weight.data = (left[:, :rank] * values[:rank])[row : row + layer.out_features].clone()
+            row += layer.out_features
+            if bias is not None:
+                layer.expand.bias.data.copy_(bias.data)  # type: ignore[arg-type]
+        get_module(student.model, names[0]).reduce.weight.data = right[:rank].clone()  # type: ignore[union-attr]
+
+
+def _quantize(student: Student, names: list[str], **options) -> None:
+    old = {name: get_module(student.model, name) for name in names}
+    student.edit(QuantizeLinears(targets=tuple(names), **options))
+    for name, linear in old.items():
+        new = get_module(student.model, name)
+        values = quantize_weight(
+            linear.weight,
+            bits=options["bits"],
+            group_size=options["group_size"],
+            clip_points=1,  # type: ignore[arg-type]
+        )
+        new.set_codes(values)  # type: ignore[operator]
+        if linear.bias is not None:
+            new.bias.data.copy_(linear.bias.data)  # type: ignore[arg-type, union-attr]
+
+
+def _quantize_table(student: Student, name: str, *, bits: int, head: str | None = None) -> None:
+    weight = get_module(student.model, name).weight.data  # type: ignore[union-attr]
+    student.edit(QuantizeEmbedding(target=name, head=head, bits=bits, group_size=0))  # type: ignore[arg-type]
+    get_module(student.model, name).set_codes(  # type: ignore[operator]
+        quantize_weight(weight, bits=bits, group_size=0, clip_points=1)  # type: ignore[arg-type]
+    )
+
+
+def _attention(index: int) -> tuple[str, ...]:
+    return tuple(BERT.format(index, f"attention.self.{name}") for name in ("query", "key", "value"))
+
+
+def _change_bert_integers(student: Student) -> None:
+    _quantize(student, _linears(student), bits=8, group_size=0, act="int8")
+    for name in ("word", "position", "token_type"):
+        _quantize_table(student, f"embeddings.{name}_embeddings", bits=8)
+
+
+def _change_bert_low_rank_integers(student: Student) -> None:
+    """Heads pruned, query, key and value sharing a factor, then everything in integers."""
+    for index in range(1):
+        query, key, value = _attention(index)
+        output = BERT.format(index, "attention.output.dense")
+        shape = {"module": BERT.format(index, "attention.self"), "head_dim": 8, "keep": "0,2-3", "keep_kv": "0,2-3"}
+        student.edit(PruneHeads(query=query, key=key, value=value, output=output, **shape))  # type: ignore[arg-type]
+    _factorise(student, [_attention(0)], rank=16)
+    _quantize(student, _linears(student), bits=8, group_size=0, act="int8")
+    _quantize_table(student, "embeddings.word_embeddings", bits=4)
+
+
+def _change_bert_weights(student: Student) -> None:
+    _factorise(student, [_attention(0)], rank=16)
+    _quantize(student, _linears(student), bits=4, group_size=16)
+
+
+BERT_CHANGES = {"low_rank_weights4": _change_bert_weights, "low_rank_integers": _change_bert_low_rank_integers}
+
+
+def _change_llama_all(student: Student) -> None:
+    _factorise(student, [("model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj")], rank=16)
+    _quantize(student, _linears(student), bits=8, group_size=16)
+    _quantize_table(student, "model.embed_tokens", bits=8, head="lm_head")
+
+
+LLAMA_CHANGES: dict[str, Callable[[Student], None]] = {
+    "float": lambda student: None,
+    "low_rank_weights_and_tied_head": _change_llama_all,
+    "integers": lambda student: _quantize(student, _linears(student), bits=8, group_size=0, act="int8"),
+    "tied4": lambda student: _quantize_table(student, "model.embed_tokens", bits=4, head="lm_head"),
+}
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("integers", "tied4")]
+
+
+def _stored(path: Path) -> dict[str, np.ndarray]:
+    return {one.name: numpy_helper.to_array(one) for one in onnx.load(str(path)).graph.initializer}
+
+
+def _assert_integers_are_the_students(student: Student, path: Path) -> None:
+    """Every integer buffer that the output depends on lies in the file once, bit for bit, possibly beside others."""
+    stored = [array for array in _stored(path).values() if array.dtype in (np.uint8, np.int8)]
+    assert stored
+    buffers = {name: value for name, value in student.model.state_dict().items() if "pooler" not in name}
+    checked = 0
+    for name, value in buffers.items():
+        if value.dtype not in (torch.uint8, torch.int8):
+            continue
+        wanted = value.numpy()
+        found = sum(_count_inside(array, wanted) for array in stored)
+        assert found == 1, f"{name} {wanted.shape} is in the file {found} times"
+        checked += 1
+    assert checked
+
+
+def _count_inside(array: np.ndarray, wanted: np.ndarray) -> int:
+    """How often `wanted` is `array`, or one of three equal column blocks of it."""
+    if array.dtype != wanted.dtype:
+        return 0
+    parts = [array] if array.size != 3 * wanted.size else np.split(array, 3, axis=-1)
+    return sum(part.size == wanted.size and np.array_equal(part.reshape(wanted.shape), wanted) for part in parts)
+
+
+def _assert_all_shapes_agree(student: Student, path: Path, output: str) -> None:
+    session = open_session(path, threads=1)
+    for batch, length in ((1, 1), (1, 9), (5, 2), (4, 23)):
+        ids = torch.randint(5, 100, (batch, length), generator=torch.Generator().manual_seed(length))
+        mask = torch.ones_like(ids)
+        mask[-1, (length + 1) // 2 :] = 0
+        inputs = complete_batch(student, {"input_ids": ids, "attention_mask": mask})
+        with torch.no_grad():
+            expected = student.model(**inputs)[output].numpy()
+        assert run_session(session, inputs).shape == expected.shape
+        kept = mask.numpy().astype(bool)
+        apart = np.linalg.norm((run_session(session, inputs) - expected)[kept]) / np.linalg.norm(expected[kept])
+        # Rounded activations: flips may cascade, see compresskit.export.parity.
+        assert apart <= (0.05 if any(isinstance(m, Int8Linear) for m in student.model.modules()) else 1e-4)
+
+
+@pytest.mark.parametrize("change", BERT_CHANGES)
+def test_a_changed_encoder_runs_in_onnx_runtime_as_in_torch(bert: Student, tmp_path: Path, change: str) -> None:
+    BERT_CHANGES[change](bert)
+    entry = OnnxExport(**FAST).write(bert, tmp_path / "onnx")  # type: ignore[arg-type]
+    assert entry["parity"]["relative_error"] <= 1e-5
+    _assert_all_shapes_agree(bert, tmp_path / "onnx" / MODEL_FILE, "last_hidden_state")
+    _assert_integers_are_the_students(bert, tmp_path / "onnx" / MODEL_FILE)
+    operators = entry["operators"]
+    if change == "low_rank_integers":
+        assert operators["com.microsoft::QAttention"] == 1
+        # one rounding each: the shared factor's input, its output, the attention's output, both halves of the FFN
+        assert operators["DynamicQuantizeLinear"] == 5
+        assert operators["com.microsoft::MatMulIntegerToFloat"] == 4
+    else:
+        # the factor that query, key and value share is one product of the seven
+        assert operators["com.microsoft::MatMulNBits"] == 7
+
+
+def test_an_encoder_in_integers_is_one_fused_operator_per_attention(
+    integer_export: tuple[Student, Path, dict[str, Any]],
+) -> None:
+    student, folder, entry = integer_export
+    assert entry["operators"]["com.microsoft::QAttention"] == 1
+    assert entry["operators"]["DynamicQuantizeLinear"] == 4
+    assert entry["operators"]["com.microsoft::MatMulIntegerToFloat"] == 3
+    assert not {"com.microsoft::MultiHeadAttention", "Reshape", "Add"} & set(entry["operators"])
+    assert entry["parity"]["segments"] == 5
+    assert entry["parity"]["relative_error"] <= 1e-5
+    _assert_all_shapes_agree(student, folder / MODEL_FILE, "last_hidden_state")
+    _assert_integers_are_the_students(student, folder / MODEL_FILE)
+
+
+@pytest.mark.parametrize("change", ["float", "low_rank_weights_and_tied_head", *SLOW])
+def test_a_changed_decoder_runs_in_onnx_runtime_as_in_torch(tmp_path: Path, change: str) -> None:
+    llama = _student("text-generation")
+    LLAMA_CHANGES[change](llama)
+    entry = OnnxExport(**FAST).write(llama, tmp_path / "onnx")  # type: ignore[arg-type]
+    assert entry["parity"]["relative_error"] <= 1e-5
+    _assert_all_shapes_agree(llama, tmp_path / "onnx" / MODEL_FILE, "logits")
+    if change != "float":
+        _assert_integers_are_the_students(llama, tmp_path / "onnx" / MODEL_FILE)
+    sizes = [llama.model.config.vocab_size * width for width in (32, 16)]  # 4-bit codes lie two in a byte
+    tables = [name for name, array in _stored(tmp_path / "onnx" / MODEL_FILE).items() if array.size in sizes]
+    assert len(tables) == 1
+
+
+@pytest.mark.slow
+def test_the_unfused_graph_computes_the_same(bert: Student, tmp_path: Path) -> None:
+    _change_bert_integers(bert)
+    entry = OnnxExport(**FAST, fuse=False).write(bert, tmp_path / "onnx")  # type: ignore[arg-type]
+    assert "com.microsoft::QAttention" not in entry["operators"]
+    assert entry["parity"]["relative_error"] <= 1e-5
+
+
+def test_report_entry_and_folder_hold_what_they_promise(
+    integer_export: tuple[Student, Path, dict[str, Any]],
+) -> None:
+    student, folder, entry = integer_export
+    json.dumps(entry, allow_nan=False)
+    assert sorted(path.name for path in folder.iterdir()) == entry["files"]
+    assert [path.name for path in folder.parent.iterdir()] == ["onnx"]
+    assert entry["kind"] == "onnx"
+    assert entry["size_bytes"] == (folder / MODEL_FILE).stat().st_size
+    for one in (entry, entry["baseline"], entry["stock_int8"]):
+        assert 0 < one["latency_ms"]["p50"] <= one["latency_ms"]["p95"]
+        assert {"1x16", "1x64", "8x64"} <= set(one["latency_ms"])
+    assert entry["size_bytes"] < entry["baseline"]["size_bytes"]
+    assert entry["fidelity"]["spearman"] > 0.9
+    assert 0 < entry["stock_int8"]["fidelity"]["mean_cosine"] <= 1
+    assert AutoConfig.from_pretrained(folder).hidden_size == 32
+    assert len(AutoTokenizer.from_pretrained(folder)) == len(student.tokenizer)
+    model = onnx.load(str(folder / MODEL_FILE))
+    assert [value.name for value in model.graph.output] == ["last_hidden_state"]
+    axes = [[dim.dim_param for dim in value.type.tensor_type.shape.dim] for value in model.graph.input]
+    assert axes == [["batch", "sequence"]] * len(axes)
+    assert str(Path(__file__).parents[2]).encode() not in (folder / MODEL_FILE).read_bytes()
+
+
+def test_exporting_changes_nothing_in_the_student(integer_export: tuple[Student, Path, dict[str, Any]]) -> None:
+    fresh = _student("feature-extraction")
+    _change_bert_integers(fresh)
+    exported = integer_export[0]
+    assert exported.model.config._attn_implementation == fresh.model.config._attn_implementation
+    assert not exported.model.training
+    expected = fresh.model.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in exported.model.state_dict().items())
+
+
+@pytest.mark.slow
+def test_the_original_is_exported_once_for_many_students(
+    bert: Student, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMPRESSKIT_CACHE", str(tmp_path / "cache"))
+    options = OnnxExport(**FAST | {"baselines": True})  # type: ignore[arg-type]
+    options.write(bert, tmp_path / "onnx")
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.onnx")}
+    assert sorted(path.name for path in made) == ["float.onnx", "int8.onnx"]
+    _change_bert_integers(bert)
+    options.write(bert, tmp_path / "onnx")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.onnx")} == made
+
+
+def _nudge_one_code(graph: ir.Model) -> ir.Model:
+    value = next(v for v in graph.graph.initializers.values() if str(v.name).endswith("output.dense.codes"))
+    assert value.const_value is not None
+    codes = value.const_value.numpy().copy()
+    codes.flat[0] = codes.flat[0] ^ 32
+    value.const_value = ir.tensor(codes, name=value.name)
+    return graph
+
+
+@pytest.fixture
+def traced(integer_export: tuple[Student, Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> Student:
+    """The integer student, whose graph need not be traced again."""
+    student, folder, _ = integer_export
+    monkeypatch.setattr(exporter, "trace", lambda *_, **__: ir.load(folder / MODEL_FILE))
+    return student
+
+
+def test_one_wrong_integer_is_fatal_and_leaves_no_file(
+    traced: Student, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = exporter.trace
+    monkeypatch.setattr(exporter, "trace", lambda *_, **__: _nudge_one_code(whole()))  # type: ignore[call-arg]
+    with pytest.raises(RunFailedError, match=r"differs from the student by .* at .*; the bound is 0.001") as error:
+        OnnxExport(**FAST).write(traced, tmp_path / "onnx")  # type: ignore[arg-type]
+    assert error.value.exit_code == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_export_leaves_the_earlier_one_whole(
+    traced: Student, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = OnnxExport(**FAST)  # type: ignore[arg-type]
+    options.write(traced, tmp_path / "onnx")
+    before = (tmp_path / "onnx" / MODEL_FILE).read_bytes()
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(parity, "check_parity", stop)
+    for name in ("onnx", "first"):
+        with pytest.raises(KeyboardInterrupt):
+            options.write(traced, tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["onnx"]
+    assert (tmp_path / "onnx" / MODEL_FILE).read_bytes() == before
+
+
+def test_what_a_killed_export_left_behind_is_no_obstacle(traced: Student, tmp_path: Path) -> None:
+    (tmp_path / ".onnx.partial").mkdir()
+    (tmp_path / ".onnx.partial" / MODEL_FILE).write_bytes(b"half")
+    OnnxExport(**FAST).write(traced, tmp_path / "onnx")  # type: ignore[arg-type]
+    assert [path.name for path in tmp_path.iterdir()] == ["onnx"]
+    open_session(tmp_path / "onnx" / MODEL_FILE, threads=1)
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        ({"relative_error": 2e-3, "texts": 1}, "by 0.002"),
+        ({"relative_error": float("nan"), "texts": 1}, "by nan"),
+        (
+            {"relative_error": 1e-6, "texts": 1, "end_to_end": {"relative_error": 0.3, "rounding_noise": 0.1}},
+            "0.3 end to end, more than 2 times",
+        ),
+    ],
+)
+def test_parity_past_its_bound_is_an_error(found: dict[str, Any], message: str) -> None:
+    with pytest.raises(RunFailedError, match=message):
+        judge_parity(found, bound=1e-3, where="onnx")
+
+
+def test_values_that_are_not_finite_are_an_infinite_difference() -> None:
+    difference = parity.Difference()
+    difference.add(np.array([1.0, np.nan]), np.array([1.0, 1.0]))
+    assert difference.relative == float("inf")
+
+
+def test_exporter_is_registered_under_its_kind() -> None:
+    assert EXPORTERS["onnx"] is OnnxExport
+    assert isinstance(EXPORTERS.parse({"kind": "onnx", "opset": 20}), OnnxExport)
+
+
+def test_sessions_keep_the_threads_they_were_given(integer_export: tuple[Student, Path, dict[str, Any]]) -> None:
+    session = open_session(integer_export[1] / MODEL_FILE, threads=1)
+    assert session.get_session_options().intra_op_num_threads == 1

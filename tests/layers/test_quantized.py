@@ -1,0 +1,193 @@
+import copy
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from torch import Tensor, nn
+
+from compresskit.export.trace import quiet_exporters
+from compresskit.layers.grid import Codes, quantize_weight
+from compresskit.layers.int8_linear import Int8Linear, multiply_exactly, quantize_dynamic
+from compresskit.layers.quant_embedding import QuantEmbedding
+from compresskit.layers.quant_linear import QuantLinear
+
+LINEAR_GRIDS = [(64, 4, 16), (64, 8, 32), (64, 4, 0), (50, 8, 0), (50, 4, 0)]
+
+
+def _codes(rows: int, columns: int, bits: int, group_size: int) -> Codes:
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
+    return quantize_weight(weight, bits=bits, group_size=group_size, clip_points=3)
+
+
+def _linear(columns: int, bits: int, group_size: int) -> QuantLinear:
+    layer = QuantLinear(columns, 24, bits=bits, group_size=group_size, bias=True)
+    layer.set_codes(_codes(24, columns, bits, group_size))
+    with torch.no_grad():
+        layer.bias.normal_()  # type: ignore[union-attr]
+    return layer
+
+
+def _table(width: int, bits: int, group_size: int) -> QuantEmbedding:
+    table = QuantEmbedding(40, width, bits=bits, group_size=group_size)
+    table.set_codes(_codes(40, width, bits, group_size))
+    return table
+
+
+def _int8(columns: int, rows: int) -> Int8Linear:
+    layer = Int8Linear(columns, rows, bias=True)
+    layer.set_codes(_codes(rows, columns, 8, 0))
+    with torch.no_grad():
+        layer.bias.normal_()  # type: ignore[union-attr]
+    return layer
+
+
+def _in_onnx_runtime(module: nn.Module, sample: Tensor) -> tuple[Callable[[Tensor], np.ndarray], onnx.ModelProto]:
+    free = torch.export.Dim.DYNAMIC
+    with quiet_exporters():
+        program = torch.onnx.export(module, (sample,), dynamo=True, dynamic_shapes=({0: free, 1: free},))
+    assert program is not None
+    proto = program.model_proto
+    session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda x: np.asarray(session.run(None, {name: x.numpy()})[0]), proto
+
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "linear4": lambda: _linear(64, 4, 16),
+    "linear8": lambda: _linear(64, 8, 0),
+    "table4": lambda: _table(64, 4, 32),
+    "table8": lambda: _table(64, 8, 0),
+    "int8": lambda: _int8(33, 7),
+}
+EMPTY: dict[str, Callable[[str], nn.Module]] = {
+    "linear4": lambda device: QuantLinear(64, 24, bits=4, group_size=16, bias=True, device=device),
+    "linear8": lambda device: QuantLinear(64, 24, bits=8, group_size=0, bias=True, device=device),
+    "table4": lambda device: QuantEmbedding(40, 64, bits=4, group_size=32, device=device),
+    "table8": lambda device: QuantEmbedding(40, 64, bits=8, group_size=0, device=device),
+    "int8": lambda device: Int8Linear(33, 7, bias=True, device=device),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_state_dict_round_trip_is_exact(name: str) -> None:
+    layer, empty = LAYERS[name](), EMPTY[name]("cpu")
+    empty.load_state_dict(layer.state_dict())
+    assert torch.equal(empty.dequantize(), layer.dequantize())  # type: ignore[operator]
+    assert layer.dequantize().abs().sum() > 0  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_meta_layers_have_the_shapes_and_types_of_real_ones(name: str) -> None:
+    real, meta = LAYERS[name]().state_dict(), EMPTY[name]("meta").state_dict()
+    assert all(value.is_meta for value in meta.values())
+    assert {k: (v.shape, v.dtype) for k, v in real.items()} == {k: (v.shape, v.dtype) for k, v in meta.items()}
+
+
+@pytest.mark.parametrize(("columns", "bits", "group_size"), LINEAR_GRIDS)
+def test_dequantised_weight_is_that_of_the_codes(columns: int, bits: int, group_size: int) -> None:
+    values = _codes(24, columns, bits, group_size)
+    zero = (
+        128.0 if values.zeros is None else values.zeros.double().repeat_interleave(columns // values.zeros.shape[1], 1)
+    )
+    scale = values.scales.double().repeat_interleave(columns // values.scales.shape[1], 1)
+    truth = (values.codes.double() - zero) * scale
+    assert torch.equal(_linear(columns, bits, group_size).dequantize(), truth.float())
+
+
+@pytest.mark.parametrize(("columns", "bits", "group_size"), LINEAR_GRIDS)
+def test_matmul_nbits_computes_what_the_layer_computes(columns: int, bits: int, group_size: int) -> None:
+    layer = _linear(columns, bits, group_size)
+    run, proto = _in_onnx_runtime(layer, torch.randn(2, 3, columns))
+    assert "MatMulNBits" in {node.op_type for node in proto.graph.node}
+    for shape in ((1, 1), (3, 17), (8, 5)):
+        x = torch.randn(*shape, columns)
+        expected = layer(x).detach().numpy()
+        assert np.linalg.norm(run(x) - expected) <= 1e-3 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize(
+    ("width", "bits", "group_size"), [(64, 4, 16), (64, 8, 32), (64, 4, 0), (36, 8, 0), (36, 4, 0)]
+)
+def test_gather_block_quantized_gives_exactly_the_rows_of_the_table(width: int, bits: int, group_size: int) -> None:
+    table = _table(width, bits, group_size)
+    run, proto = _in_onnx_runtime(table, torch.zeros(2, 3, dtype=torch.int64))
+    assert [node.op_type for node in proto.graph.node] == ["GatherBlockQuantized"]
+    for shape in ((1, 1), (4, 9)):
+        ids = torch.randint(0, 40, shape)
+        assert np.array_equal(run(ids), table(ids).numpy())
+        assert torch.equal(table(ids), table.dequantize()[ids])
+
+
+@pytest.mark.parametrize(("columns", "rows"), [(33, 7), (1600, 12)])
+def test_integer_product_equals_onnx_runtime_to_the_last_bit(columns: int, rows: int) -> None:
+    layer = _int8(columns, rows)
+    run, _ = _in_onnx_runtime(layer, torch.randn(2, 3, columns))
+    for shape, shift in (((1, 1), 0.0), ((3, 17), 5.0), ((8, 5), -0.3), ((2, 2), 0.0)):
+        x = torch.randn(*shape, columns) + shift
+        np.testing.assert_allclose(run(x), layer(x).detach().numpy(), rtol=1e-6, atol=1e-6)
+
+
+def test_activations_are_rounded_as_dynamic_quantize_linear_rounds_them() -> None:
+    node = onnx.helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "s", "z"])
+    floats, bytes_ = onnx.TensorProto.FLOAT, onnx.TensorProto.UINT8
+    outputs = [onnx.helper.make_tensor_value_info(n, t, None) for n, t in (("q", bytes_), ("s", floats), ("z", bytes_))]
+    graph = onnx.helper.make_graph([node], "g", [onnx.helper.make_tensor_value_info("x", floats, [None])], outputs)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    ties = torch.arange(-3, 252.5, 0.5)  # with scale 1, every second value lies in the middle
+    for x in (torch.randn(1000), torch.randn(1000) + 9, torch.randn(1000) - 9, torch.zeros(4), torch.ones(3), ties):
+        expected = session.run(None, {"x": x.numpy()})
+        for got, truth in zip(quantize_dynamic(x), expected, strict=True):
+            assert np.array_equal(got.numpy(), np.asarray(truth).astype(np.float32))
+
+
+def test_integer_sums_are_exact_at_their_largest() -> None:
+    left, right = torch.full((3, 4000), 255.0), torch.full((4000, 5), 127.0)
+    right[::7] = -126.0
+    assert torch.equal(multiply_exactly(left, right).long(), left.long() @ right.long())
+
+
+def test_a_tied_head_uses_the_integers_of_its_table_without_storing_them() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = _table(64, 4, 32)
+            self.head = QuantLinear.tied_to(self.table, bias=False)
+
+    model = Tied()
+    assert set(model.state_dict()) == {"table.codes", "table.scales", "table.zeros"}
+    assert torch.equal(model.head.dequantize(), model.table.dequantize())
+    other = copy.deepcopy(model)
+    other.table.codes.zero_()
+    assert torch.equal(other.head.dequantize(), other.table.dequantize())
+    assert not torch.equal(other.head.dequantize(), model.head.dequantize())
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (8, 32), (4, 128)])
+def test_a_file_is_as_large_as_its_codes_scales_and_zeros(bits: int, group_size: int) -> None:
+    rows, columns = 2048, 256
+    layer = QuantLinear(columns, rows, bits=bits, group_size=group_size, bias=False)
+    layer.set_codes(_codes(rows, columns, bits, group_size))
+    _, proto = _in_onnx_runtime(layer, torch.randn(2, 3, columns))
+    groups = rows * columns // group_size
+    expected = rows * columns * bits / 8 + groups * (4 + (0.5 if bits == 4 else 0))
+    assert abs(len(proto.SerializeToString()) / expected - 1) < 0.02
+
+
+def test_layers_refuse_what_their_operators_cannot_read() -> None:
+    with pytest.raises(ValueError, match="group size 48"):
+        QuantLinear(96, 8, bits=4, group_size=48, bias=False)
+    with pytest.raises(ValueError, match="group size 32 does not fit 80 columns"):
+        QuantEmbedding(8, 80, bits=8, group_size=32)
+    with pytest.raises(ValueError, match="even width"):
+        QuantEmbedding(8, 7, bits=4, group_size=0)
+    with pytest.raises(ValueError, match="multiple of 16"):
+        QuantLinear.tied_to(QuantEmbedding(8, 20, bits=8, group_size=0), bias=False)
+
+
+def test_printed_layers_name_their_grid() -> None:
+    assert "bits=4, group_size=16, bias=True" in repr(_linear(64, 4, 16))
+    assert "40, 64, bits=8, group_size=0" in repr(_table(64, 8, 0))
