@@ -9,23 +9,29 @@ Importing this package registers its quantizer with transformers, so that every 
 from compresskit.api import compress, load, measure
 from compresskit.config import Config
 from compresskit.data import DataSource
+from compresskit.distill.losses import KL, LOSSES, Embedding, Hidden
 from compresskit.engine import run
 from compresskit.errors import CompressKitError, ManyErrors, RunFailedError
-from compresskit.export import EXPORTERS, Exporter
+from compresskit.export import EXPORTERS, Exporter, OnnxExport
 from compresskit.passes import PASSES, Distill, LowRank, Pass, PruneWidth, Quantize
 from compresskit.recipe import Recipe, dump_recipe, load_recipe
 from compresskit.student import Student
 
 __all__ = [
     "EXPORTERS",
+    "KL",
+    "LOSSES",
     "PASSES",
     "CompressKitError",
     "Config",
     "DataSource",
     "Distill",
+    "Embedding",
     "Exporter",
+    "Hidden",
     "LowRank",
     "ManyErrors",
+    "OnnxExport",
     "Pass",
     "PruneWidth",
     "Quantize",

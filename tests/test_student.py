@@ -1,0 +1,78 @@
+"""Saving: tied tensors once, edits in config.json, stock where a stock config can say the shapes."""
+
+import json
+
+import pytest
+import torch
+from families import FAMILIES, answer, tiny_student
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForCausalLM
+
+from compresskit.errors import CompressKitError
+from compresskit.passes.low_rank import LowRank
+from compresskit.passes.prune_width import PruneWidth
+from compresskit.passes.quantize import Quantize
+from compresskit.student import load_student_model, needs_plugin, save_student
+from compresskit.surgery.plugin import EditsConfig
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fewer_neurons_everywhere_are_a_stock_checkpoint(family, tmp_path):
+    student = tiny_student(family)
+    PruneWidth.model_validate({"keep": 0.5}).apply(student, generator=torch.Generator())
+    save_student(student, tmp_path)
+    assert not needs_plugin(tmp_path)
+    auto = AutoModelForCausalLM if student.task == "text-generation" else AutoModel
+    model, info = auto.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] | info["unexpected_keys"]
+    assert torch.equal(answer(model.eval()), answer(student.model))
+    assert load_student_model(tmp_path, student.task)[1] == student.edits
+
+
+@pytest.mark.parametrize(("family", "plugin"), [("bert", True), ("llama", False), ("qwen3", False)])
+def test_fewer_heads_are_stock_only_where_the_config_has_head_dim(family, plugin, tmp_path):
+    student = tiny_student(family)
+    PruneWidth.model_validate({"keep": {"heads": 0.5}}).apply(student, generator=torch.Generator())
+    save_student(student, tmp_path)
+    assert needs_plugin(tmp_path) == plugin
+    model, _ = load_student_model(tmp_path, student.task)
+    assert torch.equal(answer(model), answer(student.model))
+
+
+def test_tied_tensors_are_stored_once(tmp_path):
+    student = tiny_student("llama")
+    save_student(student, tmp_path)
+    names = load_file(tmp_path / "model.safetensors").keys()
+    assert "model.embed_tokens.weight" in names
+    assert "lm_head.weight" not in names
+
+
+def test_shared_factors_are_stored_once(tmp_path):
+    student = tiny_student("bert")
+    LowRank(keep=0.6, round_to=4, targets="*attention.self*").apply(student, generator=torch.Generator())
+    save_student(student, tmp_path)
+    factors = [name for name in load_file(tmp_path / "model.safetensors") if name.endswith("reduce.weight")]
+    assert len(factors) == 2, "one for each of two blocks"
+
+
+def test_edits_of_a_newer_schema_are_refused():
+    with pytest.raises(ValueError, match="need a newer compresskit"):
+        EditsConfig(edits=[], schema=99)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"kind": "low_rank", "targets": ["../../outside"], "rank": 2, "bias": False},
+        {"kind": "low_rank", "targets": ["encoder.layer.9.output.dense"], "rank": 2, "bias": False},
+    ],
+)
+def test_an_edits_list_cannot_name_what_is_not_in_the_model(edit, tmp_path):
+    student = tiny_student("bert")
+    Quantize(bits=8, group_size=16).apply(student, generator=torch.Generator())
+    save_student(student, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["edits"] = [edit]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CompressKitError, match=r"is not a module name|has no module"):
+        load_student_model(tmp_path, student.task)
