@@ -163,10 +163,10 @@ def share_tables(model: ir.Model) -> None:
     The exporters fold such views of tied weights into copies. ONNX Runtime folds them again when it loads the file.
     """
     graph = model.graph
-    groups: dict[tuple[ir.DataType | None, int], list[ir.Value]] = {}
+    groups: dict[tuple[ir.DataType | None, int, int], list[ir.Value]] = {}
     for value in list(graph.initializers.values()):
         if value.const_value is not None and value.const_value.size >= _SHARED_ELEMENTS:
-            groups.setdefault((value.dtype, value.const_value.size), []).append(value)
+            groups.setdefault((value.dtype, value.const_value.size, _bit_sum(_array(value))), []).append(value)
     for values in groups.values():
         # What is looked up row by row stays as it is; products can read a view.
         values.sort(key=lambda value: not any("Gather" in user.op_type for user, _ in value.uses()))
@@ -176,6 +176,12 @@ def share_tables(model: ir.Model) -> None:
                 graph.insert_before(graph[0], node)
                 value.replace_all_uses_with(node.outputs[0])
                 del graph.initializers[str(value.name)]
+
+
+def _bit_sum(array: np.ndarray) -> int:
+    """The sum of the elements' bit patterns: equal for the same elements in any order, seldom for others."""
+    bits = np.ascontiguousarray(array).reshape(-1).view(f"u{array.dtype.itemsize}")
+    return int(bits.sum(dtype=np.uint64))
 
 
 def _view(graph: ir.Graph, first: ir.Value, second: ir.Value) -> ir.Node | None:
