@@ -2,7 +2,6 @@
 
 import os
 import random
-import string
 from pathlib import Path
 
 # Both are read when their libraries are imported: no test reaches the network, and cores are shared.
@@ -10,50 +9,16 @@ os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELIS
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny_tokenizer import WORDS, make_tokenizer
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 torch.set_num_threads(1)
-
-SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-_WORD_LINES = """
-the a one some every no this that its their our which when where how and or but not with from into over
-model student teacher layer weight matrix rank head block token text batch seed step file folder graph
-keeps drops reads writes learns holds shows makes finds moves small large fast slow dense sparse exact
-"""
-WORDS = tuple(_WORD_LINES.split())
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of a test reaches the user's cache."""
     monkeypatch.setenv("COMPRESSKIT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A WordPiece tokenizer that knows WORDS whole and spells everything else in lower-case characters."""
-    characters = sorted(set(string.ascii_lowercase + string.digits + string.punctuation))
-    pieces = [*SPECIAL, *characters, *(f"##{c}" for c in characters), *dict.fromkeys(WORDS)]
-    vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
-    tokenizer = Tokenizer(models.WordPiece(vocab=vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)  # pyright: ignore[reportAttributeAccessIssue]
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # pyright: ignore[reportAttributeAccessIssue]
-    tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])],
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        mask_token="[MASK]",
-        bos_token="[CLS]",
-        eos_token="[SEP]",
-        model_max_length=64,
-    )
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,8 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from conftest import make_tokenizer
 from onnx import numpy_helper
+from tiny_tokenizer import make_tokenizer
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
