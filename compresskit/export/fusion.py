@@ -157,6 +157,14 @@ def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     return value
 
 
+def set_accuracy(model: ir.Model, level: int) -> int:
+    """Give every MatMulNBits this accuracy level, and say how many there are."""
+    nodes = _nodes(model, "MatMulNBits")
+    for node in nodes:
+        node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", level)
+    return len(nodes)
+
+
 def share_tables(model: ir.Model) -> None:
     """A weight that is another one, transposed or in another shape, becomes a node that reads the other.
 

@@ -5,6 +5,10 @@
 `model.onnx` has one output (`last_hidden_state` for feature extraction, else `logits`), free batch and length, and
 the operators of `compresskit.layers.operators` wherever a layer holds integers. Nothing is written unless ONNX Runtime
 agrees with torch on held-out text.
+
+Weight-only products (`MatMulNBits`) have fast kernels only where their input is rounded to 8 bits too (accuracy level
+4; SmolLM2-135M in 8 bit, one token on 2 cores: 17 ms, against 355 ms in float32). The student in torch multiplies in
+float32, so the file is proven at level 0, and then shipped at level 4 with the difference that makes in the report.
 """
 
 import inspect
@@ -12,16 +16,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import onnx_ir as ir
 import torch
 from pydantic import Field
 from transformers import PreTrainedModel
 
 from compresskit.data import Batch
-from compresskit.errors import RunFailedError
 from compresskit.export import fidelity, parity
 from compresskit.export.base import EXPORTERS, Exporter
 from compresskit.export.baseline import Baseline, export_baseline
 from compresskit.export.files import count_operators, model_bytes, save_graph, whole_folder
+from compresskit.export.fusion import set_accuracy
 from compresskit.export.runtime import compare_latency, default_threads, latency_entry, open_session, speed_entry
 from compresskit.export.trace import OUTPUTS, trace
 from compresskit.models import cache_folder
@@ -39,6 +44,8 @@ class OnnxExport(Exporter):
     opset: int | None = Field(default=None, ge=18)
     #: use ONNX Runtime's fused operators; false gives a plainer graph that computes the same
     fuse: bool = True
+    #: of weight-only products: 4 rounds their input to 8 bits in blocks, up to 20 times as fast; 0 stays in float32
+    accuracy_level: Literal[0, 4] = 4
     #: largest ‖onnx − torch‖ / ‖torch‖ that passes; of a segment where activations are rounded
     max_relative_error: float = Field(default=parity.BOUND, gt=0)
     #: held-out texts in the comparison with the original; half of them, in ragged batches, in the parity check
@@ -64,36 +71,37 @@ class OnnxExport(Exporter):
         batch = sample_batch(student)
         output = OUTPUTS[student.task]
         threads = self.threads or default_threads()
-        graph = trace(
-            student.model,
-            batch,
-            output=output,
-            fuse=self.fuse,
-            opset=self.opset,
-        )
+        graph = trace(student.model, batch, output=output, fuse=self.fuse, opset=self.opset)
         with whole_folder(folder) as scratch:
             save_graph(graph, scratch / MODEL_FILE)
             write_companions(student, scratch)
             entry = {
                 "kind": self.kind,
                 "files": sorted(path.name for path in scratch.iterdir()),
-                "size_bytes": model_bytes(scratch / MODEL_FILE),
                 "operators": count_operators(graph),
-                "parity": self._check_parity(student, scratch / MODEL_FILE, output, threads, folder),
+                "parity": self._check_parity(student, graph, scratch / MODEL_FILE, output, threads, folder),
+                "size_bytes": model_bytes(scratch / MODEL_FILE),
             }
             del graph
             entry |= self._compare(student, scratch / MODEL_FILE, batch, threads)
         return entry
 
-    def _check_parity(self, student: Student, path: Path, output: str, threads: int, folder: Path) -> dict[str, Any]:
-        batches = [
-            complete_batch(student, batch)
-            for batch in parity.parity_batches(student.corpus.evaluation, texts=self.texts // 2)
-        ]
+    def _check_parity(
+        self, student: Student, graph: ir.Model, path: Path, output: str, threads: int, folder: Path
+    ) -> dict[str, Any]:
+        """Prove the file in exact arithmetic; then, where it may be faster, write it so and see what that changes."""
+        texts = parity.parity_batches(student.corpus.evaluation, texts=self.texts // 2)
+        batches = [complete_batch(student, batch) for batch in texts]
         open_model = partial(open_session, threads=threads)
         found = parity.check_parity(path, open_model, student.model, batches, output=output)
-        judge_parity(found, bound=self.max_relative_error, where=str(folder))
-        return found | {"bound": self.max_relative_error}
+        parity.judge_parity(found, bound=self.max_relative_error, where=str(folder))
+        found["bound"] = self.max_relative_error
+        if self.accuracy_level and set_accuracy(graph, self.accuracy_level):
+            save_graph(graph, path)
+            found["shipped"] = parity.check_shipped(open_model(path), student.model, batches, output=output)
+            noise = found.get("end_to_end", {}).get("rounding_noise", 0.0)
+            parity.judge_shipped(found["shipped"], noise=noise, where=str(folder))
+        return found
 
     def _compare(self, student: Student, path: Path, batch: Batch, threads: int) -> dict[str, Any]:
         """Latency of the student and, where asked for, of both baselines; their sizes and fidelity."""
@@ -118,32 +126,6 @@ class OnnxExport(Exporter):
             found = fidelity.session_fidelity(student.original, sessions, batches, output=output)
             entry["fidelity"], entry["stock_int8"]["fidelity"] = found["student"], found["stock_int8"]
         return entry
-
-
-def judge_parity(found: dict[str, Any], *, bound: float, where: str) -> None:
-    """Accept what `parity.check_parity` found, or refuse the file.
-
-    Raises:
-        RunFailedError: a relative error past the bound, or a difference end to end that rounding cannot explain.
-    """
-    if not found["relative_error"] <= bound:
-        in_integers = "worst_segment" in found
-        place = f" at {found['worst_segment']}" if in_integers else ""
-        cpu = "; on x86 without VNNI the integer kernels overflow" if in_integers else ""
-        raise RunFailedError(
-            f"ONNX Runtime differs from the student by {found['relative_error']:.3g}{place} (relative, "
-            f"{found['texts']} held-out texts); the bound is {bound:g}",
-            where=where,
-            fix=f"try 'fuse: false'; max_relative_error moves the bound{cpu}",
-        )
-    whole = found.get("end_to_end")
-    if whole and not whole["relative_error"] <= parity.NOISE_RATIO * whole["rounding_noise"] + bound:
-        raise RunFailedError(
-            f"ONNX Runtime differs from the student by {whole['relative_error']:.3g} end to end, more than "
-            f"{parity.NOISE_RATIO:g} times what rounding activations does ({whole['rounding_noise']:.3g})",
-            where=where,
-            fix="try 'fuse: false'",
-        )
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:

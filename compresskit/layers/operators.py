@@ -82,7 +82,7 @@ def matmul_nbits(
             "N": out_features,
             "bits": bits,
             "block_size": blob * 8 // bits,
-            "accuracy_level": 0,  # multiply in float32, as the layer does; 4 would round x to int8
+            "accuracy_level": 0,  # multiply in float32, as the layer does; an export may choose 4
         },
         dtype=torch.float32,
         shape=(*x.shape[:-1], out_features),

@@ -17,7 +17,7 @@ from compresskit.data import Corpus, Sequences
 from compresskit.errors import RunFailedError
 from compresskit.export import EXPORTERS, OnnxExport, parity
 from compresskit.export import onnx as exporter
-from compresskit.export.onnx import MODEL_FILE, complete_batch, judge_parity
+from compresskit.export.onnx import MODEL_FILE, complete_batch
 from compresskit.export.runtime import open_session, run_session
 from compresskit.layers.grid import quantize_weight
 from compresskit.layers.int8_linear import Int8Linear
@@ -25,7 +25,7 @@ from compresskit.layers.low_rank import LowRankLinear
 from compresskit.student import Student
 from compresskit.surgery.edits import MakeLowRank, PruneHeads, QuantizeEmbedding, QuantizeLinears, get_module
 
-FAST = {"baselines": False, "rounds": 3, "threads": 1, "texts": 24}
+FAST = {"baselines": False, "rounds": 3, "threads": 1, "texts": 24, "accuracy_level": 0}
 BERT = "encoder.layer.{}.{}"
 
 
@@ -379,7 +379,24 @@ def test_what_a_killed_export_left_behind_is_no_obstacle(traced: Student, tmp_pa
 )
 def test_parity_past_its_bound_is_an_error(found: dict[str, Any], message: str) -> None:
     with pytest.raises(RunFailedError, match=message):
-        judge_parity(found, bound=1e-3, where="onnx")
+        parity.judge_parity(found, bound=1e-3, where="onnx")
+
+
+def test_weight_only_products_ship_fast_once_the_file_is_proven(bert: Student, tmp_path: Path) -> None:
+    _quantize(bert, _linears(bert), bits=8, group_size=16)
+    entry = OnnxExport(**FAST | {"accuracy_level": 4}).write(bert, tmp_path / "onnx")  # type: ignore[arg-type]
+    nodes = [node for node in ir.load(tmp_path / "onnx" / MODEL_FILE).graph if node.op_type == "MatMulNBits"]
+    assert len(nodes) == 6
+    assert {node.attributes.get_int("accuracy_level") for node in nodes} == {4}
+    assert entry["parity"]["relative_error"] <= 1e-5
+    assert entry["parity"]["relative_error"] < entry["parity"]["shipped"]["relative_error"] <= parity.ROUNDED_BOUND
+    _assert_integers_are_the_students(bert, tmp_path / "onnx" / MODEL_FILE)
+
+
+def test_a_shipped_file_far_from_the_student_is_an_error() -> None:
+    with pytest.raises(RunFailedError, match=r"moves the student by 0\.3") as error:
+        parity.judge_shipped({"relative_error": 0.3}, noise=0.1, where="onnx")
+    assert "accuracy_level: 0" in str(error.value)
 
 
 def test_values_that_are_not_finite_are_an_infinite_difference() -> None:
