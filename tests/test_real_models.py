@@ -40,7 +40,7 @@ def minilm_run(tmp_path_factory):
         passes=[
             LowRank(keep=0.8, targets="*attention.self*"),
             PruneWidth.model_validate({"keep": {"ffn": 0.75, "heads": 0.75}, "round_to": 32}),
-            Distill(steps=20, batch_size=16, held_out=32, held_out_every=10),
+            Distill(steps=40, batch_size=16, held_out=32, held_out_every=20),
             Quantize(bits=8, group_size="channel", act="int8"),
         ],
         data=DATA,
@@ -128,13 +128,11 @@ def test_smollm2_goes_through_the_chain_and_reloads(tmp_path):
         ],
         data={"source": "python-docs", "max_length": 64, "calibration": 8, "training": 16, "evaluation": 8},
         evaluate="ends",
-        export=[OnnxExport(texts=8, rounds=3, baselines=False)],
         output=tmp_path,
     )
     first, last = report["passes"][0], report["passes"][-1]
     assert last["size_bytes"] < 0.3 * first["size_bytes"]
     assert first["metrics"]["perplexity"] < last["metrics"]["perplexity"] < 3 * first["metrics"]["perplexity"]
-    assert report["export"][0]["parity"]["relative_error"] <= 1e-3
     student, tokenizer = compresskit.load(tmp_path)
     words = tokenizer("The function returns", return_tensors="pt")
     with torch.no_grad():

@@ -41,11 +41,13 @@ def rank_for(keep: float, out_features: int, in_features: int, *, round_to: int 
 
     Args:
         keep: share that stays, in (0, 1].
-        round_to: the rank is the nearest multiple of it; None takes 32 from rank 128 on and 8 below.
+        round_to: the rank is the nearest multiple of it that still saves weights, and at least one multiple; None
+            takes 32 from rank 128 on and 8 below.
     """
     exact = keep * out_features * in_features / (out_features + in_features)
     step = round_to or (_COARSE_MULTIPLE if exact >= 4 * _COARSE_MULTIPLE else RANK_MULTIPLE)
-    return max(step, round(exact / step) * step)
+    saving = break_even_rank(out_features, in_features) // step
+    return max(1, min(round(exact / step), saving)) * step
 
 
 def low_rank_factors(target: Tensor, rank: int, *, moment: Tensor) -> tuple[Tensor, Tensor, float]:

@@ -85,7 +85,7 @@ class Quantize(Pass):
             edits.append(self._edit(inside))
         if outside:
             edits.append(_outside_edit(outside))
-        return edits + self._table_edits(model)  # type: ignore[arg-type]
+        return edits + self._table_edits(model)[0]  # type: ignore[arg-type]
 
     def _edit(self, names: Sequence[str]) -> QuantizeLinears:
         size = self.group_size if isinstance(self.group_size, int) else 0
@@ -107,17 +107,22 @@ class Quantize(Pass):
             raise _misfit_error({name: linears[name].in_features for name in misfits}, self.group_size)
         return [n for n in inside if n not in misfits], [n for n in outside if n not in misfits], misfits
 
-    def _table_edits(self, model: PreTrainedModel) -> list[Edit]:
+    def _table_edits(self, model: PreTrainedModel) -> tuple[list[Edit], list[str]]:
+        """One edit a table, and the names of those that do more than look up (Gemma scales its own): they stay float."""
         if self.embeddings is None:
-            return []
+            return [], []
         heads = dict(_tied_heads(model))
         edits: list[Edit] = []
+        special: list[str] = []
         for name, table in model.named_modules():
             if not isinstance(table, nn.Embedding) or table.num_embeddings < _SMALLEST_TABLE:
                 continue
+            if type(table).forward is not nn.Embedding.forward:
+                special.append(name)
+                continue
             size = self._table_group(table, tied=name in heads)
             edits.append(QuantizeEmbedding(target=name, head=heads.get(name), bits=self.embeddings, group_size=size))
-        return edits
+        return edits, special
 
     def _table_group(self, table: nn.Embedding, *, tied: bool) -> int:
         """A whole row for 8-bit tables; groups for 4 bit, and for a head that is tied to it (the operator's need)."""
@@ -130,7 +135,8 @@ class Quantize(Pass):
         """Round tables, then walk the blocks on what the tables became, then round what stands outside."""
         inside, outside, misfits = self._targets(student.model)
         layers: dict[str, dict[str, Any]] = {}
-        for edit in self._table_edits(student.model):
+        tables, special = self._table_edits(student.model)
+        for edit in tables:
             assert isinstance(edit, QuantizeEmbedding)
             layers[edit.target] = _quantize_table(student, edit)
         sites = [
@@ -146,7 +152,7 @@ class Quantize(Pass):
             Walk(student, anchor=self.anchor).run(sites, solve, label=self.kind)
         for name in outside:
             layers.update(_quantize_linears(student, _outside_edit([name]), None, None))
-        return {"layers": layers, "kept_float": misfits}
+        return {"layers": layers, "kept_float": [*misfits, *special]}
 
     def _quantize_site(self, student: Student, site: Site, moments: SiteMoments) -> dict[str, dict[str, Any]]:
         modules = [student.model.get_submodule(name) for name in site.linears]

@@ -72,25 +72,27 @@ def test_break_even_is_where_factors_stop_saving(outputs, inputs, limit):
     assert found * (outputs + inputs) < outputs * inputs <= (found + 1) * (outputs + inputs)
 
 
-@pytest.mark.parametrize(("keep", "expected"), [(0.8, 224), (0.5, 144), (0.4, 112), (0.01, 8)])
+@pytest.mark.parametrize(("keep", "expected"), [(0.8, 224), (0.5, 128), (0.4, 112), (0.01, 8)])
 def test_ranks_are_multiples_that_later_groups_divide(keep, expected):
     rank = rank_for(keep, 1152, 384)
     assert rank == expected
-    assert rank % (32 if keep >= 0.45 and rank >= 160 else 8) == 0
+    assert rank % (32 if rank >= 128 else 8) == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_query_key_and_value_share_one_factor_and_the_student_is_close(family):
+def test_query_key_and_value_share_one_factor_and_more_rank_loses_less(family):
     original = tiny(family)
-    student = tiny_student(family, original=original)
-    LowRank(keep=0.9, round_to=4).apply(student, generator=torch.Generator())
+    lost = []
+    for keep in (0.3, 0.6, 0.9):
+        student = tiny_student(family, original=original)
+        LowRank(keep=keep, round_to=2).apply(student, generator=torch.Generator())
+        lost.append(float((answer(student.model) - answer(original)).norm()))
+    assert 0 < lost[2] < lost[1] < lost[0]
     attention = find_anatomy(student.model).attentions[0]
     layers = [student.model.get_submodule(name) for name in (attention.query, attention.key, attention.value)]
     assert len({id(layer.factor_in) for layer in layers}) == 1
     owned = [layer for layer in layers if layer.reduce is not None]
     assert len(owned) == 1
-    lost = (answer(student.model) - answer(original)).norm() / answer(original).norm()
-    assert 0 < lost < 0.5
 
 
 def test_one_layer_at_full_keep_minus_a_little_is_nearly_exact_on_its_inputs():
