@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from pydantic import Field
 from transformers import PreTrainedModel
 
-from compresskit.distill.losses import KL, AnyLoss, Embedding, Loss
+from compresskit.distill.losses import KL, AnyLoss, Embedding, Hidden, Loss
 from compresskit.distill.outputs import has_head
 from compresskit.distill.teachers import LiveTeacher
 from compresskit.distill.trainer import TrainingOptions, choose_parameters, train
@@ -27,8 +27,12 @@ from compresskit.surgery.edits import Edit
 
 
 def default_losses(model: torch.nn.Module) -> tuple[Loss, ...]:
-    """KL on logits for a model with a head, sentence embeddings for one without."""
-    return (KL(),) if has_head(model) else (Embedding(),)
+    """KL on logits for a model with a head; hidden states and sentence embeddings for one without.
+
+    The in-batch similarities are left out by default: after a least-squares refit of all-MiniLM-L6-v2 they kept the
+    held-out loss from falling within 80 steps of 32 sentences, where these two alone gained.
+    """
+    return (KL(),) if has_head(model) else (Hidden(), Embedding(weight=3.0, similarity=0.0))
 
 
 @PASSES.add
@@ -37,7 +41,7 @@ class Distill(TrainingOptions, Pass):
 
     kind: Literal["distill"] = "distill"
     losses: tuple[AnyLoss, ...] | None = Field(
-        default=None, min_length=1, description="what to agree on; by default kl for models with a head, else embedding"
+        default=None, min_length=1, description="what to agree on; by default kl, or without a head hidden and embedding"
     )
 
     refuses: ClassVar[frozenset[Trait]] = frozenset({"quantized"})
