@@ -41,7 +41,7 @@ class TrainingOptions(Config):
     steps: int = Field(default=300, ge=1, description="optimiser steps")
     batch_size: int = Field(default=32, ge=1, description="sequences in a batch")
     accumulate: int = Field(default=1, ge=1, description="batches in an optimiser step")
-    learning_rate: float = Field(default=3e-5, gt=0, description="of AdamW, at its highest")
+    learning_rate: float = Field(default=1e-4, gt=0, description="of AdamW, at its highest")
     schedule: Literal["cosine", "linear"] = Field(default="cosine", description="how the learning rate falls to 0")
     warmup: float = Field(default=0.1, ge=0, lt=1, description="share of the steps in which the learning rate rises")
     weight_decay: float = Field(default=0.0, ge=0, description="of AdamW")
