@@ -29,8 +29,8 @@ from compresskit.surgery.edits import Edit
 def default_losses(model: torch.nn.Module) -> tuple[Loss, ...]:
     """KL on logits for a model with a head; hidden states of every block for one without.
 
-    After a least-squares refit of all-MiniLM-L6-v2, hidden states at a learning rate of 1e-4 gained within 60 steps of 32
-    sentences; `embedding` with its in-batch similarities did not gain within 80 (one seed each).
+    After a least-squares refit of all-MiniLM-L6-v2, hidden states at a learning rate of 1e-4 gained within 60 steps of
+    32 sentences; `embedding` with its in-batch similarities did not gain within 80 (one seed each).
     """
     return (KL(),) if has_head(model) else (Hidden(),)
 

@@ -108,7 +108,7 @@ class Quantize(Pass):
         return [n for n in inside if n not in misfits], [n for n in outside if n not in misfits], misfits
 
     def _table_edits(self, model: PreTrainedModel) -> tuple[list[Edit], list[str]]:
-        """One edit a table, and the names of those that do more than look up (Gemma scales its own): they stay float."""
+        """One edit a table, and the names of those that do more than look up (Gemma): they stay float."""
         if self.embeddings is None:
             return [], []
         heads = dict(_tied_heads(model))
