@@ -45,7 +45,7 @@ def llama_student(tiny_llama_folder):
     return student_of(original, AutoTokenizer.from_pretrained(tiny_llama_folder), "text-generation", TEXTS, damage=5)
 
 
-@pytest.mark.parametrize(("which", "kind"), [("bert_student", "embedding"), ("llama_student", "kl")])
+@pytest.mark.parametrize(("which", "kind"), [("bert_student", "hidden"), ("llama_student", "kl")])
 def test_the_default_loss_follows_the_head_and_lowers_the_held_out_loss(which, kind, request):
     student = request.getfixturevalue(which)
     notes = Distill(steps=20, batch_size=8, learning_rate=1e-3).apply(student, generator=torch.Generator())

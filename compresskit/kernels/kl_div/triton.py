@@ -59,7 +59,7 @@ def kl_rows(
         log_q = (a - max_s) - log_sum_s
         log_p = (b - max_t) - log_sum_t
         p = tl.exp(log_p)
-        divergence += tl.sum(tl.where(p > 0, p * (log_p - log_q), 0.0), 0)
+        divergence += tl.sum(tl.where(p > 0, p * (log_p - log_q), 0.0), 0)  # pyright: ignore[reportOperatorIssue] # triton types a float argument as anything
         if WANTS_GRAD:
             slope = temperature * w * (tl.exp(log_q) - p)
             tl.store(grad + row * grad_stride + columns, slope.to(grad.dtype.element_ty), mask=inside)
