@@ -28,42 +28,21 @@ class Sequences:
         """The first `count` sequences, or all where there are fewer."""
         return Sequences(self.rows[:count], self.pad_token_id)
 
-    def batches(
-        self, size: int, *, limit: int | None = None, generator: torch.Generator | None = None, start: int = 0
-    ) -> Iterator[Batch]:
-        """Padded batches: one walk in order, or with a generator an endless shuffled one.
+    def by_length(self) -> "Sequences":
+        """The same sequences, shortest first: batches of them hold little padding."""
+        return Sequences(sorted(self.rows, key=len), self.pad_token_id)
 
-        The walk in order ends with a smaller batch where `size` does not divide the count. The shuffled one visits
-        every sequence at most once an epoch and drops an epoch's incomplete last batch, so that all batches have
-        equal weight.
+    def batches(self, size: int, *, limit: int | None = None) -> Iterator[Batch]:
+        """Padded batches in order, the last one smaller where `size` does not divide the count.
 
         Args:
-            size: sequences in a batch, ≥ 1. A part that is smaller is one batch.
+            size: sequences in a batch, ≥ 1.
             limit: use only the first `limit` sequences.
-            generator: source of the order. One number is drawn from it, now and not at the first batch: the same
-                state of the generator gives the same batches, whatever else is drawn from it later.
-            start: batches to pass over without building them; state and `start` together resume a walk exactly.
         """
         rows = self.rows if limit is None else self.rows[:limit]
         if size < 1 or not rows:
             raise ValueError(f"batches of {size} from {len(rows)} sequences")
-        if generator is None:
-            return self._in_order(rows, size, start)
-        seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-        return self._shuffled(rows, size, start, seed)
-
-    def _in_order(self, rows: list[list[int]], size: int, start: int) -> Iterator[Batch]:
-        for first in range(start * size, len(rows), size):
-            yield pad(rows[first : first + size], self.pad_token_id)
-
-    def _shuffled(self, rows: list[list[int]], size: int, start: int, seed: int) -> Iterator[Batch]:
-        size = min(size, len(rows))
-        epoch, position = divmod(start, len(rows) // size)
-        while True:
-            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed + epoch)).tolist()
-            for batch in range(position, len(rows) // size):
-                yield pad([rows[index] for index in order[batch * size : (batch + 1) * size]], self.pad_token_id)
-            epoch, position = epoch + 1, 0
+        return (pad(rows[first : first + size], self.pad_token_id) for first in range(0, len(rows), size))
 
 
 def pad(rows: list[list[int]], pad_token_id: int) -> Batch:

@@ -11,7 +11,8 @@ Outputs that were pruned away are left out of y₀. Memory: both models, the mom
 tokens the hidden states at one depth and, where anchored, the original's outputs at the sites of one block.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -130,15 +131,34 @@ class _Lane:
         return output if isinstance(output, Tensor) else output[0]
 
 
+@contextmanager
+def _replaced_forwards(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+    """Each module computes `forward` for the time of the context."""
+    own = [vars(module).get("forward") for module in modules]
+    try:
+        for module in modules:
+            module.forward = forward
+        yield
+    finally:
+        for module, before in zip(modules, own, strict=True):
+            if before is None:
+                vars(module).pop("forward", None)
+            else:
+                module.forward = before
+
+
 def _block_calls(model: nn.Module, blocks: Sequence[str], batch: Batch) -> tuple[list[Any], Tensor]:
     """How the model calls each of `blocks` (without the hidden states), and the hidden states before the first.
 
-    The model is left at the last of them, so that what follows (an output head, say) is never computed.
+    Only the first block is computed: the others give what it gave, which has the right shape and type. The model is
+    left at the last, so that what follows (an output head, say) is not computed either.
     """
+    modules = [model.get_submodule(name) for name in blocks]
     calls: list[Any] = []
     first: list[Tensor] = []
+    output: list[Any] = []
 
-    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if "hidden_states" in kwargs:
             hidden, rest = kwargs["hidden_states"], (args, kwargs | {"hidden_states": None})
         else:
@@ -146,12 +166,14 @@ def _block_calls(model: nn.Module, blocks: Sequence[str], batch: Batch) -> tuple
         if not first:
             first.append(hidden)
         calls.append(rest)
-        if len(calls) == len(blocks):
+        if len(calls) == len(modules):
             raise _AllSeenError
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True) for name in blocks]
+    handles = [module.register_forward_pre_hook(record, with_kwargs=True) for module in modules]
+    handles.append(modules[0].register_forward_hook(lambda _module, _args, given: output.append(given)))
     try:
-        model(**batch)
+        with _replaced_forwards(modules[1:], lambda *args, **kwargs: output[0]):
+            model(**batch)
     except _AllSeenError:
         pass
     finally:
@@ -173,15 +195,15 @@ class Walk:
     Args:
         student: its model is changed by `solve`; its original is only read.
         anchor: α in [0, 1]; at 0 the original is not run.
-        batch_size: sequences run together.
+        batch_tokens: tokens run together, padding included.
     """
 
-    def __init__(self, student: Student, *, anchor: float, batch_size: int = 8) -> None:
+    def __init__(self, student: Student, *, anchor: float, batch_tokens: int = 2048) -> None:
         self._student, self._anchor = student, anchor
         self._blocks = find_blocks(student.model)
         self._kept = kept_outputs(student.edits)
         self._original_modules = dict(student.original.named_modules())
-        self._batch_size = batch_size
+        self._batch_tokens = batch_tokens
 
     @torch.no_grad()
     def run(self, sites: Iterable[Site], solve: Callable[[Site, SiteMoments], None], *, label: str) -> None:
@@ -207,7 +229,8 @@ class Walk:
     def _open_lanes(self) -> list[_Lane]:
         student, original = self._student.model, self._student.original
         lanes, sequences = [], 0
-        for batch in self._student.corpus.calibration.batches(self._batch_size):
+        calibration = self._student.corpus.calibration.by_length()
+        for batch in calibration.batches(max(1, self._batch_tokens // len(calibration.rows[-1]))):
             calls, hidden = _block_calls(student, self._blocks, batch)
             beside = _block_calls(original, self._blocks[:1], batch)[1] if self._anchor else None
             lanes.append(_Lane(calls, hidden, beside, *_split_rows(batch, sequences)))

@@ -14,7 +14,7 @@ from compresskit.surgery.sites import find_anatomy
 def collect(student, anchor, sites=None):
     seen = {}
     chosen = sites or find_anatomy(student.model).sites
-    Walk(student, anchor=anchor, batch_size=5).run(
+    Walk(student, anchor=anchor, batch_tokens=64).run(
         chosen, lambda site, moments: seen.update({site: moments}), label="t"
     )
     return seen
@@ -54,7 +54,7 @@ def test_unanchored_moments_are_those_of_the_student(family):
 def test_a_quarter_of_the_sequences_is_held_out():
     student = tiny_student("bert")
     moments = next(iter(collect(student, 0.0).values()))
-    held = sum(len(row) for row in student.corpus.calibration.rows[3::4])
+    held = sum(len(row) for row in student.corpus.calibration.by_length().rows[3::4])
     assert moments.held_out.count == held
     assert moments.fit.count == sum(map(len, student.corpus.calibration.rows)) - held
 
