@@ -1,11 +1,10 @@
 """Rewrites of an exported graph into the operators that ONNX Runtime runs fastest on a CPU. None changes an integer.
 
     reshapes      (b, s, h·d) → (b, s, h, d) → (b, s, h·d)                  becomes   nothing
-    attention     three integer products of one input, MultiHeadAttention   becomes   one QAttention
     residuals     LayerNormalization(Add(x, y))                             becomes   LayerNormalization(Sum(x, y))
     tied tables   a second, transposed or reshaped copy of a weight         becomes   Transpose or Reshape of the first
 
-The third is no taste: ONNX Runtime turns an Add before a LayerNormalization into SkipLayerNormalization, whose CPU
+The second is no taste: ONNX Runtime turns an Add before a LayerNormalization into SkipLayerNormalization, whose CPU
 kernel takes about three times as long for one short text as the two nodes do. It leaves a Sum alone.
 """
 
@@ -15,18 +14,10 @@ from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnus
 
 # Smaller constants are not worth a node.
 _SHARED_ELEMENTS = 1024
-_RUNTIME = "com.microsoft"
-_PRODUCT = "MatMulIntegerToFloat"
-# Inputs of MatMulIntegerToFloat
-_INPUT, _CODES, _INPUT_SCALE, _SCALES, _INPUT_ZERO, _CODES_ZERO, _BIAS = range(7)
 
 
 def _nodes(model: ir.Model, op_type: str) -> list[ir.Node]:
     return [node for node in model.graph if node.op_type == op_type]
-
-
-def _input(node: ir.Node, index: int) -> ir.Value | None:
-    return node.inputs[index] if index < len(node.inputs) else None
 
 
 def _only_use(value: ir.Value) -> bool:
@@ -94,62 +85,6 @@ def _array(value: ir.Value | None) -> np.ndarray:
     return value.const_value.numpy()
 
 
-def integer_layers(node: ir.Node) -> list[str]:
-    """Names of the layers whose codes an integer product or a QAttention reads, from the name of its weight."""
-    codes = node.inputs[1]
-    return [] if codes is None else str(codes.name).removesuffix(".codes").split("+")
-
-
-def _products(attention: ir.Node) -> list[ir.Node]:
-    """The three integer products that give query, key and value, if they are alike enough to be one; else nothing."""
-    nodes = [node for value in attention.inputs[:3] if value is not None and (node := value.producer()) is not None]
-    if len(nodes) != 3 or any(node.op_type != _PRODUCT or not _only_use(node.outputs[0]) for node in nodes):
-        return []
-    if any(_input(node, _CODES_ZERO) is not None for node in nodes):
-        return []
-    shared = (_INPUT, _INPUT_SCALE, _INPUT_ZERO)
-    if any(node.inputs[slot] is not nodes[0].inputs[slot] for node in nodes for slot in shared):
-        return []
-    # The operator knows one width for query, key and value.
-    return nodes if len({_array(node.inputs[_CODES]).shape for node in nodes}) == 1 else []
-
-
-def _bias(node: ir.Node) -> np.ndarray:
-    bias = _input(node, _BIAS)
-    return np.zeros(_array(node.inputs[_CODES]).shape[1], np.float32) if bias is None else _array(bias)
-
-
-def fuse_integer_attention(model: ir.Model) -> None:
-    """MultiHeadAttention over integer products of one input becomes QAttention; their weights then lie side by side."""
-    for node in _nodes(model, "MultiHeadAttention"):
-        products = _products(node)
-        if not products or "scale" in node.attributes:
-            continue
-        first = products[0]
-        prefix = "+".join(layer for product in products for layer in integer_layers(product))
-
-        def joined(name: str, arrays: list[np.ndarray], prefix: str = prefix) -> ir.Value:
-            return _initializer(model.graph, f"{prefix}.{name}", np.concatenate(arrays, axis=-1))
-
-        codes = [_array(product.inputs[_CODES]) for product in products]
-        inputs = [
-            first.inputs[_INPUT],
-            joined("codes", codes),
-            joined("bias", [_bias(product) for product in products]),
-            first.inputs[_INPUT_SCALE],
-            joined("scales", [_array(product.inputs[_SCALES]) for product in products]),
-            _input(node, 4),
-            first.inputs[_INPUT_ZERO],
-            joined("zeros", [np.zeros(array.shape[1], np.int8) for array in codes]),
-        ]
-        attributes = {
-            "num_heads": node.attributes.get_int("num_heads"),
-            "mask_filter_value": node.attributes.get_float("mask_filter_value", -10000.0),
-        }
-        _replace_node(model.graph, node, ir.node("QAttention", inputs, attributes, domain=_RUNTIME))
-    RemoveUnusedNodesPass()(model)
-
-
 def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     value = ir.Value(name=name, const_value=ir.tensor(np.ascontiguousarray(array), name=name))
     value.dtype, value.shape = ir.DataType.from_numpy(array.dtype), ir.Shape(array.shape)
@@ -211,13 +146,15 @@ def _view(graph: ir.Graph, first: ir.Value, second: ir.Value) -> ir.Node | None:
 
 def rounding_points(model: ir.Model) -> dict[str, str]:
     """For each layer that rounds its input to 8 bits, the name of the float value that is rounded."""
-    points = {}
+    points: dict[str, str] = {}
     for node in _nodes(model, "DynamicQuantizeLinear"):
         source = node.inputs[0]
         for user, slot in node.outputs[0].uses():
             if source is None or slot != 0:
                 raise ValueError(f"{user.op_type} reads rounded values in an unexpected place")
-            points |= dict.fromkeys(integer_layers(user), str(source.name))
+            codes = user.inputs[1]
+            if codes is not None:
+                points[str(codes.name).removesuffix(".codes")] = str(source.name)
     return points
 
 
@@ -225,7 +162,6 @@ def fuse_encoder(model: ir.Model) -> None:
     """All rewrites for an encoder whose attention is one node."""
     CommonSubexpressionEliminationPass()(model)
     drop_reshape_pairs(model)
-    fuse_integer_attention(model)
     join_sums(model)
 
 

