@@ -10,7 +10,11 @@ kernel takes about three times as long for one short text as the two nodes do. I
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
+from onnx_ir.passes.common import (
+    CommonSubexpressionEliminationPass,
+    DeduplicateInitializersPass,
+    RemoveUnusedNodesPass,
+)
 
 # Smaller constants are not worth a node.
 _SHARED_ELEMENTS = 1024
@@ -145,7 +149,7 @@ def _view(graph: ir.Graph, first: ir.Value, second: ir.Value) -> ir.Node | None:
 
 
 def rounding_points(model: ir.Model) -> dict[str, str]:
-    """For each layer that rounds its input to 8 bits, the name of the float value that is rounded."""
+    """For each layer that rounds its input to 8 bits, the name of the float value that the layer reads."""
     points: dict[str, str] = {}
     for node in _nodes(model, "DynamicQuantizeLinear"):
         source = node.inputs[0]
@@ -154,12 +158,25 @@ def rounding_points(model: ir.Model) -> dict[str, str]:
                 raise ValueError(f"{user.op_type} reads rounded values in an unexpected place")
             codes = user.inputs[1]
             if codes is not None:
-                points[str(codes.name).removesuffix(".codes")] = str(source.name)
+                points[str(codes.name).removesuffix(".codes")] = str(_before_smoothing(source).name)
     return points
 
 
+def _before_smoothing(value: ir.Value) -> ir.Value:
+    """What a layer multiplied by its factors to get `value`; without factors `value` itself."""
+    node = value.producer()
+    if node is None or node.op_type != "Mul" or len(node.inputs) != 2:
+        return value
+    source, factors = node.inputs
+    return source if source is not None and str(getattr(factors, "name", "")).endswith(".smooth") else value
+
+
 def fuse_encoder(model: ir.Model) -> None:
-    """All rewrites for an encoder whose attention is one node."""
+    """All rewrites for an encoder whose attention is one node.
+
+    Layers that read one input round it alike, each for itself, until equal constants and nodes are joined.
+    """
+    DeduplicateInitializersPass()(model)
     CommonSubexpressionEliminationPass()(model)
     drop_reshape_pairs(model)
     join_sums(model)

@@ -142,7 +142,12 @@ def trace(
     Raises:
         CompressKitError: an encoder whose attention pattern cannot be fused.
     """
-    as_node = fuse and computes_in_integers(model) and _looks_both_ways(model) and (opset or _ATTENTION_OPSET) >= _ATTENTION_OPSET
+    as_node = (
+        fuse
+        and computes_in_integers(model)
+        and _looks_both_ways(model)
+        and (opset or _ATTENTION_OPSET) >= _ATTENTION_OPSET
+    )
     if as_node:
         opset = opset or _ATTENTION_OPSET
     # Spelt-out attention is what the float fusions recognise best in an encoder; decoders keep their own.

@@ -4,6 +4,9 @@
     after   s = (max x − min x) / 255,  z = −min x / s,  q = round(x / s) + z        one s and z for the whole tensor
             y = s · scales · Σ (q − z) · codes + b                                   the sum is exact, in int32
 
+A smoothed layer rounds `x · smooth` and holds the codes of W / smooth: one factor for each input, so that channels with
+large activations do not take the whole range (SmoothQuant, arXiv:2211.10438).
+
 This is ONNX's `DynamicQuantizeLinear` followed by ONNX Runtime's integer product, which makes an encoder about three
 times as fast as float on a CPU with dot-product instructions. The forward pass here computes the same integers, so
 what is evaluated in torch is what the file computes.
@@ -11,9 +14,9 @@ what is evaluated in torch is what the file computes.
 On x86 without VNNI or AMX (before about 2019) ONNX Runtime adds pairs of products in 16 bits, where codes near 127 can
 overflow. There the session needs `session.x64quantprecision` = 1; the parity check of an export made there says so.
 
-Not for layers whose input has a few huge entries: they stretch the one scale that the whole tensor shares. There
-weight-only (`QuantLinear`) is the safe choice. The scale depends on everything in the batch, padding included, so a
-text's result depends a little on what it is batched with, in torch and in ONNX Runtime alike.
+Not for layers whose input has a few huge entries even when smoothed: they stretch the one scale that the whole tensor
+shares. There weight-only (`QuantLinear`) is the safe choice. The scale depends on everything in the batch, padding
+included, so a text's result depends a little on what it is batched with, in torch and in ONNX Runtime alike.
 """
 
 import torch
@@ -65,22 +68,31 @@ class Int8Linear(nn.Module):
         in_features: width of x, shape (…, in_features).
         out_features: width of y, shape (…, out_features).
         bias: whether a float bias is added.
+        smooth: whether inputs are multiplied by a factor each before they are rounded.
     """
 
     codes: Tensor  # (in, out) int8 in −127…127, as the operator reads them
     scales: Tensor  # (out,) float32
+    smooth: Tensor | None  # (in,) float32
 
     def __init__(
-        self, in_features: int, out_features: int, *, bias: bool, device: torch.device | str | None = None
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        smooth: bool = False,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.register_buffer("codes", torch.zeros(in_features, out_features, dtype=torch.int8, device=device))
         self.register_buffer("scales", torch.zeros(out_features, device=device))
+        self.register_buffer("smooth", torch.ones(in_features, device=device) if smooth else None)
         self.bias = nn.Parameter(torch.zeros(out_features, device=device)) if bias else None
 
     def set_codes(self, values: grid.Codes) -> None:
-        """Take over an (out, in) weight quantised to 8 bits with one scale a row.
+        """Take over an (out, in) weight, divided by `smooth` where there is one, in 8 bits with one scale a row.
 
         Raises:
             RuntimeError: shapes that do not agree.
@@ -89,11 +101,14 @@ class Int8Linear(nn.Module):
         self.scales.copy_(values.scales.squeeze(1))
 
     def dequantize(self) -> Tensor:
-        """The weight that the codes stand for, (out, in) float32."""
-        return self.codes.T.float() * self.scales[:, None]
+        """The weight that codes and factors stand for, (out, in) float32."""
+        weight = self.codes.T.float() * self.scales[:, None]
+        return weight if self.smooth is None else weight * self.smooth
 
     def forward(self, x: Tensor) -> Tensor:
         """The integer product in float32, shape (…, out_features)."""
+        if self.smooth is not None:
+            x = x * self.smooth
         if emitting():
             return dynamic_matmul(x, self.codes, self.scales, self.bias)
         quantized, scale, zero = quantize_dynamic(x)
@@ -103,4 +118,5 @@ class Int8Linear(nn.Module):
 
     def extra_repr(self) -> str:
         """The shape, as nn.Linear prints it."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        shape = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{shape}, bias={self.bias is not None}, smooth={self.smooth is not None}"

@@ -22,6 +22,7 @@ class Moments:
     Attributes:
         count: N.
         x: Σ x, (I,). t: Σ t, (O,). xx: Σ x xᵀ, (I, I). tx: Σ t xᵀ, (O, I). tt: Σ ‖t‖². All float64.
+        peak: the greatest |x| of each input, (I,) float64.
     """
 
     count: int
@@ -30,6 +31,7 @@ class Moments:
     xx: Tensor
     tx: Tensor
     tt: float
+    peak: Tensor
 
     @classmethod
     def zeros(cls, in_features: int, out_features: int) -> "Moments":
@@ -42,15 +44,14 @@ class Moments:
             zeros(in_features, in_features),
             zeros(out_features, in_features),
             0.0,
+            zeros(in_features),
         )
 
     def update(self, x: Tensor, t: Tensor) -> None:
         """Add tokens: x (N, I) and t (N, O), any float dtype."""
         x, t = x.double(), t.double()
-        self.count += x.shape[0]
-        self.x += x.sum(0)
+        self.update_input(x)
         self.t += t.sum(0)
-        self.xx.addmm_(x.T, x)
         self.tx.addmm_(t.T, x)
         self.tt += float(t.square().sum())
 
@@ -60,6 +61,8 @@ class Moments:
         self.count += x.shape[0]
         self.x += x.sum(0)
         self.xx.addmm_(x.T, x)
+        if len(x):
+            self.peak = torch.maximum(self.peak, x.abs().amax(0))
 
     def with_linear_target(self, weight: Tensor, bias: Tensor | None) -> "Moments":
         """The moments for t = W x + b, exactly, from the input's sums: W (O, I), b (O,)."""
@@ -68,7 +71,7 @@ class Moments:
         Wx = W @ self.x
         tx = W @ self.xx + torch.outer(b, self.x)
         tt = float((tx @ W.T).trace() + b @ Wx + self.count * (b @ b))
-        return Moments(self.count, self.x, Wx + self.count * b, self.xx, tx, tt)
+        return Moments(self.count, self.x, Wx + self.count * b, self.xx, tx, tt, self.peak)
 
     def __add__(self, other: "Moments") -> "Moments":
         return Moments(
@@ -78,6 +81,7 @@ class Moments:
             self.xx + other.xx,
             self.tx + other.tx,
             self.tt + other.tt,
+            torch.maximum(self.peak, other.peak),
         )
 
     def mean(self, *, centred: bool) -> "MeanMoments":

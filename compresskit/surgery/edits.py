@@ -235,6 +235,8 @@ class QuantizeLinears(_Replacing):
     #: columns that share a scale; 0 is the whole row
     group_size: int
     act: Literal["none", "int8"] = "none"
+    #: of int8 activations: each input is multiplied by a factor of its own before it is rounded
+    smooth: bool = False
 
     def apply(self, model: nn.Module) -> None:
         """Insert layers of zero codes; the pass fills them."""
@@ -242,7 +244,7 @@ class QuantizeLinears(_Replacing):
             old = self._linear(model, name)
             shape: dict[str, Any] = {"bias": old.bias is not None, "device": old.weight.device}
             if self.act == "int8":
-                new: nn.Module = Int8Linear(old.in_features, old.out_features, **shape)
+                new: nn.Module = Int8Linear(old.in_features, old.out_features, smooth=self.smooth, **shape)
             else:
                 new = QuantLinear(
                     old.in_features, old.out_features, bits=self.bits, group_size=self.group_size, **shape
