@@ -49,6 +49,7 @@ def test_unanchored_moments_are_those_of_the_student(family):
         assert moments.all.count == len(x) == tokens
         torch.testing.assert_close(moments.all.xx, x.T @ x, rtol=1e-4, atol=1e-3)
         torch.testing.assert_close(moments.all.tx[: y.shape[1]], y.T @ x, rtol=1e-4, atol=1e-2)
+        torch.testing.assert_close(moments.all.peak, x.abs().amax(0), rtol=1e-4, atol=1e-5)
 
 
 def test_a_quarter_of_the_sequences_is_held_out():

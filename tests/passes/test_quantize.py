@@ -10,7 +10,7 @@ from compresskit.layers.int8_linear import Int8Linear
 from compresskit.layers.quant_embedding import QuantEmbedding
 from compresskit.layers.quant_linear import QuantLinear
 from compresskit.passes.low_rank import LowRank
-from compresskit.passes.quantize import Quantize
+from compresskit.passes.quantize import Quantize, smoothing_factors
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -110,3 +110,48 @@ def test_options_that_do_not_go_together_are_refused(options, match):
 def test_targets_that_match_nothing_are_refused():
     with pytest.raises(CompressKitError, match="match no module"):
         Quantize(targets="*mlp*").plan(tiny("bert"))
+
+
+def test_smoothing_factors_even_out_the_peaks():
+    peak = torch.tensor([8.0, 2.0, 0.5], dtype=torch.float64)
+    factors = smoothing_factors(peak, 0.5)
+    smoothed = peak * factors.double()
+    assert float(factors.log().sum()) == pytest.approx(0, abs=1e-6)
+    torch.testing.assert_close(smoothed / smoothed[1], (peak / peak[1]).sqrt(), rtol=1e-6, atol=0)
+    assert torch.equal(smoothing_factors(peak, 0.0), torch.ones(3))
+
+
+def test_inputs_that_calibration_never_saw_get_no_huge_factor():
+    assert torch.equal(smoothing_factors(torch.zeros(3, dtype=torch.float64), 0.5), torch.ones(3))
+    factors = smoothing_factors(torch.tensor([1.0, 0.0], dtype=torch.float64), 0.5)
+    assert float(factors[1] / factors[0]) == pytest.approx(100, rel=1e-5)
+
+
+def _with_an_outlier(family):
+    """A student whose first block reads one channel fifty times as large, and its original with the same change."""
+    original = tiny(family)
+    norm = next(module for name, module in original.named_modules() if "layernorm" in name.lower())
+    norm.weight.data[3] *= 50
+    return original, tiny_student(family, original=original)
+
+
+def test_smoothing_keeps_one_large_channel_from_taking_the_whole_range():
+    def lost(smooth):
+        original, student = _with_an_outlier("llama")
+        options = {"bits": 8, "group_size": "channel", "act": "int8", "embeddings": None, "smooth": smooth}
+        Quantize(**options).apply(student, generator=torch.Generator())
+        return float((answer(student.model) - answer(original)).norm() / answer(original).norm())
+
+    assert lost(0.5) < 0.6 * lost(0.0)
+
+
+def test_attention_outputs_and_weight_only_layers_have_no_factors():
+    student = tiny_student("bert")
+    Quantize(bits=8, group_size="channel", act="int8").apply(student, generator=torch.Generator())
+    smooth = {n: m.smooth is not None for n, m in student.model.named_modules() if isinstance(m, Int8Linear)}
+    assert {name for name, there in smooth.items() if not there} == {
+        name for name in smooth if name.endswith("attention.output.dense")
+    }
+    plain = tiny_student("bert")
+    Quantize(bits=8, group_size="channel", act="int8", smooth=0).apply(plain, generator=torch.Generator())
+    assert all(m.smooth is None for m in plain.model.modules() if isinstance(m, Int8Linear))
