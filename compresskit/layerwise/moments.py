@@ -94,8 +94,8 @@ class Moments:
             raise ValueError("no token reached this layer")
         n = self.count
         mu, nu = (self.x / n, self.t / n) if centred else (torch.zeros_like(self.x), torch.zeros_like(self.t))
-        C = self.xx / n - torch.outer(mu, mu)
-        T = self.tx / n - torch.outer(nu, mu)
+        C = (self.xx / n).addr_(mu, mu, alpha=-1)
+        T = (self.tx / n).addr_(nu, mu, alpha=-1)
         return MeanMoments(C=C, T=T, mu=mu, nu=nu, target_power=self.tt / n - float(nu @ nu))
 
 

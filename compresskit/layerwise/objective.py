@@ -32,7 +32,8 @@ def shrunk_weight(weight: Tensor, moments: MeanMoments, shrinkage: float) -> Ten
     if math.isinf(shrinkage) or scale <= 0:
         return W
     # W + (T − W C)(C + λ I)⁻¹: the same, and exactly W where the layer already gives its target.
-    shrunk = moments.C + shrinkage * scale * torch.eye(len(moments.C), dtype=torch.float64)
+    shrunk = moments.C.clone()
+    shrunk.diagonal().add_(shrinkage * scale)
     gap = moments.T - W @ moments.C
     return W + torch.cholesky_solve(gap.T, torch.linalg.cholesky(shrunk)).T
 
@@ -57,7 +58,7 @@ def choose_shrinkage(
     spectrum, Q = torch.linalg.eigh(fit.C)
     G = (fit.T - W @ fit.C) @ Q
     linear = (((W @ held_out.C - held_out.T) @ Q) * G).sum(0)
-    quadratic = (Q.T @ held_out.C @ Q) * (G.T @ G)
+    quadratic = (Q.T @ (held_out.C @ Q)).mul_(G.T @ G)
 
     def error(shrinkage: float) -> float:
         f = 1 / (spectrum.clamp_min(0) + shrinkage * scale)  # zeros for an infinite shrinkage
@@ -91,13 +92,15 @@ def fit_weight(
     Returns:
         M (O, I or K) in float64; the moments of fit and held-out tokens together, restricted likewise; λ / mean diag C.
     """
-    parts = [part.mean(centred=centred) for part in (fit, held_out, fit + held_out)]
-    W = weight.double()
-    if columns is not None:
-        parts = [restrict(part, columns) for part in parts]
-        W = W[:, columns]
-    shrinkage = choose_shrinkage(W, parts[0], parts[1])
-    return shrunk_weight(W, parts[2], shrinkage), parts[2], shrinkage
+    W = weight.double() if columns is None else weight.double()[:, columns]
+
+    def mean(part: Moments) -> MeanMoments:
+        whole = part.mean(centred=centred)
+        return whole if columns is None else restrict(whole, columns)
+
+    shrinkage = choose_shrinkage(W, mean(fit), mean(held_out))
+    both = mean(fit + held_out)
+    return shrunk_weight(W, both, shrinkage), both, shrinkage
 
 
 def folded_bias(weight: Tensor, moments: MeanMoments) -> Tensor:
