@@ -45,20 +45,23 @@ def quantize_dynamic(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     scale = (high - low) / 255.0
     scale = torch.where(high == low, torch.ones_like(scale), scale)
     zero = (-low / scale).clamp(0.0, 255.0).round()
-    return ((x / scale).round() + zero).clamp(0.0, 255.0), scale, zero
+    return (x / scale).round_().add_(zero).clamp_(0.0, 255.0), scale, zero
 
 
 def multiply_exactly(left: Tensor, right: Tensor) -> Tensor:
-    """left · right in int32, for whole numbers held in float32: |left| ≤ 255 (…, I), |right| ≤ 127 (I, O).
+    """left · right summed as integers, as float32, for whole numbers |left| ≤ 255 (…, I) and |right| ≤ 127 (I, O).
 
     Float32 products of column chunks small enough that no partial sum is rounded, in any order and on any device
-    (the factors also fit into TF32 and bfloat16); only the few chunk sums are added as integers.
+    (the factors also fit into TF32 and bfloat16); only the few chunk sums are added in int32, and their total is
+    rounded to float32 once, as ONNX Runtime does.
     """
+    if right.shape[0] <= _EXACT_COLUMNS:
+        return left @ right
     total = torch.zeros(*left.shape[:-1], right.shape[1], dtype=torch.int32, device=left.device)
     for start in range(0, right.shape[0], _EXACT_COLUMNS):
         part = slice(start, start + _EXACT_COLUMNS)
         total += (left[..., part] @ right[part]).to(torch.int32)
-    return total
+    return total.float()
 
 
 class Int8Linear(nn.Module):
@@ -112,9 +115,8 @@ class Int8Linear(nn.Module):
         if emitting():
             return dynamic_matmul(x, self.codes, self.scales, self.bias)
         quantized, scale, zero = quantize_dynamic(x)
-        total = multiply_exactly(quantized - zero, self.codes.float())
-        y = total.float() * (scale * self.scales)
-        return y if self.bias is None else y + self.bias
+        y = multiply_exactly(quantized.sub_(zero), self.codes.float()).mul_(scale * self.scales)
+        return y if self.bias is None else y.add_(self.bias)
 
     def extra_repr(self) -> str:
         """The shape, as nn.Linear prints it."""

@@ -98,7 +98,7 @@ class LowRank(Pass):
     share: bool = Field(default=True, description="linears that read the same input share their first factor")
     bias: bool = Field(default=True, description="fold the mean into a bias, adding one where the layer has none")
     anchor: float = Field(
-        default=0.0, ge=0, le=1, description="how far the target moves to the original's output (alpha)"
+        default=1.0, ge=0, le=1, description="how far the target moves to the original's output (alpha)"
     )
     on_misfit: Literal["error", "keep"] = Field(
         default="error",

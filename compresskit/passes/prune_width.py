@@ -62,7 +62,7 @@ class PruneWidth(Pass):
         default=8, ge=1, description="kept neurons are a multiple of this; 32 suits a group size of 32"
     )
     anchor: float = Field(
-        default=0.0, ge=0, le=1, description="how far the target moves to the original's stream (alpha)"
+        default=1.0, ge=0, le=1, description="how far the target moves to the original's stream (alpha)"
     )
 
     adds: ClassVar[frozenset[Trait]] = frozenset({"pruned"})

@@ -10,9 +10,9 @@ the bias makes the layer exact in the mean. Weight-only files are small but, on 
 activations are fast, and pay with one shared scale per tensor; the factors m, moved into the weights, even out the
 channels before that (SmoothQuant, arXiv:2211.10438). Departure: factors follow the activations alone; divided by the
 weights' peaks too, as in the paper, they gained nothing on all-MiniLM-L6-v2. An attention's output projection is left
-without factors: it reads averages, whose channels are even enough. Embedding tables of 64 rows or more are held as
-integers too, and a head tied to one reads the same integers. Linears outside the blocks (poolers, heads) are rounded
-weight-only. Not before training: integers have no gradient, so distil first.
+without factors: it reads averages, whose channels are even enough. Large embedding tables are held as integers too, and
+a head tied to one reads the same integers. Linears outside the blocks (poolers, heads) are rounded weight-only. Not
+before training: integers have no gradient, so distil first.
 """
 
 import math
@@ -39,7 +39,10 @@ from compresskit.surgery.edits import Edit, QuantizeEmbedding, QuantizeLinears
 from compresskit.surgery.sites import Site, find_anatomy, select
 
 GROUP_SIZES = (16, 32, 64, 128, 256)
+# Tables with fewer rows, or less than this share of the largest one's (positions, token types), stay float: they hold
+# few bytes, and ONNX Runtime takes five times as long to look up integers.
 _SMALLEST_TABLE = 64
+_SMALLEST_SHARE = 0.05
 _OUTSIDE_GROUP = 32
 
 
@@ -64,7 +67,7 @@ class Quantize(Pass):
         default=8, description="bits of embedding tables; null leaves them in float"
     )
     anchor: float = Field(
-        default=0.0, ge=0, le=1, description="how far the target moves to the original's output (alpha)"
+        default=1.0, ge=0, le=1, description="how far the target moves to the original's output (alpha)"
     )
     on_misfit: Literal["error", "keep"] = Field(
         default="error", description="a layer whose columns no group divides: an error, or it stays float and is listed"
@@ -127,8 +130,10 @@ class Quantize(Pass):
         heads = dict(_tied_heads(model))
         edits: list[Edit] = []
         special: list[str] = []
-        for name, table in model.named_modules():
-            if not isinstance(table, nn.Embedding) or table.num_embeddings < _SMALLEST_TABLE:
+        tables = {name: table for name, table in model.named_modules() if isinstance(table, nn.Embedding)}
+        largest = max((table.num_embeddings for table in tables.values()), default=0)
+        for name, table in tables.items():
+            if table.num_embeddings < max(_SMALLEST_TABLE, _SMALLEST_SHARE * largest):
                 continue
             if type(table).forward is not nn.Embedding.forward:
                 special.append(name)
