@@ -53,7 +53,7 @@ def take_prints(job: Job) -> Prints:
     recipe = job.recipe
     start = digest([job.source.fingerprint(), job.task, job.corpus.fingerprint, recipe.seed])
     steps = (start, *chain(start, recipe.passes))
-    written = [one.model_dump(mode="json", serialize_as_any=True) for one in recipe.export]
+    written = [[one.version, one.model_dump(mode="json", serialize_as_any=True)] for one in recipe.export]
     result = digest([steps[-1], written, recipe.evaluate])
     said = recipe.model_dump(mode="json", include={"model", "gguf_file", "data", "seed"})
     return Prints(steps, result, {**said, "task": job.task, "fingerprint": start})

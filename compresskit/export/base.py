@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from compresskit.config import Config, Registry
 from compresskit.student import Student
@@ -12,6 +12,9 @@ class Exporter(Config, ABC):
     """One form to ship a student in. Instances are frozen options and hold no other state."""
 
     kind: str
+
+    #: Raised by one whenever the same options would write another file; part of the result's fingerprint.
+    version: ClassVar[int] = 1
 
     @abstractmethod
     def write(self, student: Student, folder: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from compresskit.data import Batch
+from compresskit.errors import CompressKitError
 from compresskit.layerwise.moments import Moments
 from compresskit.layerwise.weights import stacked_weight
 from compresskit.progress import track
@@ -35,7 +36,10 @@ _ADDITIONS.add(torch.Tensor.__iadd__)
 
 @dataclass(frozen=True)
 class SiteMoments:
-    """Moments of one site: of the sequences to fit on, and of the quarter kept apart to choose the shrinkage by."""
+    """Moments of one site: of the sequences to fit on, and of the quarter kept apart to choose the shrinkage by.
+
+    Of fewer than four sequences one is kept apart.
+    """
 
     fit: Moments
     held_out: Moments
@@ -182,10 +186,10 @@ def _block_calls(model: nn.Module, blocks: Sequence[str], batch: Batch) -> tuple
     return calls, first[0]
 
 
-def _split_rows(batch: Batch, first_sequence: int) -> tuple[Tensor, Tensor]:
-    """Flat indices of real tokens: of three sequences in four, and of the fourth."""
+def _split_rows(batch: Batch, first_sequence: int, period: int) -> tuple[Tensor, Tensor]:
+    """Flat indices of real tokens: of all sequences but every `period`-th, and of these."""
     real = batch["attention_mask"].bool()
-    held = (torch.arange(first_sequence, first_sequence + len(real)) % 4 == 3)[:, None]
+    held = (torch.arange(first_sequence, first_sequence + len(real)) % period == period - 1)[:, None]
     return (real & ~held).flatten().nonzero()[:, 0], (real & held).flatten().nonzero()[:, 0]
 
 
@@ -230,10 +234,17 @@ class Walk:
         student, original = self._student.model, self._student.original
         lanes, sequences = [], 0
         calibration = self._student.corpus.calibration.by_length()
+        if len(calibration) < 2:
+            raise CompressKitError(
+                "one calibration sequence is too few: some are fitted on, others choose how far to trust the fit",
+                where="data.calibration",
+                fix="use calibration: 4 or more",
+            )
+        period = min(4, len(calibration))
         for batch in calibration.batches(max(1, self._batch_tokens // len(calibration.rows[-1]))):
             calls, hidden = _block_calls(student, self._blocks, batch)
             beside = _block_calls(original, self._blocks[:1], batch)[1] if self._anchor else None
-            lanes.append(_Lane(calls, hidden, beside, *_split_rows(batch, sequences)))
+            lanes.append(_Lane(calls, hidden, beside, *_split_rows(batch, sequences, period)))
             sequences += len(batch["input_ids"])
         return lanes
 

@@ -1,11 +1,13 @@
 """The walk: what it collects equals what the two models really compute, padding left out."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from families import FAMILIES, tiny_student
 
+from compresskit.errors import CompressKitError
 from compresskit.layerwise.walk import Walk
 from compresskit.passes.prune_width import PruneWidth
 from compresskit.surgery.sites import find_anatomy
@@ -50,6 +52,25 @@ def test_unanchored_moments_are_those_of_the_student(family):
         torch.testing.assert_close(moments.all.xx, x.T @ x, rtol=1e-4, atol=1e-3)
         torch.testing.assert_close(moments.all.tx[: y.shape[1]], y.T @ x, rtol=1e-4, atol=1e-2)
         torch.testing.assert_close(moments.all.peak, x.abs().amax(0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_of_few_sequences_one_is_held_out(count):
+    student = _with_calibration(tiny_student("bert"), count)
+    moments = next(iter(collect(student, 1.0).values()))
+    assert moments.held_out.count == len(student.corpus.calibration.by_length().rows[-1])
+    assert moments.fit.count == sum(map(len, student.corpus.calibration.rows)) - moments.held_out.count
+
+
+def test_one_calibration_sequence_is_refused():
+    student = _with_calibration(tiny_student("bert"), 1)
+    with pytest.raises(CompressKitError, match="one calibration sequence"):
+        collect(student, 1.0)
+
+
+def _with_calibration(student, count):
+    student.corpus = replace(student.corpus, calibration=student.corpus.calibration.limit(count))
+    return student
 
 
 def test_a_quarter_of_the_sequences_is_held_out():
