@@ -8,7 +8,7 @@ held out and added back. Padding never enters: the caller passes only the rows o
 
 # N tokens, I in, O out
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -72,6 +72,13 @@ class Moments:
         tx = W @ self.xx + torch.outer(b, self.x)
         tt = float((tx @ W.T).trace() + b @ Wx + self.count * (b @ b))
         return Moments(self.count, self.x, Wx + self.count * b, self.xx, tx, tt, self.peak)
+
+    def without_bias(self, bias: Tensor) -> "Moments":
+        """The moments for the target t − b, of a layer whose bias b (O,) stays as it is."""
+        b = bias.double()
+        tx = self.tx - torch.outer(b, self.x)
+        tt = self.tt - 2 * float(b @ self.t) + self.count * float(b @ b)
+        return replace(self, t=self.t - self.count * b, tx=tx, tt=tt)
 
     def __add__(self, other: "Moments") -> "Moments":
         return Moments(

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 
 from compresskit.data import Batch
 from compresskit.errors import CompressKitError
@@ -32,6 +33,7 @@ from compresskit.surgery.sites import Site, find_blocks, without_cache
 
 _ADDITIONS = {torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__add__, torch.Tensor.__radd__}
 _ADDITIONS.add(torch.Tensor.__iadd__)
+_NO_WALK = "low_rank, prune_width and quantize need a plain chain of blocks; distil it into one, or use another model"
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,10 @@ class SiteMoments:
         """Both together."""
         return self.fit + self.held_out
 
+    def without_bias(self, bias: Tensor) -> "SiteMoments":
+        """The moments for the target less a bias (O,) that stays as it is: what the weights alone should give."""
+        return SiteMoments(self.fit.without_bias(bias), self.held_out.without_bias(bias))
+
 
 class _AllSeenError(Exception):
     """Ends a block's forward as soon as everything wanted from it is there."""
@@ -57,21 +63,31 @@ class _AllSeenError(Exception):
 class _Watch(TorchFunctionMode):
     """Records what named linears of a block read and give, and the sum that a stream writer's output is added into.
 
+    Copies are kept: a block may go on to change its tensors in place.
+
     Args:
         linears: modules by name.
         writers: those of them whose sum is wanted too.
+        read: the one whose input is wanted, if any.
         stop_early: leave the block once all is seen.
     """
 
-    def __init__(self, linears: Mapping[str, nn.Module], writers: Collection[str], *, stop_early: bool) -> None:
+    def __init__(
+        self, linears: Mapping[str, nn.Module], writers: Collection[str], *, read: str | None, stop_early: bool
+    ) -> None:
         super().__init__()
-        self.inputs: dict[str, Tensor] = {}
+        self.input: Tensor | None = None
         self.outputs: dict[str, Tensor] = {}
         self.streams: dict[str, Tensor] = {}
-        self._linears, self._writers, self._stop_early = linears, writers, stop_early
+        self._linears, self._writers, self._read, self._stop_early = linears, writers, read, stop_early
+        self._given: dict[str, Tensor] = {}
 
     def _saw(self, name: str, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        self.inputs[name], self.outputs[name] = args[0], output
+        if name == self._read:
+            self.input = args[0].clone()
+        self.outputs[name] = output.clone()
+        if name in self._writers:
+            self._given[name] = output
         self._stop_if_complete()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -79,8 +95,8 @@ class _Watch(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if func in _ADDITIONS:
             for name in self._writers:
-                if name in self.outputs and name not in self.streams and _one_is(self.outputs[name], args[:2]):
-                    self.streams[name] = result
+                if name in self._given and name not in self.streams and _one_is(self._given[name], args[:2]):
+                    self.streams[name] = result.clone()
                     self._stop_if_complete()
         return result
 
@@ -97,6 +113,7 @@ class _Watch(TorchFunctionMode):
         except _AllSeenError:
             return None
         finally:
+            self._given.clear()
             for handle in handles:
                 handle.remove()
 
@@ -186,6 +203,47 @@ def _block_calls(model: nn.Module, blocks: Sequence[str], batch: Batch) -> tuple
     return calls, first[0]
 
 
+@torch.no_grad()
+def check_chain(model: PreTrainedModel, batch: Batch) -> None:
+    """Make sure that walking from block to block is what the model itself does.
+
+    Args:
+        batch: two sequences, say; the model is run on them once.
+
+    Raises:
+        CompressKitError: blocks that run in another order than they are listed, more than once, or on anything but
+            the (batch, length, width) output of the block before.
+    """
+    blocks = find_blocks(model)
+    calls: list[tuple[str, Any, Any]] = []
+
+    def record(name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        given = kwargs.get("hidden_states", args[0] if args else None)
+        calls.append((name, given, output if isinstance(output, Tensor) else output[0]))
+
+    handles = [
+        model.get_submodule(name).register_forward_hook(partial(record, name), with_kwargs=True) for name in blocks
+    ]
+    try:
+        model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    where = type(model).__name__
+    if tuple(name for name, _, _ in calls) != blocks:
+        what = "its blocks do not run once each, in the order in which they are listed"
+        raise CompressKitError(f"this architecture cannot be walked block by block: {what}", where=where, fix=_NO_WALK)
+    shape = tuple(batch["input_ids"].shape)
+    for index, (name, given, _) in enumerate(calls):
+        if not isinstance(given, Tensor) or tuple(given.shape[:2]) != shape:
+            what = f"{name} does not read hidden states of shape (batch, length, width)"
+        elif index and not torch.equal(given, calls[index - 1][2]):
+            what = f"{name} does not read what the block before it gives"
+        else:
+            continue
+        raise CompressKitError(f"this architecture cannot be walked block by block: {what}", where=where, fix=_NO_WALK)
+
+
 def _split_rows(batch: Batch, first_sequence: int, period: int) -> tuple[Tensor, Tensor]:
     """Flat indices of real tokens: of all sequences but every `period`-th, and of these."""
     real = batch["attention_mask"].bool()
@@ -222,6 +280,7 @@ class Walk:
         for site in sites:
             by_block.setdefault(site.block, []).append(site)
         with without_cache(self._student.model), without_cache(self._student.original):
+            check_chain(self._student.model, next(self._student.corpus.calibration.batches(2)))
             lanes = self._open_lanes()
             for index in track(range(max(by_block) + 1), label):
                 here = by_block.get(index, [])
@@ -257,7 +316,7 @@ class Walk:
         for lane in lanes:
             if lane.original is None:
                 return
-            watch = _Watch(linears, writers, stop_early=False)
+            watch = _Watch(linears, writers, read=None, stop_early=False)
             lane.original = watch.run(partial(lane.run, block, index, lane.original))
             lane.beside = {name: _flat(output) for name, output in watch.outputs.items()}
             lane.beside |= {f"{name}+": _flat(stream) for name, stream in watch.streams.items()}
@@ -278,9 +337,11 @@ class Walk:
         anchored = all(self._original_name(name) in lanes[0].beside for name in site.linears)
         block = self._student.model.get_submodule(self._blocks[site.block])
         for lane in lanes:
-            watch = _Watch(linears, site.linears if anchored and site.writes_stream else (), stop_early=True)
+            writers = site.linears if anchored and site.writes_stream else ()
+            watch = _Watch(linears, writers, read=site.linears[0], stop_early=True)
             watch.run(partial(lane.run, block, site.block, lane.student))
-            x = _flat(watch.inputs[site.linears[0]])
+            assert watch.input is not None
+            x = _flat(watch.input)
             if anchored:
                 t = self._target(site, lane, watch)
                 fit.update(x[lane.fit_rows], t[lane.fit_rows])

@@ -42,17 +42,20 @@ def stacked_weight(layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None]:
 
 
 @torch.no_grad()
-def set_weight(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
-    """Write W (O, I) and, where given, the bias into a layer of that shape.
+def set_weight(layer: nn.Module, weight: Tensor) -> None:
+    """Write W (O, I) into a layer of that shape.
 
-    A low-rank layer keeps its B and takes A = B⁺ W, the best A for that B.
+    A low-rank layer keeps its B and takes A = B⁺ W, the best A for that B; `dense_weight` then says what it became.
     """
     if isinstance(layer, LowRankLinear):
         B = layer.expand.weight.double()
         layer.factor_in.weight.copy_(torch.linalg.lstsq(B, weight.double()).solution)  # type: ignore[union-attr,operator]
-        linear: nn.Module = layer.expand
     else:
-        linear = layer
-        linear.weight.copy_(weight)  # type: ignore[union-attr,operator]
-    if bias is not None:
-        linear.bias.copy_(bias)  # type: ignore[union-attr,operator]
+        layer.weight.copy_(weight)  # type: ignore[union-attr,operator]
+
+
+@torch.no_grad()
+def set_bias(layer: nn.Module, bias: Tensor) -> None:
+    """Write the bias (O,) of a layer that has one."""
+    linear = layer.expand if isinstance(layer, LowRankLinear) else layer
+    linear.bias.copy_(bias)  # type: ignore[union-attr,operator]

@@ -20,7 +20,7 @@ from compresskit.errors import CompressKitError
 from compresskit.layers.low_rank import LowRankLinear
 from compresskit.layerwise.objective import fit_weight, folded_bias
 from compresskit.layerwise.walk import SiteMoments, Walk
-from compresskit.layerwise.weights import stacked_weight
+from compresskit.layerwise.weights import layer_bias, stacked_weight
 from compresskit.passes.base import PASSES, Pass, Trait
 from compresskit.student import Student
 from compresskit.surgery.edits import Edit, MakeLowRank
@@ -96,7 +96,7 @@ class LowRank(Pass):
         default=None, ge=1, description="ranks are multiples of this; by default 32, or 8 below 128"
     )
     share: bool = Field(default=True, description="linears that read the same input share their first factor")
-    bias: bool = Field(default=True, description="fold the mean into a bias, adding one where the layer has none")
+    bias: bool = Field(default=True, description="give a bias to layers that have none, to fold the mean into")
     anchor: float = Field(
         default=1.0, ge=0, le=1, description="how far the target moves to the original's output (alpha)"
     )
@@ -167,12 +167,15 @@ class LowRank(Pass):
     def _factorise(self, student: Student, edit: MakeLowRank, moments: SiteMoments) -> dict[str, Any]:
         modules = [student.model.get_submodule(name) for name in edit.targets]
         weight, bias = stacked_weight(modules)
+        centred = self.bias or all(layer_bias(module) is not None for module in modules)
+        if bias is not None and not centred:
+            moments = moments.without_bias(bias)
         if self.anchor:
-            target, mean, shrinkage = fit_weight(weight, moments.fit, moments.held_out, centred=self.bias)
+            target, mean, shrinkage = fit_weight(weight, moments.fit, moments.held_out, centred=centred)
         else:
-            target, mean, shrinkage = weight.double(), moments.all.mean(centred=self.bias), float("inf")
+            target, mean, shrinkage = weight.double(), moments.all.mean(centred=centred), float("inf")
         B, A, tail = low_rank_factors(target, edit.rank, moment=mean.C)
-        new_bias = folded_bias(B @ A, mean) if self.bias else bias
+        new_bias = folded_bias(B @ A, mean) if centred else bias
         student.edit(edit)
         _fill(student.model, edit, B, A, new_bias)
         power = float(((target @ mean.C) * target).sum())

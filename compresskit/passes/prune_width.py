@@ -24,7 +24,7 @@ from compresskit.errors import CompressKitError
 from compresskit.layerwise.moments import MeanMoments
 from compresskit.layerwise.objective import fit_weight, folded_bias
 from compresskit.layerwise.walk import SiteMoments, Walk
-from compresskit.layerwise.weights import dense_weight, layer_bias, set_weight
+from compresskit.layerwise.weights import dense_weight, layer_bias, set_bias, set_weight
 from compresskit.passes.base import PASSES, Pass, Trait
 from compresskit.student import Student
 from compresskit.surgery.edits import Edit, PruneHeads, PruneNeurons, write_ranges
@@ -93,9 +93,10 @@ class PruneWidth(Pass):
             (self.keep.ffn, anatomy.feed_forwards, "ffn"),
             (self.keep.heads, anatomy.attentions, "heads"),
         ):
-            if share < 1 and not found:
+            if share < 1 and len(found) != len(anatomy.blocks):
+                part = "an FFN" if what == "ffn" else "attention with heads"
                 raise CompressKitError(
-                    "no part of this model is seen as " + ("an FFN" if what == "ffn" else "attention with heads"),
+                    f"{part} is seen in {len(found)} of {len(anatomy.blocks)} blocks",
                     where=f"keep.{what}",
                     fix=f"leave {what} out; `compresskit modules MODEL` shows what is seen",
                 )
@@ -186,7 +187,10 @@ def _refit(student: Student, output: str, edit: Edit, columns: Tensor, moments: 
     before = dense_weight(layer)
     weight, mean, shrinkage = fit_weight(before, moments.fit, moments.held_out, centred=centred, columns=columns)
     student.edit(edit)
-    set_weight(layer, weight, folded_bias(weight, mean) if centred else None)
+    set_weight(layer, weight)
+    weight = dense_weight(layer).double()  # a low-rank layer comes only as near as its factors let it
+    if centred:
+        set_bias(layer, folded_bias(weight, mean))
     power = mean.target_power
     return {
         "kept": len(columns),

@@ -32,18 +32,20 @@ from compresskit.layers.quant_linear import QuantLinear
 from compresskit.layerwise.moments import MeanMoments
 from compresskit.layerwise.objective import fit_weight, folded_bias
 from compresskit.layerwise.walk import SiteMoments, Walk
-from compresskit.layerwise.weights import stacked_weight
+from compresskit.layerwise.weights import layer_bias, stacked_weight
 from compresskit.passes.base import PASSES, Pass, Trait
 from compresskit.student import Student
 from compresskit.surgery.edits import Edit, QuantizeEmbedding, QuantizeLinears
-from compresskit.surgery.sites import Site, find_anatomy, select
+from compresskit.surgery.sites import Site, find_anatomy, find_blocks, select
 
 GROUP_SIZES = (16, 32, 64, 128, 256)
 # Tables with fewer rows, or less than this share of the largest one's (positions, token types), stay float: they hold
 # few bytes, and ONNX Runtime takes five times as long to look up integers.
 _SMALLEST_TABLE = 64
+_SMALLEST_MATRIX = 4096
 _SMALLEST_SHARE = 0.05
-_OUTSIDE_GROUP = 32
+# Of linears outside the blocks; the first that divides their columns.
+_OUTSIDE_GROUPS = (32, 16)
 
 
 @PASSES.add
@@ -90,8 +92,7 @@ class Quantize(Pass):
         """One edit for the linears of each input site, one for those outside blocks, one for each embedding table."""
         inside, outside, _ = self._targets(model)
         edits: list[Edit] = [edit for _, edit in self._site_edits(model, inside)]
-        if outside:
-            edits.append(_outside_edit(outside))
+        edits += [_outside_edit(model, name) for name in outside]
         return edits + self._table_edits(model)[0]  # type: ignore[arg-type]
 
     def _site_edits(self, model: nn.Module, inside: Sequence[str]) -> list[tuple[Site, QuantizeLinears]]:
@@ -109,19 +110,21 @@ class Quantize(Pass):
 
     def _targets(self, model: nn.Module) -> tuple[list[str], list[str], list[str]]:
         """Linears inside blocks, outside them, and those that stay float because nothing divides their columns."""
+        inside_names = set(find_anatomy(model, factors=True).linears())  # type: ignore[arg-type]
         linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         tied = {name for _, name in _tied_heads(model)}  # type: ignore[arg-type]
         names = [name for name in linears if name not in tied]
         chosen = set(select(names, self.targets))
-        inside_names = set(find_anatomy(model, factors=True).linears())  # type: ignore[arg-type]
         inside = [name for name in names if name in chosen and name in inside_names]
         outside = [name for name in names if name in chosen and name not in inside_names]
         size = self.group_size if isinstance(self.group_size, int) else 1
-        misfits = [name for name in inside if linears[name].in_features % size]
-        misfits += [name for name in outside if linears[name].in_features % _OUTSIDE_GROUP]
-        if misfits and self.on_misfit == "error":
-            raise _misfit_error({name: linears[name].in_features for name in misfits}, self.group_size)
-        return [n for n in inside if n not in misfits], [n for n in outside if n not in misfits], misfits
+        misfits = {name: linears[name].in_features for name in inside if linears[name].in_features % size}
+        beyond = {name: linears[name].in_features for name in outside if not _outside_group(linears[name])}
+        hidden = _other_matrices(model) if self.targets == "*" else []
+        if self.on_misfit == "error" and (misfits or beyond or hidden):
+            raise _misfit_error(misfits, beyond, hidden, size)
+        kept = [*misfits, *beyond, *hidden]
+        return [n for n in inside if n not in kept], [n for n in outside if n not in kept], kept
 
     def _table_edits(self, model: PreTrainedModel) -> tuple[list[Edit], list[str]]:
         """One edit a table, and the names of those that do more than look up (Gemma): they stay float."""
@@ -143,11 +146,11 @@ class Quantize(Pass):
         return edits, special
 
     def _table_group(self, table: nn.Embedding, *, tied: bool) -> int:
-        """A whole row for 8-bit tables; groups for 4 bit, and for a head that is tied to it (the operator's need)."""
+        """A whole row for 8-bit tables, or where no group divides it; groups for 4 bit and for a tied head."""
         if self.embeddings == 8 and not tied:
             return 0
-        size = self.group_size if isinstance(self.group_size, int) else _OUTSIDE_GROUP
-        return size if table.embedding_dim % size == 0 else math.gcd(table.embedding_dim, 16)
+        sizes = [self.group_size] if isinstance(self.group_size, int) else []
+        return next((size for size in [*sizes, *_OUTSIDE_GROUPS] if table.embedding_dim % size == 0), 0)
 
     def apply(self, student: Student, *, generator: torch.Generator) -> dict[str, Any]:
         """Round tables, then walk the blocks on what the tables became, then round what stands outside."""
@@ -165,7 +168,7 @@ class Quantize(Pass):
         if edits:
             Walk(student, anchor=self.anchor).run(edits, solve, label=self.kind)
         for name in outside:
-            layers.update(_quantize_linears(student, _outside_edit([name])))
+            layers.update(_quantize_linears(student, _outside_edit(student.model, name)))
         return {"layers": layers, "kept_float": [*misfits, *special]}
 
     def _quantize_site(
@@ -173,13 +176,15 @@ class Quantize(Pass):
     ) -> dict[str, dict[str, Any]]:
         modules = [student.model.get_submodule(name) for name in edit.targets]
         weight, bias = stacked_weight(modules)
-        centred = bias is not None
+        centred = all(layer_bias(module) is not None for module in modules)
+        if bias is not None and not centred:
+            moments = moments.without_bias(bias)
         if self.anchor:
             target, mean, _ = fit_weight(weight, moments.fit, moments.held_out, centred=centred)
         else:
             target, mean = weight.double(), moments.all.mean(centred=centred)
         smooth = smoothing_factors(moments.all.peak, self.smooth) if edit.smooth else None
-        return _quantize_linears(student, edit, target, mean, smooth)
+        return _quantize_linears(student, edit, target, mean, smooth, exact_mean=centred)
 
 
 def smoothing_factors(peak: Tensor, power: float) -> Tensor:
@@ -207,19 +212,51 @@ def _tied_heads(model: PreTrainedModel) -> list[tuple[str, str]]:
     ]
 
 
-def _misfit_error(columns: dict[str, int], group_size: int | str) -> CompressKitError:
-    fitting = [size for size in GROUP_SIZES if all(width % size == 0 for width in columns.values())]
-    listed = "\n    ".join(f"{name}: {width} columns" for name, width in columns.items())
-    fix = f"use group_size {' or '.join(map(str, fitting))}" if fitting else "no group size fits all of these"
-    return CompressKitError(
-        f"group size {group_size} does not divide the columns of {len(columns)} layers:\n    {listed}",
-        where="group_size",
-        fix=f"{fix}; or set round_to in the passes that cut these widths, or on_misfit: keep",
-    )
+def _outside_group(linear: nn.Linear) -> int:
+    """The group of a linear outside the blocks; 0 where none divides its columns."""
+    return next((size for size in _OUTSIDE_GROUPS if linear.in_features % size == 0), 0)
 
 
-def _outside_edit(names: Sequence[str]) -> QuantizeLinears:
-    return QuantizeLinears(targets=tuple(names), bits=8, group_size=_OUTSIDE_GROUP)
+def _outside_edit(model: nn.Module, name: str) -> QuantizeLinears:
+    linear = model.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    return QuantizeLinears(targets=(name,), bits=8, group_size=_outside_group(linear))
+
+
+def _other_matrices(model: nn.Module) -> list[str]:
+    """Matrices inside the blocks that belong to no linear, table or norm: the experts of a mixture, say."""
+    blocks = tuple(f"{block}." for block in find_blocks(model))
+    names: list[str] = []
+    for name, module in model.named_modules():
+        if name.startswith(blocks) and not isinstance(module, nn.Linear | nn.Embedding):
+            own = module.named_parameters(prefix=name, recurse=False)
+            names += [inner for inner, weight in own if weight.dim() >= 2 and weight.numel() >= _SMALLEST_MATRIX]
+    return names
+
+
+def _misfit_error(
+    inside: dict[str, int], outside: dict[str, int], hidden: Sequence[str], size: int
+) -> CompressKitError:
+    """One error that lists all that would stay float, and why."""
+    parts, fixes = [], []
+    if inside:
+        listed = "\n    ".join(f"{name}: {columns} columns" for name, columns in inside.items())
+        parts.append(f"group size {size} does not divide the columns of {len(inside)} layers:\n    {listed}")
+        fitting = [size for size in GROUP_SIZES if all(columns % size == 0 for columns in inside.values())]
+        fixes.append(
+            f"use group_size {' or '.join(map(str, fitting))}" if fitting else "no group size fits all of these"
+        )
+        fixes.append("set round_to in the passes that cut these widths")
+    if outside:
+        listed = "\n    ".join(f"{name}: {columns} columns" for name, columns in outside.items())
+        sizes = " nor ".join(map(str, _OUTSIDE_GROUPS))
+        parts.append(f"neither {sizes} divides the columns of {len(outside)} layers outside the blocks:\n    {listed}")
+    if hidden:
+        listed = "\n    ".join(hidden)
+        parts.append(f"{len(hidden)} matrices belong to no linear layer and cannot be rounded:\n    {listed}")
+    fixes.append("say on_misfit: keep to leave them in float")
+    where = "group_size" if inside else "targets"
+    return CompressKitError("\n  ".join(parts), where=where, fix="; or ".join(fixes))
 
 
 @torch.no_grad()
@@ -245,6 +282,8 @@ def _quantize_linears(
     target: Tensor | None = None,
     mean: MeanMoments | None = None,
     smooth: Tensor | None = None,
+    *,
+    exact_mean: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Swap in integer layers for linears that read the same input.
 
@@ -252,6 +291,7 @@ def _quantize_linears(
         target: their stacked M, (O, I); today's weights if None.
         mean: moments of the input, for the importance of its columns and the exact mean; None weighs all alike.
         smooth: (I,), what the layers multiply their input by.
+        exact_mean: whether biases make the layers exact in the mean; else they stay.
     """
     olds = [student.model.get_submodule(name) for name in edit.targets]
     weights, _ = stacked_weight(olds)
@@ -278,8 +318,8 @@ def _quantize_linears(
         )
         rounded = new.dequantize()
         if old.bias is not None:
-            exact_mean = None if mean is None else folded_bias(rounded, _rows_of(mean, rows))
-            _write_bias(new, old.bias.detach() if exact_mean is None else exact_mean)
+            folded = folded_bias(rounded, _rows_of(mean, rows)) if exact_mean and mean is not None else None
+            _write_bias(new, old.bias.detach() if folded is None else folded)
         notes[name] = {"bits": edit.bits, "relative_error": _relative_error(stacked[rows], rounded, importance)}
     return notes
 

@@ -108,7 +108,8 @@ def find_anatomy(model: PreTrainedModel, *, factors: bool = False) -> Anatomy:
     blocks = find_blocks(model)
     where = type(model).__name__
     if not blocks:
-        raise CompressKitError("no repeated blocks with linear layers", where=where, fix="use an encoder or a decoder")
+        what = "no repeated blocks with linear layers (GPT-2's Conv1D and fused projections are not seen as such)"
+        raise CompressKitError(what, where=where, fix="use an encoder or decoder made of nn.Linear")
     if model.main_input_name != "input_ids" or model.config.is_encoder_decoder:
         what = f"reads {model.main_input_name!r}" if not model.config.is_encoder_decoder else "has encoder and decoder"
         raise CompressKitError(f"the model {what}; only text encoders and decoders are understood", where=where)
@@ -154,8 +155,16 @@ def _trace(model: PreTrainedModel, blocks: tuple[str, ...], *, factors: bool) ->
     def watch(name: str, block: int, module: nn.Module):
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             seen_inputs.append(args[0])
-            if not any(call.name == name for call in calls):
-                calls.append(_Call(name, block, id(args[0]), int(module.in_features), int(module.out_features)))  # type: ignore[arg-type]
+            earlier = next((call for call in calls if call.name == name), None)
+            if earlier is not None and earlier.source != id(args[0]):
+                raise CompressKitError(
+                    f"{name} runs more than once, on different inputs: there is no one thing that it should give",
+                    where=type(model).__name__,
+                    fix="use a model whose layers are not shared",
+                )
+            if earlier is not None:  # the first factor of several low-rank layers
+                return
+            calls.append(_Call(name, block, id(args[0]), int(module.in_features), int(module.out_features)))  # type: ignore[arg-type]
 
         return module.register_forward_pre_hook(hook)
 
@@ -170,6 +179,14 @@ def _trace(model: PreTrainedModel, blocks: tuple[str, ...], *, factors: bool) ->
     try:
         with torch.no_grad(), model.device:  # a decoder without a cache looks for packed sequences, which meta cannot
             model(input_ids=tokens)
+    except CompressKitError:
+        raise
+    except Exception as error:
+        raise CompressKitError(
+            f"the model cannot be run on token ids alone, or not without its weights: {error}",
+            where=type(model).__name__,
+            fix="use another text encoder or decoder",
+        ) from error
     finally:
         for handle in handles:
             handle.remove()

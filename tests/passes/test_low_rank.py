@@ -158,3 +158,14 @@ def test_dense_weight_of_a_factorised_layer_is_the_product():
     layer = student.model.get_submodule("encoder.layer.0.output.dense")
     x = torch.randn(5, 64)
     torch.testing.assert_close(layer(x), x @ dense_weight(layer).T + layer.expand.bias)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_anchoring_a_little_changes_little(bias):
+    def lost(anchor):
+        original = tiny("bert")
+        student = tiny_student("bert", original=original)
+        LowRank(keep=0.95, round_to=4, bias=bias, anchor=anchor).apply(student, generator=torch.Generator())
+        return float((answer(student.model) - answer(original)).norm() / answer(original).norm())
+
+    assert lost(1e-6) == pytest.approx(lost(0.0), rel=0.05)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from families import FAMILIES, answer, tiny, tiny_student
 from pydantic import ValidationError
+from transformers import BertConfig, BertModel
 
 from compresskit.errors import CompressKitError
 from compresskit.layers.int8_linear import Int8Linear
@@ -155,3 +156,29 @@ def test_attention_outputs_and_weight_only_layers_have_no_factors():
     plain = tiny_student("bert")
     Quantize(bits=8, group_size="channel", act="int8", smooth=0).apply(plain, generator=torch.Generator())
     assert all(m.smooth is None for m in plain.model.modules() if isinstance(m, Int8Linear))
+
+
+def test_a_table_that_no_group_divides_has_one_scale_a_row():
+    model = BertModel(BertConfig(**FAMILIES["bert"].to_dict() | {"hidden_size": 36, "vocab_size": 96}))
+    edits = Quantize(bits=8, group_size="channel", act="int8", embeddings=4, on_misfit="keep").plan(model)
+    tables = [edit for edit in edits if edit.kind == "quantize_embedding"]
+    assert [edit.group_size for edit in tables] == [0] * len(tables) != []
+
+
+def test_matrices_that_are_no_linears_are_not_passed_over_in_silence():
+    model = tiny("bert")
+    model.encoder.layer[1].experts = torch.nn.Module()
+    model.encoder.layer[1].experts.weight = torch.nn.Parameter(torch.zeros(4, 32, 64))
+    with pytest.raises(CompressKitError, match="1 matrices belong to no linear layer"):
+        Quantize(bits=8, group_size=16).plan(model)
+    assert Quantize(bits=8, group_size=16, on_misfit="keep").plan(model)
+
+
+def test_the_mean_is_exact_where_only_some_layers_of_a_site_have_a_bias():
+    original = tiny("bert")
+    for block in original.encoder.layer:
+        block.attention.self.key.bias = None
+    student = tiny_student("bert", original=original)
+    Quantize(bits=8, group_size=16, embeddings=None).apply(student, generator=torch.Generator())
+    lost = (answer(student.model) - answer(original)).norm() / answer(original).norm()
+    assert lost < 0.02

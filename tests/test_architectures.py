@@ -1,0 +1,107 @@
+"""Architectures built in unusual ways: a pass either does its work on them or refuses with one clear message."""
+
+import copy
+
+import pytest
+import torch
+from families import NoTokenizer, answer, random_sequences
+from transformers import (
+    AlbertConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    DebertaV2Config,
+    ElectraConfig,
+    FalconConfig,
+    GPT2Config,
+    MixtralConfig,
+    ModernBertConfig,
+    MPNetConfig,
+    Olmo2Config,
+    Phi3Config,
+    PretrainedConfig,
+    XLNetConfig,
+)
+
+from compresskit.data import Corpus
+from compresskit.errors import CompressKitError
+from compresskit.passes.low_rank import LowRank
+from compresskit.passes.prune_width import PruneWidth
+from compresskit.passes.quantize import Quantize
+from compresskit.student import Student
+
+_SHAPE = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+CONFIGS: dict[str, PretrainedConfig] = {
+    "albert": AlbertConfig(**_SHAPE, embedding_size=16),
+    "deberta-v2": DebertaV2Config(**_SHAPE, relative_attention=True, pos_att_type=["p2c", "c2p"], share_att_key=True),
+    "electra": ElectraConfig(**_SHAPE, embedding_size=16),
+    "falcon": FalconConfig(
+        vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, parallel_attn=True
+    ),
+    "gpt2": GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    "mixtral": MixtralConfig(**_SHAPE, num_key_value_heads=2, num_local_experts=4),
+    "modernbert": ModernBertConfig(**_SHAPE, global_attn_every_n_layers=1),
+    "mpnet": MPNetConfig(**_SHAPE | {"pad_token_id": 1}),
+    "olmo2": Olmo2Config(**_SHAPE, num_key_value_heads=4),
+    "phi3": Phi3Config(**_SHAPE, num_key_value_heads=2),
+    "xlnet": XLNetConfig(vocab_size=96, d_model=32, n_layer=2, n_head=4, d_inner=64),
+}
+_DECODERS = {"falcon", "gpt2", "mixtral", "olmo2", "phi3"}
+PASSES = {
+    "low_rank": LowRank(keep=0.9, round_to=4, on_misfit="keep"),
+    "prune_ffn": PruneWidth.model_validate({"keep": {"ffn": 0.75}}),
+    "quantize": Quantize(bits=8, group_size=16, embeddings=None),
+    "int8": Quantize(bits=8, group_size="channel", act="int8", embeddings=None),
+}
+#: What is refused, and the words of the message. All else must work.
+REFUSED = {
+    ("albert", "*"): "runs more than once",
+    ("deberta-v2", "*"): "runs more than once|cannot be run",
+    ("gpt2", "*"): "no repeated blocks",
+    ("xlnet", "*"): "cannot be walked|no repeated blocks|cannot be run",
+    ("mixtral", "prune_ffn"): "an FFN is seen in 0 of 2 blocks",
+    ("mixtral", "quantize"): "belong to no linear layer",
+    ("mixtral", "int8"): "belong to no linear layer",
+    ("falcon", "prune_ffn"): "an FFN is seen in",
+    ("phi3", "prune_ffn"): "an FFN is seen in",
+    ("modernbert", "prune_ffn"): "an FFN is seen in",
+}
+#: How far the answer may move: random weights have no redundancy, so cutting them costs much (ranks of 14 of 32 here)
+#: and rounding little.
+_BOUNDS = {"low_rank": 0.8, "prune_ffn": 0.6, "quantize": 0.05, "int8": 0.1}
+
+
+def _student(name: str) -> Student:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        auto = AutoModelForCausalLM if name in _DECODERS else AutoModel
+        original = auto.from_config(copy.deepcopy(CONFIGS[name])).eval()
+        with torch.no_grad():
+            for parameter in original.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    corpus = Corpus(random_sequences(32, seed=1), random_sequences(8, seed=2), random_sequences(8, seed=3), "random")
+    task = "text-generation" if name in _DECODERS else "feature-extraction"
+    return Student(copy.deepcopy(original), original, NoTokenizer(), task, corpus)
+
+
+@pytest.mark.parametrize("kind", PASSES)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_pass_works_or_says_clearly_why_not(name, kind):
+    student, step = _student(name), PASSES[kind]
+    refusal = REFUSED.get((name, kind)) or REFUSED.get((name, "*"))
+    if refusal:
+        with pytest.raises(CompressKitError, match=refusal) as caught:
+            step.apply(student, generator=torch.Generator())
+        assert caught.value.fix
+        return
+    step.apply(student, generator=torch.Generator())
+    truth = answer(student.original)
+    moved = (answer(student.model) - truth).norm() / truth.norm()
+    assert 0 < moved < _BOUNDS[kind]
