@@ -21,6 +21,7 @@ from compresskit.distill.outputs import has_head
 from compresskit.distill.teachers import LiveTeacher
 from compresskit.distill.trainer import TrainingOptions, choose_parameters, train
 from compresskit.errors import CompressKitError, ManyErrors
+from compresskit.models import find_model, load_model
 from compresskit.passes.base import PASSES, Pass, Trait
 from compresskit.student import Student
 from compresskit.surgery.edits import Edit
@@ -35,6 +36,20 @@ def default_losses(model: torch.nn.Module) -> tuple[Loss, ...]:
     return (KL(),) if has_head(model) else (Hidden(),)
 
 
+def _load_teacher(name: str, student: Student) -> PreTrainedModel:
+    """The teacher that a recipe names, for the student's task.
+
+    Raises:
+        CompressKitError: not there, or its vocabulary has another size than the original's.
+    """
+    teacher = load_model(find_model(name), student.task).requires_grad_(False)
+    ours, theirs = (model.config.get_text_config().vocab_size for model in (student.original, teacher))
+    if ours != theirs:
+        what = f"{name} knows {theirs} tokens and the original {ours}: they do not read the same ids"
+        raise CompressKitError(what, where="teacher", fix="use a teacher of the same tokenizer")
+    return teacher
+
+
 @PASSES.add
 class Distill(TrainingOptions, Pass):
     """Train the student to agree with the original."""
@@ -44,26 +59,34 @@ class Distill(TrainingOptions, Pass):
         default=None, min_length=1, description="what to agree on; by default kl, or without a head hidden"
     )
 
+    teacher: str | None = Field(
+        default=None, description="another model to learn from, of the same tokenizer; by default the original"
+    )
+
     refuses: ClassVar[frozenset[Trait]] = frozenset({"quantized"})
 
     def plan(self, model: torch.nn.Module) -> list[Edit]:
         """No edit; refuses losses that do not suit the model, and patterns that match nothing."""
         assert isinstance(model, PreTrainedModel)
-        self._checked_losses(model, model)
+        if self.teacher is None:
+            self._checked_losses(model, model)
+        else:
+            find_model(self.teacher)
         choose_parameters(model, self.train, self.freeze)
         return []
 
     def apply(self, student: Student, *, generator: torch.Generator) -> dict[str, Any]:
-        """Train `student.model` in place against `student.original`; eval mode, no gradients afterwards."""
-        losses = self._checked_losses(student.model, student.original)
+        """Train `student.model` in place against its teacher; eval mode, no gradients afterwards."""
+        teacher = student.original if self.teacher is None else _load_teacher(self.teacher, student)
+        losses = self._checked_losses(student.model, teacher)
         accelerator = Accelerator()
         home = student.model.device
         student.model.to(accelerator.device)  # type: ignore[arg-type]
-        student.original.to(accelerator.device)  # type: ignore[arg-type]
+        teacher.to(accelerator.device)  # type: ignore[arg-type]
         try:
             result = train(
                 student.model,
-                LiveTeacher(student.original),
+                LiveTeacher(teacher),
                 losses,
                 student.corpus.training,
                 self,
@@ -72,7 +95,7 @@ class Distill(TrainingOptions, Pass):
             )
         finally:
             student.model.to(home)  # type: ignore[arg-type]
-            student.original.to(home)  # type: ignore[arg-type]
+            teacher.to(home)  # type: ignore[arg-type]
         return {"losses": [loss.model_dump(mode="json") for loss in losses], **asdict(result)}
 
     def _checked_losses(self, model: PreTrainedModel, original: PreTrainedModel) -> tuple[Loss, ...]:

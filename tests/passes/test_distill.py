@@ -98,3 +98,31 @@ def test_a_few_steps_bring_a_damaged_minilm_nearer_to_the_original():
     student = student_of(original, load_tokenizer(source), "feature-extraction", TEXTS, damage=0.4)
     notes = Distill(steps=12, batch_size=16, learning_rate=1e-4).apply(student, generator=torch.Generator())
     assert notes["held_out_loss_after"] < 0.8 * notes["held_out_loss_before"]
+
+
+def test_another_model_can_be_the_teacher(tiny_bert_folder, bert_student, tmp_path):
+    other = AutoModel.from_pretrained(tiny_bert_folder)
+    for weight in other.encoder.layer[1].parameters():
+        weight.data += 0.2 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(7))
+    other.save_pretrained(tmp_path / "other")
+    batch = next(bert_student.corpus.evaluation.batches(4))
+
+    def distance():
+        with torch.no_grad():
+            return float((bert_student.model(**batch)[0] - other.eval()(**batch)[0]).norm())
+
+    before = distance()
+    step = Distill(steps=20, batch_size=8, learning_rate=1e-2, teacher=str(tmp_path / "other"))
+    assert step.plan(bert_student.model) == []
+    step.apply(bert_student, generator=torch.Generator().manual_seed(0))
+    assert distance() < before
+
+
+def test_a_teacher_that_is_not_there_or_reads_other_ids_is_refused(bert_student, tmp_path):
+    with pytest.raises(CompressKitError, match="missing"):
+        Distill(teacher=str(tmp_path / "missing")).plan(bert_student.model)
+    config = copy.deepcopy(bert_student.original.config)
+    config.vocab_size += 8
+    AutoModel.from_config(config).save_pretrained(tmp_path / "wider")
+    with pytest.raises(CompressKitError, match="do not read the same ids"):
+        Distill(teacher=str(tmp_path / "wider")).apply(bert_student, generator=torch.Generator())
