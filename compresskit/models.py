@@ -10,6 +10,8 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,10 @@ TASKS: dict[str, Any] = {
     "text-classification": AutoModelForSequenceClassification,
     "token-classification": AutoModelForTokenClassification,
 }
+#: What transformers raises over files that are damaged, contradict themselves or want code of their own.
+_LOADER_ERRORS = (OSError, ValueError)
+_MAX_SAID = 300
+_TOKENIZER_FIX = "put the tokenizer's files beside config.json: tokenizer.save_pretrained(folder)"
 _HASHED = ("*.safetensors", "*.json", "vocab.txt", "merges.txt", "*.model", "*.gguf")
 
 
@@ -161,11 +167,34 @@ def _refuse_unsafe(source: ModelSource) -> None:
         raise CompressKitError(what, where=str(folder), fix="use an architecture that transformers carries")
 
 
-def _task_class(task: str) -> Any:
+def _task_class(task: str, config: PretrainedConfig) -> Any:
+    """The auto class of a task, where transformers itself carries the model's architecture for it.
+
+    Asked before any auto class is: for an architecture that lacks the task they reach for the folder's own code.
+    """
     if task not in TASKS:
         near = did_you_mean(task, TASKS)
         raise CompressKitError(f"unknown task {task!r}", where="task", fix=f"use {near or ', '.join(TASKS)}")
+    able = [name for name, auto in TASKS.items() if type(config) in auto._model_mapping]
+    if task not in able:
+        what = f"transformers has no {config.model_type} model for {task!r}"
+        if getattr(config, "auto_map", None):
+            what += "; the folder has code of its own for it, which is never run"
+        raise CompressKitError(what, where="task", fix=f"use {', '.join(able) or 'another model'}")
     return TASKS[task]
+
+
+@contextmanager
+def _explained(source: ModelSource, what: str, fix: str) -> Iterator[None]:
+    """Say which model could not be read, and what to do, where transformers only says what it stumbled over."""
+    try:
+        yield
+    except _LOADER_ERRORS as error:
+        said = " ".join(str(error).split())
+        said = said if len(said) <= _MAX_SAID else said[:_MAX_SAID] + "…"
+        raise CompressKitError(
+            f"{what} cannot be read ({type(error).__name__}: {said})", where=source.name, fix=fix
+        ) from error
 
 
 _TASK_OF_SUFFIX = {
@@ -203,14 +232,14 @@ def safetensors_source(source: ModelSource) -> ModelSource:
     if not (target / "config.json").is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=target.parent))
-        model = AutoModelForCausalLM.from_pretrained(
-            source.folder,
-            gguf_file=source.gguf_file,
-            dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
-        )
+        said: dict[str, Any] = {"gguf_file": source.gguf_file, "trust_remote_code": False}
+        with _explained(source, source.gguf_file, "use a GGUF file of an architecture that transformers converts"):
+            model = AutoModelForCausalLM.from_pretrained(
+                source.folder, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **said
+            )
+            tokenizer = AutoTokenizer.from_pretrained(source.folder, **said)
         model.save_pretrained(scratch)
-        AutoTokenizer.from_pretrained(source.folder, gguf_file=source.gguf_file).save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
         try:
             scratch.rename(target)
         except OSError:  # another process was first
@@ -219,27 +248,41 @@ def safetensors_source(source: ModelSource) -> ModelSource:
 
 
 def load_config(source: ModelSource) -> PretrainedConfig:
-    """The configuration of a model, without reading a weight (GGUF: after its one conversion)."""
-    return AutoConfig.from_pretrained(safetensors_source(source).folder)
+    """The configuration of a model, without reading a weight (GGUF: after its one conversion).
+
+    Raises:
+        CompressKitError: one that transformers cannot read.
+    """
+    folder = safetensors_source(source).folder
+    with _explained(source, "config.json", "restore the model's own config.json"):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def load_empty(source: ModelSource, task: str) -> PreTrainedModel:
-    """The architecture on the meta device: shapes only."""
+    """The architecture on the meta device: shapes only.
+
+    Raises:
+        CompressKitError: a task that the architecture lacks, or a config that describes no model.
+    """
     config = load_config(source)
-    with torch.device("meta"):
-        return _task_class(task).from_config(config).eval()
+    auto = _task_class(task, config)
+    with _explained(source, "config.json", "restore the model's own config.json"), torch.device("meta"):
+        return auto.from_config(config, trust_remote_code=False).eval()
 
 
 def load_model(source: ModelSource, task: str) -> PreTrainedModel:
     """The model in float32 on the CPU, in eval mode.
 
     Raises:
-        CompressKitError: weights that lack what the task needs (a head that would be random).
+        CompressKitError: a task that the architecture lacks, files that are damaged, or weights that lack what the
+            task needs (a head that would be random).
     """
+    auto = _task_class(task, load_config(source))
     folder = safetensors_source(source).folder
-    model, info = _task_class(task).from_pretrained(
-        folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-    )
+    with _explained(source, "the model", "fetch or save it anew: config.json and *.safetensors of one model"):
+        model, info = auto.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, trust_remote_code=False
+        )
     if info["missing_keys"]:
         names = ", ".join(sorted(info["missing_keys"])[:3])
         raise CompressKitError(
@@ -249,8 +292,14 @@ def load_model(source: ModelSource, task: str) -> PreTrainedModel:
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """The tokenizer; one without a padding token pads with its end-of-text token."""
-    tokenizer = AutoTokenizer.from_pretrained(safetensors_source(source).folder)
+    """The tokenizer; one without a padding token pads with its end-of-text token.
+
+    Raises:
+        CompressKitError: tokenizer files that are damaged or want code of their own.
+    """
+    folder = safetensors_source(source).folder
+    with _explained(source, "the tokenizer", _TOKENIZER_FIX):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

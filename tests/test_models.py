@@ -51,6 +51,46 @@ def test_own_code_beside_a_known_architecture_is_never_run(folder: Path) -> None
     assert type(load_model(find_model(folder), "feature-extraction")).__name__ == "BertModel"
 
 
+@pytest.fixture
+def wants_code(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An architecture that transformers carries, with code of its own for what it does not carry."""
+    said = {
+        "model_type": "deberta-v2",
+        "auto_map": {"AutoModelForCausalLM": "mod.My", "AutoTokenizer": [None, "mod.MyTokenizer"]},
+        "architectures": ["MyForCausalLM"],
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+        "intermediate_size": 16,
+    }
+    (folder / "config.json").write_text(json.dumps(said))
+    (folder / "mod.py").write_text("raise SystemExit('this ran')")
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "MyTokenizer", "auto_map": said["auto_map"]})
+    )
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run the folder's code"))
+    return folder
+
+
+@pytest.mark.parametrize("load", [load_empty, load_model])
+def test_own_code_for_a_task_that_the_architecture_lacks_is_never_asked_for(wants_code: Path, load) -> None:
+    source = find_model(wants_code)
+    assert guess_task(source) == "text-generation"
+    with pytest.raises(CompressKitError, match="has code of its own for it, which is never run") as caught:
+        load(source, "text-generation")
+    assert caught.value.where == "task"
+    assert "use feature-extraction" in str(caught.value.fix)
+
+
+def test_own_code_of_a_tokenizer_is_never_asked_for(wants_code: Path) -> None:
+    with pytest.raises(CompressKitError, match="the tokenizer cannot be read") as caught:
+        load_tokenizer(find_model(wants_code))
+    assert caught.value.fix
+
+
 def test_a_folder_without_config_or_weights_is_refused(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     assert "no *.safetensors" in refused(folder)
