@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -43,7 +44,19 @@ TASKS: dict[str, Any] = {
     "token-classification": AutoModelForTokenClassification,
 }
 #: What transformers raises over files that are damaged, contradict themselves or want code of their own.
-_LOADER_ERRORS = (OSError, ValueError)
+_LOADER_ERRORS = (
+    SafetensorError,
+    StrictDataclassError,
+    OSError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    AssertionError,
+    ImportError,
+    RuntimeError,
+)
 _MAX_SAID = 300
 _TOKENIZER_FIX = "put the tokenizer's files beside config.json: tokenizer.save_pretrained(folder)"
 _HASHED = ("*.safetensors", "*.json", "vocab.txt", "merges.txt", "*.model", "*.gguf")
@@ -156,15 +169,24 @@ def _refuse_unsafe(source: ModelSource) -> None:
         raise CompressKitError(
             f"{folder}: {what}", where="model", fix="save the model with safetensors: model.save_pretrained(folder)"
         )
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except json.JSONDecodeError as error:
-        raise CompressKitError(f"config.json is not JSON: {error}", where=str(folder), fix="restore it") from error
-    if config.get("model_type") not in CONFIG_MAPPING:
-        what = f"model_type {config.get('model_type')!r} is not built into transformers"
+    config = _config_json(folder)
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        what = f"model_type {kind!r} is not built into transformers"
         if config.get("auto_map"):
             what += "; the folder wants trust_remote_code, and code from a model folder is never run"
         raise CompressKitError(what, where=str(folder), fix="use an architecture that transformers carries")
+
+
+def _config_json(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not text
+        raise CompressKitError(f"config.json is not JSON: {error}", where=str(folder), fix="restore it") from error
+    if not isinstance(config, dict):
+        what = f"config.json holds a {type(config).__name__}, not a mapping"
+        raise CompressKitError(what, where=str(folder), fix="restore it")
+    return config
 
 
 def _task_class(task: str, config: PretrainedConfig) -> Any:
@@ -181,6 +203,11 @@ def _task_class(task: str, config: PretrainedConfig) -> Any:
         if getattr(config, "auto_map", None):
             what += "; the folder has code of its own for it, which is never run"
         raise CompressKitError(what, where="task", fix=f"use {', '.join(able) or 'another model'}")
+    if task == "text-classification" and config.get_text_config().pad_token_id is None:
+        what = f"{task} finds the last word of a padded text by pad_token_id, and config.json has none"
+        raise CompressKitError(
+            what, where="model", fix='add to config.json "pad_token_id": the id of the padding token'
+        )
     return TASKS[task]
 
 
@@ -212,7 +239,8 @@ def guess_task(source: ModelSource) -> str:
     Raises:
         CompressKitError: it names none, or one of a task that is not known here.
     """
-    names = load_config(source).architectures or []
+    said: Any = load_config(source).architectures
+    names = [name for name in said if isinstance(name, str)] if isinstance(said, list) else []
     for suffix, task in _TASK_OF_SUFFIX.items():
         if names and names[0].endswith(suffix):
             return task
@@ -230,14 +258,14 @@ def safetensors_source(source: ModelSource) -> ModelSource:
         raise CompressKitError("reading GGUF needs the package gguf", where="model", fix="pip install gguf")
     target = cache_folder() / "converted" / source.fingerprint()[:16]
     if not (target / "config.json").is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=target.parent))
         said: dict[str, Any] = {"gguf_file": source.gguf_file, "trust_remote_code": False}
         with _explained(source, source.gguf_file, "use a GGUF file of an architecture that transformers converts"):
             model = AutoModelForCausalLM.from_pretrained(
                 source.folder, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **said
             )
             tokenizer = AutoTokenizer.from_pretrained(source.folder, **said)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=target.parent))
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
         try:
@@ -274,14 +302,26 @@ def load_model(source: ModelSource, task: str) -> PreTrainedModel:
     """The model in float32 on the CPU, in eval mode.
 
     Raises:
-        CompressKitError: a task that the architecture lacks, files that are damaged, or weights that lack what the
-            task needs (a head that would be random).
+        CompressKitError: a task that the architecture lacks, files that are damaged or disagree, or weights that lack
+            what the task needs (a head that would be random).
     """
     auto = _task_class(task, load_config(source))
     folder = safetensors_source(source).folder
     with _explained(source, "the model", "fetch or save it anew: config.json and *.safetensors of one model"):
         model, info = auto.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, trust_remote_code=False
+            folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            trust_remote_code=False,
+        )
+    if info["mismatched_keys"]:
+        name, stored, wanted = min(info["mismatched_keys"])
+        raise CompressKitError(
+            f"{source.name}: {name} is stored as {tuple(stored)}, and config.json says {tuple(wanted)}",
+            where="model",
+            fix="use the config.json that was saved with these weights",
         )
     if info["missing_keys"]:
         names = ", ".join(sorted(info["missing_keys"])[:3])
@@ -295,11 +335,18 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """The tokenizer; one without a padding token pads with its end-of-text token.
 
     Raises:
-        CompressKitError: tokenizer files that are damaged or want code of their own.
+        CompressKitError: tokenizer files that are absent, damaged or want code of their own.
     """
     folder = safetensors_source(source).folder
     with _explained(source, "the tokenizer", _TOKENIZER_FIX):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        known = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
+    if not known:
+        # Without its files transformers makes one that knows nothing, for some architectures.
+        raise CompressKitError(f"{source.name} has no tokenizer files", where="model", fix=_TOKENIZER_FIX)
     if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            what = f"the tokenizer of {source.name} has neither a padding nor an end-of-text token"
+            raise CompressKitError(what, where="model", fix="add a pad_token to its tokenizer_config.json")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
