@@ -58,6 +58,8 @@ _LOADER_ERRORS = (
     RuntimeError,
 )
 _MAX_SAID = 300
+#: `quant_method` of a student that only our plug-in can rebuild
+STUDENT_METHOD = "compresskit"
 _TOKENIZER_FIX = "put the tokenizer's files beside config.json: tokenizer.save_pretrained(folder)"
 _HASHED = ("*.safetensors", "*.json", "vocab.txt", "merges.txt", "*.model", "*.gguf")
 
@@ -176,6 +178,25 @@ def _refuse_unsafe(source: ModelSource) -> None:
         if config.get("auto_map"):
             what += "; the folder wants trust_remote_code, and code from a model folder is never run"
         raise CompressKitError(what, where=str(folder), fix="use an architecture that transformers carries")
+    _refuse_quantized(config, folder)
+
+
+def _quant_method(said: Any) -> str | None:
+    """The method of a `quantization_config`, in its JSON form or transformers'; None where there is none."""
+    if said is None:
+        return None
+    method = said.get("quant_method") if isinstance(said, dict) else getattr(said, "quant_method", None)
+    return str(getattr(method, "value", method))
+
+
+def _refuse_quantized(config: dict[str, Any], folder: Path) -> None:
+    """Refuse weights that are integers already, our own students' apart."""
+    for said in (config, config.get("text_config")):
+        for key in ("quantization_config", "compression_config") if isinstance(said, dict) else ():
+            method = _quant_method(said.get(key))
+            if method not in (None, STUDENT_METHOD):
+                what = f"its weights are quantised already ({key} of method {method!r})"
+                raise CompressKitError(what, where=str(folder), fix="use the float model that it was made from")
 
 
 def _config_json(folder: Path) -> dict[str, Any]:
@@ -287,12 +308,19 @@ def load_config(source: ModelSource) -> PretrainedConfig:
 
 
 def load_empty(source: ModelSource, task: str) -> PreTrainedModel:
-    """The architecture on the meta device: shapes only.
+    """The architecture on the meta device, for planning passes on it: shapes only.
 
     Raises:
-        CompressKitError: a task that the architecture lacks, or a config that describes no model.
+        CompressKitError: a task that the architecture lacks, a config that describes no model, or a student whose
+            shapes only its edits say (passes cannot go on from those).
     """
     config = load_config(source)
+    if _quant_method(getattr(config, "quantization_config", None)) == STUDENT_METHOD:
+        raise CompressKitError(
+            f"{source.name} is a student that compresskit made, and passes cannot start from its edited layers",
+            where="model",
+            fix="compress its original, with all passes in one recipe",
+        )
     auto = _task_class(task, config)
     with _explained(source, "config.json", "restore the model's own config.json"), torch.device("meta"):
         return auto.from_config(config, trust_remote_code=False).eval()

@@ -193,6 +193,31 @@ def test_damaged_tokenizer_files_are_named(folder: Path, name: str, text: str) -
     assert "the tokenizer cannot be read" in not_read(lambda: load_tokenizer(find_model(folder)))
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        {"quantization_config": {}},
+        {"text_config": {"compression_config": {"quant_method": "compressed-tensors"}}},
+    ],
+)
+def test_a_model_that_others_quantised_is_refused(folder: Path, said: dict[str, object]) -> None:
+    assert "its weights are quantised already" in refused(change_config(folder, **said))
+
+
+def test_no_quantisation_may_be_said(folder: Path) -> None:
+    assert load_empty(find_model(change_config(folder, quantization_config=None)), "feature-extraction")
+
+
+@pytest.mark.parametrize(
+    "said", [{"schema": 99, "edits": []}, {}, {"edits": 5}, {"edits": [{"kind": "nope"}]}, {"edits": [], "more": 1}]
+)
+def test_edits_that_cannot_be_read_are_named(folder: Path, said: dict[str, object]) -> None:
+    source = find_model(change_config(folder, quantization_config={"quant_method": "compresskit", **said}))
+    assert "the model cannot be read" in not_read(lambda: load_model(source, "feature-extraction"))
+
+
 def test_a_missing_folder_names_the_nearest(folder: Path) -> None:
     assert f"did you mean '{folder}'?" in refused(folder.parent / "modle")
 

@@ -20,9 +20,10 @@ from compresskit.layers.int8_linear import Int8Linear
 from compresskit.layers.low_rank import LowRankLinear
 from compresskit.layers.quant_embedding import QuantEmbedding
 from compresskit.layers.quant_linear import QuantLinear
+from compresskit.models import STUDENT_METHOD
 from compresskit.surgery.edits import EDITS, Edit, PruneHeads, PruneNeurons, read_ranges, replay
 
-METHOD = "compresskit"
+METHOD = STUDENT_METHOD
 EDITS_SCHEMA = 1
 
 
