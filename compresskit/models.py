@@ -191,8 +191,8 @@ def _quant_method(said: Any) -> str | None:
 
 def _refuse_quantized(config: dict[str, Any], folder: Path) -> None:
     """Refuse weights that are integers already, our own students' apart."""
-    for said in (config, config.get("text_config")):
-        for key in ("quantization_config", "compression_config") if isinstance(said, dict) else ():
+    for said in [one for one in (config, config.get("text_config")) if isinstance(one, dict)]:
+        for key in ("quantization_config", "compression_config"):
             method = _quant_method(said.get(key))
             if method not in (None, STUDENT_METHOD):
                 what = f"its weights are quantised already ({key} of method {method!r})"

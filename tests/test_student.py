@@ -76,6 +76,17 @@ def test_passes_can_start_from_a_stock_student(tmp_path):
     assert {name: tensor.shape for name, tensor in empty.state_dict().items()} == shapes
 
 
+@pytest.mark.parametrize("edits", [5, [{"kind": "nope"}], [{"kind": "prune_neurons", "keep": "0-99999999999"}]])
+def test_a_damaged_record_of_edits_is_named(edits, tmp_path):
+    student = tiny_student("bert")
+    save_student(student, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "compresskit_edits": edits}))
+    with pytest.raises(CompressKitError) as caught:
+        load_student_model(tmp_path, student.task)
+    assert caught.value.fix
+
+
 def test_edits_of_a_newer_schema_are_refused():
     with pytest.raises(ValueError, match="need a newer compresskit"):
         EditsConfig(edits=[], schema=99)

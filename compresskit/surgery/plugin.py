@@ -55,7 +55,8 @@ def _stand_in(module: nn.Module) -> list[str]:
     weight._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
     attributes: dict[str, Tensor | None] = {"weight": weight, "bias": None}
     lacking = [name for name in attributes if not hasattr(module, name)]
-    vars(module).update({name: attributes[name] for name in lacking})
+    for name in lacking:
+        setattr(module, name, attributes[name])
     return lacking
 
 
