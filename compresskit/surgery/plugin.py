@@ -81,10 +81,11 @@ class EditsQuantizer(HfQuantizer):
         inserted = [module for module in model.modules() if isinstance(module, _INSERTED)]
         self._stand_ins = [(module, name) for module in inserted for name in _stand_in(module)]
 
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for module, name in self._stand_ins:
             delattr(module, name)
         self._stand_ins = []
+        return model
 
     def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Saved by compresskit only."""
