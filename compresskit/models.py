@@ -10,13 +10,16 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -40,6 +43,24 @@ TASKS: dict[str, Any] = {
     "text-classification": AutoModelForSequenceClassification,
     "token-classification": AutoModelForTokenClassification,
 }
+#: What transformers raises over files that are damaged, contradict themselves or want code of their own.
+_LOADER_ERRORS = (
+    SafetensorError,
+    StrictDataclassError,
+    OSError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    AssertionError,
+    ImportError,
+    RuntimeError,
+)
+_MAX_SAID = 300
+#: `quant_method` of a student that only our plug-in can rebuild
+STUDENT_METHOD = "compresskit"
+_TOKENIZER_FIX = "put the tokenizer's files beside config.json: tokenizer.save_pretrained(folder)"
 _HASHED = ("*.safetensors", "*.json", "vocab.txt", "merges.txt", "*.model", "*.gguf")
 
 
@@ -150,22 +171,78 @@ def _refuse_unsafe(source: ModelSource) -> None:
         raise CompressKitError(
             f"{folder}: {what}", where="model", fix="save the model with safetensors: model.save_pretrained(folder)"
         )
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except json.JSONDecodeError as error:
-        raise CompressKitError(f"config.json is not JSON: {error}", where=str(folder), fix="restore it") from error
-    if config.get("model_type") not in CONFIG_MAPPING:
-        what = f"model_type {config.get('model_type')!r} is not built into transformers"
+    config = _config_json(folder)
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        what = f"model_type {kind!r} is not built into transformers"
         if config.get("auto_map"):
             what += "; the folder wants trust_remote_code, and code from a model folder is never run"
         raise CompressKitError(what, where=str(folder), fix="use an architecture that transformers carries")
+    _refuse_quantized(config, folder)
 
 
-def _task_class(task: str) -> Any:
+def _quant_method(said: Any) -> str | None:
+    """The method of a `quantization_config`, in its JSON form or transformers'; None where there is none."""
+    if said is None:
+        return None
+    method = said.get("quant_method") if isinstance(said, dict) else getattr(said, "quant_method", None)
+    return str(getattr(method, "value", method))
+
+
+def _refuse_quantized(config: dict[str, Any], folder: Path) -> None:
+    """Refuse weights that are integers already, our own students' apart."""
+    for said in [one for one in (config, config.get("text_config")) if isinstance(one, dict)]:
+        for key in ("quantization_config", "compression_config"):
+            method = _quant_method(said.get(key))
+            if method not in (None, STUDENT_METHOD):
+                what = f"its weights are quantised already ({key} of method {method!r})"
+                raise CompressKitError(what, where=str(folder), fix="use the float model that it was made from")
+
+
+def _config_json(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not text
+        raise CompressKitError(f"config.json is not JSON: {error}", where=str(folder), fix="restore it") from error
+    if not isinstance(config, dict):
+        what = f"config.json holds a {type(config).__name__}, not a mapping"
+        raise CompressKitError(what, where=str(folder), fix="restore it")
+    return config
+
+
+def _task_class(task: str, config: PretrainedConfig) -> Any:
+    """The auto class of a task, where transformers itself carries the model's architecture for it.
+
+    Asked before any auto class is: for an architecture that lacks the task they reach for the folder's own code.
+    """
     if task not in TASKS:
         near = did_you_mean(task, TASKS)
         raise CompressKitError(f"unknown task {task!r}", where="task", fix=f"use {near or ', '.join(TASKS)}")
+    able = [name for name, auto in TASKS.items() if type(config) in auto._model_mapping]
+    if task not in able:
+        what = f"transformers has no {config.model_type} model for {task!r}"
+        if getattr(config, "auto_map", None):
+            what += "; the folder has code of its own for it, which is never run"
+        raise CompressKitError(what, where="task", fix=f"use {', '.join(able) or 'another model'}")
+    if task == "text-classification" and config.get_text_config().pad_token_id is None:
+        what = f"{task} finds the last word of a padded text by pad_token_id, and config.json has none"
+        raise CompressKitError(
+            what, where="model", fix='add to config.json "pad_token_id": the id of the padding token'
+        )
     return TASKS[task]
+
+
+@contextmanager
+def _explained(source: ModelSource, what: str, fix: str) -> Iterator[None]:
+    """Say which model could not be read, and what to do, where transformers only says what it stumbled over."""
+    try:
+        yield
+    except _LOADER_ERRORS as error:
+        said = " ".join(str(error).split())
+        said = said if len(said) <= _MAX_SAID else said[:_MAX_SAID] + "…"
+        raise CompressKitError(
+            f"{what} cannot be read ({type(error).__name__}: {said})", where=source.name, fix=fix
+        ) from error
 
 
 _TASK_OF_SUFFIX = {
@@ -183,7 +260,8 @@ def guess_task(source: ModelSource) -> str:
     Raises:
         CompressKitError: it names none, or one of a task that is not known here.
     """
-    names = load_config(source).architectures or []
+    said: Any = load_config(source).architectures
+    names = [name for name in said if isinstance(name, str)] if isinstance(said, list) else []
     for suffix, task in _TASK_OF_SUFFIX.items():
         if names and names[0].endswith(suffix):
             return task
@@ -201,16 +279,16 @@ def safetensors_source(source: ModelSource) -> ModelSource:
         raise CompressKitError("reading GGUF needs the package gguf", where="model", fix="pip install gguf")
     target = cache_folder() / "converted" / source.fingerprint()[:16]
     if not (target / "config.json").is_file():
+        said: dict[str, Any] = {"gguf_file": source.gguf_file, "trust_remote_code": False}
+        with _explained(source, source.gguf_file, "use a GGUF file of an architecture that transformers converts"):
+            model = AutoModelForCausalLM.from_pretrained(
+                source.folder, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **said
+            )
+            tokenizer = AutoTokenizer.from_pretrained(source.folder, **said)
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=target.parent))
-        model = AutoModelForCausalLM.from_pretrained(
-            source.folder,
-            gguf_file=source.gguf_file,
-            dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
-        )
         model.save_pretrained(scratch)
-        AutoTokenizer.from_pretrained(source.folder, gguf_file=source.gguf_file).save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
         try:
             scratch.rename(target)
         except OSError:  # another process was first
@@ -219,27 +297,60 @@ def safetensors_source(source: ModelSource) -> ModelSource:
 
 
 def load_config(source: ModelSource) -> PretrainedConfig:
-    """The configuration of a model, without reading a weight (GGUF: after its one conversion)."""
-    return AutoConfig.from_pretrained(safetensors_source(source).folder)
+    """The configuration of a model, without reading a weight (GGUF: after its one conversion).
+
+    Raises:
+        CompressKitError: one that transformers cannot read.
+    """
+    folder = safetensors_source(source).folder
+    with _explained(source, "config.json", "restore the model's own config.json"):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def load_empty(source: ModelSource, task: str) -> PreTrainedModel:
-    """The architecture on the meta device: shapes only."""
+    """The architecture on the meta device, for planning passes on it: shapes only.
+
+    Raises:
+        CompressKitError: a task that the architecture lacks, a config that describes no model, or a student whose
+            shapes only its edits say (passes cannot go on from those).
+    """
     config = load_config(source)
-    with torch.device("meta"):
-        return _task_class(task).from_config(config).eval()
+    if _quant_method(getattr(config, "quantization_config", None)) == STUDENT_METHOD:
+        raise CompressKitError(
+            f"{source.name} is a student that compresskit made, and passes cannot start from its edited layers",
+            where="model",
+            fix="compress its original, with all passes in one recipe",
+        )
+    auto = _task_class(task, config)
+    with _explained(source, "config.json", "restore the model's own config.json"), torch.device("meta"):
+        return auto.from_config(config, trust_remote_code=False).eval()
 
 
 def load_model(source: ModelSource, task: str) -> PreTrainedModel:
     """The model in float32 on the CPU, in eval mode.
 
     Raises:
-        CompressKitError: weights that lack what the task needs (a head that would be random).
+        CompressKitError: a task that the architecture lacks, files that are damaged or disagree, or weights that lack
+            what the task needs (a head that would be random).
     """
+    auto = _task_class(task, load_config(source))
     folder = safetensors_source(source).folder
-    model, info = _task_class(task).from_pretrained(
-        folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-    )
+    with _explained(source, "the model", "fetch or save it anew: config.json and *.safetensors of one model"):
+        model, info = auto.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            trust_remote_code=False,
+        )
+    if info["mismatched_keys"]:
+        name, stored, wanted = min(info["mismatched_keys"])
+        raise CompressKitError(
+            f"{source.name}: {name} is stored as {tuple(stored)}, and config.json says {tuple(wanted)}",
+            where="model",
+            fix="use the config.json that was saved with these weights",
+        )
     if info["missing_keys"]:
         names = ", ".join(sorted(info["missing_keys"])[:3])
         raise CompressKitError(
@@ -249,8 +360,21 @@ def load_model(source: ModelSource, task: str) -> PreTrainedModel:
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """The tokenizer; one without a padding token pads with its end-of-text token."""
-    tokenizer = AutoTokenizer.from_pretrained(safetensors_source(source).folder)
+    """The tokenizer; one without a padding token pads with its end-of-text token.
+
+    Raises:
+        CompressKitError: tokenizer files that are absent, damaged or want code of their own.
+    """
+    folder = safetensors_source(source).folder
+    with _explained(source, "the tokenizer", _TOKENIZER_FIX):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        known = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
+    if not known:
+        # Without its files transformers makes one that knows nothing, for some architectures.
+        raise CompressKitError(f"{source.name} has no tokenizer files", where="model", fix=_TOKENIZER_FIX)
     if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            what = f"the tokenizer of {source.name} has neither a padding nor an end-of-text token"
+            raise CompressKitError(what, where="model", fix="add a pad_token to its tokenizer_config.json")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskit.data import Corpus
+from compresskit.errors import CompressKitError
 from compresskit.models import ModelSource, load_model
 from compresskit.surgery.edits import Edit
 from compresskit.surgery.plugin import config_with_edits, edits_of
@@ -74,10 +75,14 @@ def load_student_model(folder: Path, task: str) -> tuple[PreTrainedModel, list[E
     """A saved student's model, in eval mode, and its edits.
 
     Raises:
-        CompressKitError: a folder that holds no model, or not one for this task.
+        CompressKitError: a folder that holds no model, or not one for this task, or whose edits are damaged.
     """
     model = load_model(ModelSource(str(folder), folder), task)
-    return model, edits_of(model.config)
+    try:
+        return model, edits_of(model.config)
+    except (ValueError, TypeError) as error:
+        what = f"the edits in config.json cannot be read: {error}"
+        raise CompressKitError(what, where=str(folder), fix="restore the folder's config.json") from error
 
 
 def needs_plugin(folder: Path) -> bool:

@@ -1,5 +1,6 @@
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,46 @@ def test_own_code_beside_a_known_architecture_is_never_run(folder: Path) -> None
     assert type(load_model(find_model(folder), "feature-extraction")).__name__ == "BertModel"
 
 
+@pytest.fixture
+def wants_code(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An architecture that transformers carries, with code of its own for what it does not carry."""
+    said = {
+        "model_type": "deberta-v2",
+        "auto_map": {"AutoModelForCausalLM": "mod.My", "AutoTokenizer": [None, "mod.MyTokenizer"]},
+        "architectures": ["MyForCausalLM"],
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+        "intermediate_size": 16,
+    }
+    (folder / "config.json").write_text(json.dumps(said))
+    (folder / "mod.py").write_text("raise SystemExit('this ran')")
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "MyTokenizer", "auto_map": said["auto_map"]})
+    )
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run the folder's code"))
+    return folder
+
+
+@pytest.mark.parametrize("load", [load_empty, load_model])
+def test_own_code_for_a_task_that_the_architecture_lacks_is_never_asked_for(wants_code: Path, load) -> None:
+    source = find_model(wants_code)
+    assert guess_task(source) == "text-generation"
+    with pytest.raises(CompressKitError, match="has code of its own for it, which is never run") as caught:
+        load(source, "text-generation")
+    assert caught.value.where == "task"
+    assert "use feature-extraction" in str(caught.value.fix)
+
+
+def test_own_code_of_a_tokenizer_is_never_asked_for(wants_code: Path) -> None:
+    with pytest.raises(CompressKitError, match="the tokenizer cannot be read") as caught:
+        load_tokenizer(find_model(wants_code))
+    assert caught.value.fix
+
+
 def test_a_folder_without_config_or_weights_is_refused(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     assert "no *.safetensors" in refused(folder)
@@ -61,6 +102,120 @@ def test_a_folder_without_config_or_weights_is_refused(folder: Path) -> None:
 def test_a_broken_config_is_named(folder: Path) -> None:
     (folder / "config.json").write_text("{")
     assert "config.json is not JSON" in refused(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [(b"[1]", "holds a list, not a mapping"), (b"\xff{", "config.json is not JSON"), (b"5", "holds a int")],
+)
+def test_a_config_that_is_no_mapping_is_refused(folder: Path, text: bytes, said: str) -> None:
+    (folder / "config.json").write_bytes(text)
+    assert said in refused(folder)
+
+
+def change_config(folder: Path, **said: object) -> Path:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **said}))
+    return folder
+
+
+def test_a_model_type_that_is_no_name_is_refused(folder: Path) -> None:
+    assert "model_type ['bert'] is not built into transformers" in refused(change_config(folder, model_type=["bert"]))
+
+
+def not_read(load: Callable[[], object]) -> str:
+    with pytest.raises(CompressKitError) as caught:
+        load()
+    assert caught.value.exit_code == 2
+    assert caught.value.where
+    assert caught.value.fix
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({"hidden_size": "abc"}, "'hidden_size' expected int, got str"),
+        ({"hidden_size": None}, "'hidden_size' expected int, got NoneType"),
+        ({"id2label": 5}, "config.json cannot be read (AttributeError"),
+        ({"num_attention_heads": 0}, "ZeroDivisionError"),
+        ({"num_attention_heads": 5}, "not a multiple of the number of attention heads"),
+        ({"hidden_act": "nope"}, "KeyError"),
+        ({"pad_token_id": 9999}, "AssertionError"),
+    ],
+)
+def test_a_config_that_describes_no_model_is_named(folder: Path, said: dict[str, object], expected: str) -> None:
+    source = find_model(change_config(folder, **said))
+    for load in (load_empty, load_model):
+        assert expected in not_read(lambda load=load: load(source, "feature-extraction"))
+
+
+@pytest.mark.parametrize("architectures", ["BertModel", 5, [5], None])
+def test_architectures_that_name_nothing_leave_the_task_open(folder: Path, architectures: object) -> None:
+    assert "say one of" in not_read(lambda: guess_task(find_model(change_config(folder, architectures=architectures))))
+
+
+@pytest.mark.parametrize("keep", [0, 4, 0.5, 0.99])
+def test_truncated_weights_are_named(folder: Path, keep: float) -> None:
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: int(keep * len(weights)) if keep < 1 else int(keep)])
+    said = not_read(lambda: load_model(find_model(folder), "feature-extraction"))
+    assert f"{folder}: the model cannot be read (SafetensorError" in said
+
+
+def test_a_config_that_disagrees_with_the_weights_is_named(folder: Path) -> None:
+    source = find_model(change_config(folder, intermediate_size=48))
+    said = not_read(lambda: load_model(source, "feature-extraction"))
+    assert "encoder.layer.0.intermediate.dense.bias is stored as (64,), and config.json says (48,)" in said
+
+
+def test_a_classifier_that_pads_needs_a_padding_token(tiny_llama_folder: Path, folder: Path) -> None:
+    shutil.copytree(tiny_llama_folder, folder, dirs_exist_ok=True)
+    source = find_model(change_config(folder, pad_token_id=None))
+    for load in (load_empty, load_model):
+        assert "config.json has none" in not_read(lambda load=load: load(source, "text-classification"))
+    assert load_empty(source, "text-generation")
+
+
+@pytest.mark.parametrize("family", ["tiny_bert_folder", "tiny_llama_folder"])
+def test_a_folder_without_tokenizer_files_is_refused(
+    family: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = Path(shutil.copytree(request.getfixturevalue(family), tmp_path / "copy"))
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    assert "tokenizer.save_pretrained(folder)" in not_read(lambda: load_tokenizer(find_model(folder)))
+
+
+@pytest.mark.parametrize(("name", "text"), [("tokenizer.json", "{"), ("tokenizer_config.json", "[]")])
+def test_damaged_tokenizer_files_are_named(folder: Path, name: str, text: str) -> None:
+    (folder / name).write_text(text)
+    assert "the tokenizer cannot be read" in not_read(lambda: load_tokenizer(find_model(folder)))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        {"quantization_config": {}},
+        {"text_config": {"compression_config": {"quant_method": "compressed-tensors"}}},
+    ],
+)
+def test_a_model_that_others_quantised_is_refused(folder: Path, said: dict[str, object]) -> None:
+    assert "its weights are quantised already" in refused(change_config(folder, **said))
+
+
+def test_no_quantisation_may_be_said(folder: Path) -> None:
+    assert load_empty(find_model(change_config(folder, quantization_config=None)), "feature-extraction")
+
+
+@pytest.mark.parametrize(
+    "said", [{"schema": 99, "edits": []}, {}, {"edits": 5}, {"edits": [{"kind": "nope"}]}, {"edits": [], "more": 1}]
+)
+def test_edits_that_cannot_be_read_are_named(folder: Path, said: dict[str, object]) -> None:
+    source = find_model(change_config(folder, quantization_config={"quant_method": "compresskit", **said}))
+    assert "the model cannot be read" in not_read(lambda: load_model(source, "feature-extraction"))
 
 
 def test_a_missing_folder_names_the_nearest(folder: Path) -> None:

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from compresskit.errors import CompressKitError
+from compresskit.models import find_model, guess_task, load_empty, load_model
 from compresskit.passes.low_rank import LowRank
 from compresskit.passes.prune_width import PruneWidth
 from compresskit.passes.quantize import Quantize
@@ -53,6 +54,37 @@ def test_shared_factors_are_stored_once(tmp_path):
     save_student(student, tmp_path)
     factors = [name for name in load_file(tmp_path / "model.safetensors") if name.endswith("reduce.weight")]
     assert len(factors) == 2, "one for each of two blocks"
+
+
+def test_passes_cannot_start_from_a_student_of_the_plugin(tmp_path):
+    student = tiny_student("bert")
+    LowRank(keep=0.6, round_to=4).apply(student, generator=torch.Generator())
+    save_student(student, tmp_path)
+    source = find_model(tmp_path)
+    with pytest.raises(CompressKitError, match="is a student that compresskit made") as caught:
+        load_empty(source, guess_task(source))
+    assert caught.value.fix == "compress its original, with all passes in one recipe"
+    assert torch.equal(answer(load_model(source, guess_task(source))), answer(student.model)), "it loads"
+
+
+def test_passes_can_start_from_a_stock_student(tmp_path):
+    student = tiny_student("bert")
+    PruneWidth.model_validate({"keep": 0.5}).apply(student, generator=torch.Generator())
+    save_student(student, tmp_path)
+    empty = load_empty(find_model(tmp_path), student.task)
+    shapes = {name: tensor.shape for name, tensor in student.model.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in empty.state_dict().items()} == shapes
+
+
+@pytest.mark.parametrize("edits", [5, [{"kind": "nope"}], [{"kind": "prune_neurons", "keep": "0-99999999999"}]])
+def test_a_damaged_record_of_edits_is_named(edits, tmp_path):
+    student = tiny_student("bert")
+    save_student(student, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "compresskit_edits": edits}))
+    with pytest.raises(CompressKitError) as caught:
+        load_student_model(tmp_path, student.task)
+    assert caught.value.fix
 
 
 def test_edits_of_a_newer_schema_are_refused():

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BeforeValidator, SerializeAsAny, field_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator
 from torch import Tensor, nn
 
 from compresskit.config import Config, Registry
@@ -22,6 +22,9 @@ from compresskit.layers.low_rank import LowRankLinear
 from compresskit.layers.quant_embedding import QuantEmbedding
 from compresskit.layers.quant_linear import QuantLinear
 
+#: More neurons or heads than any layer has: the bound on indices where the layer is not at hand.
+MAX_INDICES = 1 << 20
+_RUN = re.compile(r"([0-9]{1,18})(?:-([0-9]{1,18}))?")
 _MODULE_PATH = re.compile(r"^[A-Za-z_]\w*(\.\w+)*$")
 
 
@@ -36,19 +39,33 @@ def write_ranges(indices: Iterable[int]) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
-def read_ranges(text: str) -> list[int]:
+def read_ranges(text: str, *, limit: int = MAX_INDICES) -> list[int]:
     """The indices of `write_ranges`' text, ascending.
+
+    Args:
+        text: may come from a downloaded config.json; looked at before it is expanded.
+        limit: how many there are to choose from.
 
     Raises:
         ValueError: text that `write_ranges` does not write.
+        CompressKitError: an index of `limit` or more.
     """
-    indices: list[int] = []
+    return [index for first, last in _runs(text, limit) for index in range(first, last + 1)]
+
+
+def _runs(text: str, limit: int) -> list[tuple[int, int]]:
+    """First and last of each run; all below `limit`."""
+    found: list[tuple[int, int]] = []
     for run in text.split(","):
-        first, _, last = run.partition("-")
-        indices.extend(range(int(first), int(last or first) + 1))
-    if not indices or indices != sorted(set(indices)):
-        raise ValueError(f"kept indices {text[:60]!r} are not ascending ranges such as '0-31,40'")
-    return indices
+        match = _RUN.fullmatch(run)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
+        if first > last or (found and first <= found[-1][1]):
+            raise ValueError(f"kept indices {text[:60]!r} are not ascending ranges such as '0-31,40'")
+        found.append((first, last))
+    if found[-1][1] >= limit:
+        what = f"kept indices {text[:60]!r} reach {found[-1][1]}, and there are at most {limit} (counted from 0)"
+        raise CompressKitError(what, where="edits", fix="use the model that these edits were made for")
+    return found
 
 
 def get_module(model: nn.Module, name: str) -> nn.Module:
@@ -154,8 +171,15 @@ class _Cutting(Edit):
     @field_validator("keep", "keep_kv", check_fields=False)
     @classmethod
     def _is_ranges(cls, text: str) -> str:
-        read_ranges(text)
+        _runs(text, MAX_INDICES)
         return text
+
+
+def _narrowest(model: nn.Module, inputs: Iterable[str], output: str | None = None) -> int:
+    """The least of what the layers `inputs` give and `output` takes; other kinds of layers are refused when cut."""
+    widths: list[Any] = [getattr(get_module(model, name), "out_features", MAX_INDICES) for name in inputs]
+    widths += [getattr(get_module(model, output), "in_features", MAX_INDICES)] if output else []
+    return int(min(widths, default=MAX_INDICES))
 
 
 @EDITS.add
@@ -169,7 +193,8 @@ class PruneNeurons(_Cutting):
 
     def apply(self, model: nn.Module) -> None:
         """Slice the weights; real ones keep their values."""
-        keep = torch.tensor(read_ranges(self.keep))
+        width = _narrowest(model, self.inputs, self.output)
+        keep = torch.tensor(read_ranges(self.keep, limit=width))
         for name in self.inputs:
             keep_outputs(get_module(model, name), keep)
         keep_inputs(get_module(model, self.output), keep)
@@ -185,27 +210,33 @@ class PruneHeads(_Cutting):
     key: str
     value: str
     output: str
-    head_dim: int
+    head_dim: int = Field(ge=1)
     keep: str
     keep_kv: str
 
     def apply(self, model: nn.Module) -> None:
         """Slice the four projections and correct the attention module's head counts."""
-        old = get_module(model, self.query).out_features // self.head_dim  # type: ignore[operator]
-        rows, rows_kv = self.rows()
+        old = _narrowest(model, (self.query,), self.output) // self.head_dim
+        rows, rows_kv = self.rows(old, _narrowest(model, (self.key, self.value)) // self.head_dim)
         keep_outputs(get_module(model, self.query), rows)
         keep_outputs(get_module(model, self.key), rows_kv)
         keep_outputs(get_module(model, self.value), rows_kv)
         keep_inputs(get_module(model, self.output), rows)
-        self._correct_counts(get_module(model, self.module), int(old))
+        self._correct_counts(get_module(model, self.module), old)
 
-    def rows(self) -> tuple[Tensor, Tensor]:
-        """The kept outputs of the query projection, and of the key and value projections."""
+    def rows(self, heads: int = MAX_INDICES, kv_heads: int = MAX_INDICES) -> tuple[Tensor, Tensor]:
+        """The kept outputs of the query projection, and of the key and value projections.
+
+        Args:
+            heads: how many the query projection has, where that is known; more kept ones are refused.
+            kv_heads: how many the key and value projections have.
+        """
+        kept = torch.tensor(read_ranges(self.keep, limit=heads))
+        kept_kv = torch.tensor(read_ranges(self.keep_kv, limit=kv_heads))
         offsets = torch.arange(self.head_dim)
-        heads, kv_heads = torch.tensor(read_ranges(self.keep)), torch.tensor(read_ranges(self.keep_kv))
         return (
-            (heads[:, None] * self.head_dim + offsets).flatten(),
-            (kv_heads[:, None] * self.head_dim + offsets).flatten(),
+            (kept[:, None] * self.head_dim + offsets).flatten(),
+            (kept_kv[:, None] * self.head_dim + offsets).flatten(),
         )
 
     def _correct_counts(self, module: nn.Module, old_heads: int) -> None:

@@ -9,14 +9,21 @@ Students whose shapes a stock config can say carry no quantization_config and ne
 import copy
 from typing import Any
 
+import torch
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from compresskit.layers.int8_linear import Int8Linear
+from compresskit.layers.low_rank import LowRankLinear
+from compresskit.layers.quant_embedding import QuantEmbedding
+from compresskit.layers.quant_linear import QuantLinear
+from compresskit.models import STUDENT_METHOD
 from compresskit.surgery.edits import EDITS, Edit, PruneHeads, PruneNeurons, read_ranges, replay
 
-METHOD = "compresskit"
+METHOD = STUDENT_METHOD
 EDITS_SCHEMA = 1
 
 
@@ -28,6 +35,29 @@ def parse_edits(raw: list[Any]) -> list[Edit]:
 def dump_edits(edits: list[Edit]) -> list[dict[str, Any]]:
     """The JSON form of edits."""
     return [edit.model_dump(mode="json") for edit in edits]
+
+
+_INSERTED = (LowRankLinear, QuantLinear, Int8Linear, QuantEmbedding)
+
+
+def _stand_in(module: nn.Module) -> list[str]:
+    """Give an inserted layer the attributes that a float layer has, while transformers loads; which it lacked.
+
+    Its `_init_weights` runs over loaded models too, and some architectures' reach from a block into its children
+    (ModernBERT: `module.Wqkv.weight`). Marking the layer as initialised does not prevent that, and marking the block
+    would leave its buffers unset. The stand-ins take no memory and, as plain attributes, no place among parameters.
+    """
+    if isinstance(module, QuantEmbedding):
+        shape = (module.num_embeddings, module.embedding_dim)
+    else:
+        shape = (int(module.out_features), int(module.in_features))  # pyright: ignore[reportArgumentType]
+    weight = torch.empty(shape, device="meta")
+    weight._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
+    attributes: dict[str, Tensor | None] = {"weight": weight, "bias": None}
+    lacking = [name for name in attributes if not hasattr(module, name)]
+    for name in lacking:
+        setattr(module, name, attributes[name])
+    return lacking
 
 
 @register_quantization_config(METHOD)
@@ -48,6 +78,14 @@ class EditsQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         replay(parse_edits(self.quantization_config.edits), model)  # pyright: ignore[reportAttributeAccessIssue]
+        inserted = [module for module in model.modules() if isinstance(module, _INSERTED)]
+        self._stand_ins = [(module, name) for module in inserted for name in _stand_in(module)]
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        for module, name in self._stand_ins:
+            delattr(module, name)
+        self._stand_ins = []
+        return model
 
     def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Saved by compresskit only."""

@@ -28,10 +28,44 @@ def test_ranges_round_trip(indices):
     assert read_ranges(write_ranges(indices)) == indices
 
 
-@pytest.mark.parametrize("text", ["", "3-1", "5,4", "a", "1,1"])
+@pytest.mark.parametrize(
+    "text", ["", "3-1", "5,4", "a", "1,1", "-1", "0-", "0-2,2", "0-1-2", "1_0", "+1", " 1", "1\n", "9" * 40]
+)
 def test_ranges_that_are_not_ascending_are_refused(text):
     with pytest.raises(ValueError):
         read_ranges(text)
+
+
+def test_ranges_are_bounded_before_they_are_expanded():
+    for text in ("0-99999999999", "5,99999999999"):
+        with pytest.raises(CompressKitError, match="reach 99999999999, and there are at most 1048576"):
+            read_ranges(text)
+        with pytest.raises(CompressKitError, match="reach 99999999999"):
+            EDITS.parse({"kind": "prune_neurons", "inputs": ["up"], "output": "down", "keep": text})
+    assert read_ranges("0-7", limit=8) == list(range(8))
+    with pytest.raises(CompressKitError, match=r"'0-8' reach 8, and there are at most 8 \(counted from 0\)"):
+        read_ranges("0-8", limit=8)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_neurons_and_heads_that_the_layer_lacks_cannot_be_kept(device):
+    model = tiny("llama").to(device)
+    anatomy = find_anatomy(model)
+    ffn, attention = anatomy.feed_forwards[0], anatomy.attentions[0]
+    names = {name: getattr(attention, name) for name in ("module", "query", "key", "value", "output")}
+    edits = (
+        PruneNeurons(inputs=ffn.inputs, output=ffn.output, keep="0-64"),
+        PruneHeads(**names, head_dim=8, keep="0-4", keep_kv="0-1"),
+        PruneHeads(**names, head_dim=8, keep="0-3", keep_kv="2"),
+        PruneHeads(**names, head_dim=10**12, keep="0", keep_kv="0"),
+    )
+    before = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    for edit in edits:
+        with pytest.raises(CompressKitError, match="and there are at most"):
+            edit.apply(model)
+    assert {name: tensor.shape for name, tensor in model.state_dict().items()} == before
+    with pytest.raises(ValidationError):
+        PruneHeads(**names, head_dim=0, keep="0", keep_kv="0")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
