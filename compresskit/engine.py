@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from compresskit.environment import describe_environment
 from compresskit.errors import CompressKitError, RunFailedError
@@ -146,7 +147,20 @@ class _Run:
     def _write_step(self, folder: Path, record: dict[str, Any]) -> None:
         write_json(folder / "record.json", record)
         if record["kind"] != "original":
-            save_student(self.student, folder / "student")
+            self._save_proven(folder / "student")
+
+    def _save_proven(self, folder: Path) -> None:
+        """Write the student, and read it again as a user will; nothing gets its final name before that."""
+        save_student(self.student, folder)
+        try:
+            prove_reloads(self.student, folder)
+        except RunFailedError:
+            raise
+        except Exception as error:
+            log = self._log_failure()
+            what = f"the saved student cannot be loaded again ({type(error).__name__}: {error}); {self.store.kept()}"
+            fix = f"leave this pass out, or report the bug together with the recipe and {log}"
+            raise RunFailedError(what, fix=fix) from error
 
     def _figures(self) -> dict[str, int | float]:
         if self._fidelity is None:
@@ -158,7 +172,7 @@ class _Run:
         recipe, store = self.job.recipe, self.store
         exports: list[dict[str, Any]] = []
         with self._named("student"):
-            store.replace(store.folder / "student", lambda folder: save_student(self.student, folder))
+            store.replace(store.folder / "student", self._save_proven)
         for index, exporter in enumerate(recipe.export):
             self.progress(f"export {exporter.kind} …")
             with self._named(f"export[{index}] ({exporter.kind})"), store.explaining_full_disk():
@@ -189,11 +203,16 @@ class _Run:
             error.at(where)
             raise
         except Exception as error:
-            log = self.store.folder / "failure.log"
-            log.write_text(traceback.format_exc(), encoding="utf-8")
+            log = self._log_failure()
             what = f"{type(error).__name__}: {error}; {self.store.kept()}"
             fix = f"the traceback is in {log}; the same command goes on from the last saved step"
             raise RunFailedError(what, where=where, fix=fix) from error
+
+    def _log_failure(self) -> Path:
+        """Write the traceback of the error that is being handled to failure.log."""
+        log = self.store.folder / "failure.log"
+        log.write_text(traceback.format_exc(), encoding="utf-8")
+        return log
 
 
 @contextmanager
@@ -215,9 +234,7 @@ def verify(student: Student, source: ModelSource, *, is_original: bool = False) 
     fix = "leave this pass out, or report the bug together with the recipe"
     if is_original:
         fix = "the model is broken before any pass: use one with intact weights"
-    batch = next(iter(student.corpus.evaluation.batches(2)))
-    answer = student.model(**batch)[0]
-    if not torch.isfinite(answer[batch["attention_mask"].bool()] if answer.ndim == 3 else answer).all():
+    if not torch.isfinite(_answer(student.model, student)).all():
         raise RunFailedError("the model's answer to held-out text is not finite", fix=fix)
     empty = load_empty(source, student.task)
     replay(student.edits, empty)
@@ -228,3 +245,30 @@ def verify(student: Student, source: ModelSource, *, is_original: bool = False) 
         name = differing[0]
         what = f"{name} has shape {present.get(name)}, and its recorded edits lead to {expected.get(name)}"
         raise RunFailedError(what, fix=fix)
+
+
+@torch.no_grad()
+def prove_reloads(student: Student, folder: Path) -> None:
+    """Refuse a checkpoint that does not answer, bit for bit, as the student in memory. Holds one more model meanwhile.
+
+    Raises:
+        RunFailedError: it answers differently. Whatever loading it raises, else.
+    """
+    reloaded, edits = load_student_model(folder, student.task)
+    fix = "leave this pass out, or report the bug together with the recipe"
+    if edits != student.edits:
+        raise RunFailedError(f"the saved student has {len(edits)} edits, the student {len(student.edits)}", fix=fix)
+    expected, found = _answer(student.model, student), _answer(reloaded, student)
+    if expected.shape != found.shape:
+        what = f"the saved student gives outputs {tuple(found.shape)}, the student {tuple(expected.shape)}"
+        raise RunFailedError(what, fix=fix)
+    if not torch.equal(expected, found):
+        apart = float((expected - found).norm() / expected.norm())
+        raise RunFailedError(f"the saved student, loaded again, differs from the student by {apart:.3g}", fix=fix)
+
+
+def _answer(model: PreTrainedModel, student: Student) -> torch.Tensor:
+    """The first output for two held-out texts, without what stands at padding."""
+    batch = next(iter(student.corpus.evaluation.batches(2)))
+    answer = model(**batch)[0]
+    return answer[batch["attention_mask"].bool()] if answer.ndim == 3 else answer

@@ -39,7 +39,8 @@ class Forecast:
 
     Attributes:
         steps: entry 0 is the original, then one per pass.
-        memory_bytes: the least that the run holds at once: original, student, calibration activations of both.
+        memory_bytes: the least that the run holds at once: original, student, and the calibration activations of both
+            or the student as it is read back after saving.
         is_stock: whether the student's checkpoint loads with transformers alone, without `import compresskit`.
         warnings: orders that can be done and are unwise.
     """
@@ -72,9 +73,10 @@ def foretell(recipe: Recipe, source: ModelSource, task: str) -> Forecast:
     if mistakes:
         raise ManyErrors(mistakes)
     edits = [edit for step in steps for edit in step.edits]
+    largest = max(step.size_bytes for step in steps)
     return Forecast(
         steps=tuple(steps),
-        memory_bytes=steps[0].size_bytes + max(step.size_bytes for step in steps) + activations,
+        memory_bytes=steps[0].size_bytes + largest + max(largest, activations),
         is_stock=_is_stock(source, edits, load_empty(source, task)),
         warnings=(*_overlaps(steps, weights), *_late_strength(recipe.passes, steps)),
     )

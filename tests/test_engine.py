@@ -4,12 +4,14 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load
+from safetensors.torch import load, save_file
 
 import compresskit
 from compresskit import CompressKitError, ManyErrors, Recipe, RunFailedError, engine, load_recipe, run
@@ -198,6 +200,47 @@ def test_a_pass_that_breaks_the_model_is_stopped_and_not_saved(make: Any, tmp_pa
         run(make(Fail(how=how)), tmp_path / "out")  # type: ignore[arg-type]
     assert said in str(caught.value)
     assert steps(tmp_path / "out") == ["00-original"]
+
+
+def _spoil_weight(folder: Path) -> None:
+    tensors = load((folder / "model.safetensors").read_bytes())
+    tensors["encoder.layer.1.output.dense.weight"][0, 0] += 1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _spoil_config(folder: Path, **said: int) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | said))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (_spoil_weight, "loaded again, differs from the student by"),
+        (partial(_spoil_config, intermediate_size=40), "cannot be loaded again"),
+        (partial(_spoil_config, num_hidden_layers=3), "cannot be loaded again"),
+        (lambda folder: (folder / "config.json").unlink(), "cannot be loaded again"),
+    ],
+)
+def test_a_student_that_does_not_reload_as_itself_is_neither_a_step_nor_a_result(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Path], None], said: str
+) -> None:
+    save = engine.save_student
+
+    def save_spoiled(student: Any, folder: Path) -> None:
+        save(student, folder)
+        if "02-" in str(folder):
+            spoil(folder)
+
+    monkeypatch.setattr(engine, "save_student", save_spoiled)
+    with pytest.raises(RunFailedError, match=r"^passes\[1\] \(shake\): the saved student") as caught:
+        run(make(Shake(), Shake()), tmp_path / "out")
+    assert said in str(caught.value)
+    assert caught.value.exit_code == 1
+    assert not (tmp_path / "out" / "student").exists()
+    monkeypatch.setattr(engine, "save_student", save)
+    run(make(Shake(), Shake()), tmp_path / "out")
+    assert steps(tmp_path / "out") == ["00-original", "01-shake", "02-shake"]
 
 
 def test_misfits_of_all_passes_are_found_before_anything_is_written(make: Any, tmp_path: Path) -> None:
