@@ -43,9 +43,9 @@ def prepare(recipe: Recipe) -> Job:
     task = recipe.task or guess_task(source)
     check_max_length(load_config(source), recipe.data.max_length)
     forecast = foretell(recipe, source, task)
-    tokenizer = load_tokenizer(source)
-    corpus = prepare_corpus(recipe.data, tokenizer, pack=task == "text-generation", seed=recipe.seed)
-    return Job(recipe, source, task, tokenizer, corpus, forecast)
+    # Cutting text leaves its mark in a tokenizer, so the one that is saved with the student reads none.
+    corpus = prepare_corpus(recipe.data, load_tokenizer(source), pack=task == "text-generation", seed=recipe.seed)
+    return Job(recipe, source, task, load_tokenizer(source), corpus, forecast)
 
 
 def take_prints(job: Job) -> Prints:

@@ -339,6 +339,30 @@ def test_a_killed_run_ends_bit_for_bit_where_an_uninterrupted_one_ends(make: Any
     assert_equal_students(tmp_path / "killed", tmp_path / "whole")
 
 
+def _files(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+_TIMES = ("elapsed_s", "tokens_per_s", "p50_ms", "p95_ms", "latency_ms", "speed")
+
+
+def _untimed(value: Any) -> Any:
+    """A report without what the clock says."""
+    if isinstance(value, dict):
+        return {key: _untimed(inner) for key, inner in value.items() if key not in _TIMES}
+    return [_untimed(inner) for inner in value] if isinstance(value, list) else value
+
+
+def assert_equal_results(a: Path, b: Path) -> None:
+    """Every file of student/ and onnx/ byte for byte, and the reports but for their times."""
+    for name in ("student", "onnx"):
+        left, right = _files(a / name), _files(b / name)
+        assert left.keys() == right.keys()
+        assert [file for file in left if left[file] != right[file]] == []
+    left, right = (json.loads((folder / "report.json").read_text()) for folder in (a, b))
+    assert _untimed(left) == _untimed(right)
+
+
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_a_chain_of_real_passes_resumes_bit_for_bit_after_every_step(
     family: str, make: Any, tmp_path: Path, request: pytest.FixtureRequest
@@ -355,14 +379,41 @@ def test_a_chain_of_real_passes_resumes_bit_for_bit_after_every_step(
     model, _ = compresskit.load(whole)
     assert set(weights(whole)) <= set(model.state_dict())
     for last in range(len(chain)):
-        part = tmp_path / f"from{last}"
-        shutil.copytree(whole, part)
-        for step in (part / "steps").iterdir():
-            if int(step.name[:2]) > last:
-                shutil.rmtree(step)
-        shutil.rmtree(part / "student")
+        part = _cut_after(whole, last, tmp_path / f"from{last}")
         run(recipe, part)
-        assert_equal_students(part, whole)
+        assert_equal_results(part, whole)
+
+
+def _cut_after(whole: Path, last: int, part: Path) -> Path:
+    """A copy of a finished run as a kill after step `last` would have left it."""
+    shutil.copytree(whole, part)
+    for step in (part / "steps").iterdir():
+        if int(step.name[:2]) > last:
+            shutil.rmtree(step)
+    for name in ("student", "onnx"):
+        shutil.rmtree(part / name, ignore_errors=True)
+    for name in ("report.json", "report.html"):
+        (part / name).unlink()
+    said = json.loads((part / "run.json").read_text())
+    del said["finished"]
+    (part / "run.json").write_text(json.dumps(said))
+    return part
+
+
+def test_a_resumed_run_exports_and_reports_as_an_uninterrupted_one(
+    make: Any, tmp_path: Path, tiny_data: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = [{"kind": "prune_width", "keep": {"ffn": 0.5}}, Shake()]
+    export = [{"kind": "onnx", "baselines": False, "rounds": 3, "threads": 1}]
+    recipe = make(*passes, evaluate="each", export=export, data={**tiny_data, "evaluation": 24})
+    whole = tmp_path / "whole"
+    monkeypatch.setenv("COMPRESSKIT_CACHE", str(tmp_path / "cache"))  # the first run tokenises, the others need not
+    run(recipe, whole)
+    assert json.loads((whole / "onnx" / "config.json").read_text())["intermediate_size"] == 32
+    for last in (1, 2):
+        part = _cut_after(whole, last, tmp_path / f"from{last}")
+        run(recipe, part)
+        assert_equal_results(part, whole)
 
 
 def test_measure_compares_a_finished_student_with_its_original(make: Any, tmp_path: Path) -> None:
