@@ -171,7 +171,8 @@ class _Run:
     def _write_result(self) -> dict[str, Any]:
         recipe, store = self.job.recipe, self.store
         exports: list[dict[str, Any]] = []
-        with self._named("student"):
+        with self._named("student"), store.explaining_full_disk():
+            store.withdraw(list(EXPORTERS))
             store.replace(store.folder / "student", self._save_proven)
         for index, exporter in enumerate(recipe.export):
             self.progress(f"export {exporter.kind} …")

@@ -7,14 +7,24 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from safetensors.torch import load, save_file
 
 import compresskit
-from compresskit import CompressKitError, ManyErrors, Recipe, RunFailedError, engine, load_recipe, run
+from compresskit import (
+    EXPORTERS,
+    CompressKitError,
+    Exporter,
+    ManyErrors,
+    Recipe,
+    RunFailedError,
+    engine,
+    load_recipe,
+    run,
+)
 from compresskit.engine import seeded
 from compresskit.passes import PASSES, LowRank
 from compresskit.recipe import dump_recipe, parse_recipe
@@ -414,6 +424,40 @@ def test_a_resumed_run_exports_and_reports_as_an_uninterrupted_one(
         part = _cut_after(whole, last, tmp_path / f"from{last}")
         run(recipe, part)
         assert_equal_results(part, whole)
+
+
+class _Copy(Exporter):
+    """Write nothing but a note, or fail."""
+
+    kind: Literal["copy"] = "copy"  # pyright: ignore[reportIncompatibleVariableOverride]
+    fails: bool = False
+
+    def write(self, student: Any, folder: Path) -> dict[str, Any]:
+        if self.fails:
+            raise RunFailedError("parity", where=str(folder))
+        folder.mkdir()
+        (folder / "note").write_text("x")
+        return {"files": ["note"], "size_bytes": 1, "latency_ms": {"p50": 1.0, "p95": 1.0}}
+
+
+def test_results_of_two_runs_never_mix(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(EXPORTERS._classes, "copy", _Copy)
+    out, first = tmp_path / "out", make(Shake(), export=[_Copy()])
+    run(first, out)
+    assert (out / "copy" / "note").is_file()
+    with pytest.raises(RunFailedError, match="parity"):
+        run(make(Shake(), Halve(), export=[_Copy(fails=True)]), out)
+    assert not {"copy", "report.json", "report.html"} & {path.name for path in out.iterdir()}
+    said: list[str] = []
+    run(first, out, progress=said.append)
+    assert said == [
+        "[0/1] original: kept from an earlier run",
+        "[1/1] shake: kept from an earlier run",
+        "export copy …",
+    ]
+    run(make(Shake()), out)
+    assert (out / "report.json").is_file()
+    assert not (out / "copy").exists()
 
 
 def test_measure_compares_a_finished_student_with_its_original(make: Any, tmp_path: Path) -> None:
