@@ -5,6 +5,7 @@ recipe ─► source, text, forecast ─► store ─► [pass: apply, verify, m
 
 import hashlib
 import logging
+import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -79,23 +80,24 @@ class _Run:
         """Every step that is missing, then the result."""
         steps = self._stored()
         self._require_space(len(steps))
+        self.original = load_model(self.job.source, self.job.task).requires_grad_(False)
+        for index in range(len(steps)):
+            if self._measures(index) and not self.records[index]["metrics"]:
+                steps[index] = self._measure_kept(index, steps[index])
         self.student = self._student_after(steps[-1] if steps else None)
         for index in range(len(steps), len(self.kinds)):
             self._do(index)
         return self._write_result()
 
     def _stored(self) -> list[Step]:
-        """The longest run of steps from the first that are on the disk, with the figures that the recipe wants."""
+        """The longest run of steps from the first that are on the disk, some perhaps without figures."""
         found: list[Step] = []
         for index, kind in enumerate(self.kinds):
             step = self.store.find(index, kind, self.prints.steps[index])
             if step is None:
                 break
-            record = step.read("record.json")
-            if self._measures(index) and not record["metrics"]:
-                break
             self.progress(f"[{index}/{len(self.kinds) - 1}] {kind}: kept from an earlier run")
-            self.records.append(record)
+            self.records.append(step.read("record.json"))
             found.append(step)
         return found
 
@@ -109,13 +111,26 @@ class _Run:
         exports = len(self.job.recipe.export) * (sizes[0] + 2 * sizes[-1])
         self.store.need(sum(sizes[max(done, 1) :]) + sizes[-1] + exports)
 
+    def _measure_kept(self, index: int, step: Step) -> Step:
+        """The same step with the figures that an earlier run did not want; its pass is not done again."""
+        self.progress(f"[{index}/{len(self.kinds) - 1}] {self.kinds[index]}: measuring …")
+        with self._named(f"passes[{index - 1}] ({self.kinds[index]})" if index else "original"):
+            model = load_student_model(step.student, self.job.task)[0] if index else self.original
+            record = self.records[index] = self.records[index] | {"metrics": self._figures(model)}
+
+            def write(folder: Path) -> None:
+                write_json(folder / "record.json", record)
+                if index:
+                    shutil.copytree(step.student, folder / "student")
+
+            return self.store.save(index, self.kinds[index], self.prints.steps[index], write)
+
     def _student_after(self, step: Step | None) -> Student:
         job = self.job
-        original = load_model(job.source, job.task).requires_grad_(False)
         if step is None or len(self.records) == 1:
-            return Student(load_model(job.source, job.task), original, job.tokenizer, job.task, job.corpus)
+            return Student(load_model(job.source, job.task), self.original, job.tokenizer, job.task, job.corpus)
         model, edits = load_student_model(step.student, job.task)
-        return Student(model, original, job.tokenizer, job.task, job.corpus, edits)
+        return Student(model, self.original, job.tokenizer, job.task, job.corpus, edits)
 
     def _do(self, index: int) -> None:
         """Apply, verify, measure and save pass `index` - 1; index 0 is the original."""
@@ -137,7 +152,7 @@ class _Run:
                 "options": one.model_dump(mode="json", serialize_as_any=True, exclude={"kind"}) if one else {},
                 "params": count_parameters(self.student.model),
                 "size_bytes": state_dict_bytes(self.student.model),
-                "metrics": self._figures() if self._measures(index) else {},
+                "metrics": self._figures(self.student.model) if self._measures(index) else {},
                 "elapsed_s": round(elapsed_s, 3),
                 "notes": notes,
             }
@@ -162,10 +177,10 @@ class _Run:
             fix = f"leave this pass out, or report the bug together with the recipe and {log}"
             raise RunFailedError(what, fix=fix) from error
 
-    def _figures(self) -> dict[str, int | float]:
+    def _figures(self, model: PreTrainedModel) -> dict[str, int | float]:
         if self._fidelity is None:
-            self._fidelity = Fidelity(self.student.original, self.job.corpus.evaluation, task=self.job.task)
-        figures = evaluate(self.student.model, self._fidelity, self.job.tokenizer)
+            self._fidelity = Fidelity(self.original, self.job.corpus.evaluation, task=self.job.task)
+        figures = evaluate(model, self._fidelity, self.job.tokenizer)
         return {name: figure for name, figure in figures.items() if name not in ("params", "size_bytes")}
 
     def _write_result(self) -> dict[str, Any]:

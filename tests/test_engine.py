@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -128,10 +129,18 @@ def test_resume_reruns_only_passes_after_the_changed_one(make: Any, tmp_path: Pa
     assert_equal_students(out, tmp_path / "other")
 
 
-def test_a_kept_step_without_the_figures_that_are_wanted_now_is_made_again(make: Any, tmp_path: Path) -> None:
-    run(make(Shake(), evaluate="never"), tmp_path / "out")
-    report = run(make(Shake(), evaluate="each"), tmp_path / "out")
-    assert all(entry["metrics"] for entry in report["passes"])
+@pytest.mark.parametrize("before", ["never", "ends"])
+def test_a_kept_step_without_the_figures_that_are_wanted_now_is_measured_and_not_made_again(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str
+) -> None:
+    expected = run(make(Shake(), Halve(), evaluate="each"), tmp_path / "whole")
+    run(make(Shake(), Halve(), evaluate=before), tmp_path / "out")
+    for cls in (Shake, Halve):
+        monkeypatch.setattr(cls, "apply", None)
+    report = run(make(Shake(), Halve(), evaluate="each"), tmp_path / "out")
+    assert _untimed(report["passes"]) == _untimed(expected["passes"])
+    assert steps(tmp_path / "out") == ["00-original", "01-shake", "02-halve"]
+    assert_equal_students(tmp_path / "out", tmp_path / "whole")
 
 
 def test_the_same_recipe_gives_the_same_student_whatever_the_global_generator(make: Any, tmp_path: Path) -> None:
@@ -259,6 +268,31 @@ def test_misfits_of_all_passes_are_found_before_anything_is_written(make: Any, t
     places = [error.where for error in caught.value.errors]
     assert places == ["passes[0] (fail)", "passes[1] (shake): edits"]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("amounts", "places"),
+    [
+        ({"training": 0}, ["data.training"]),
+        ({"training": 1, "evaluation": 1}, ["data.training", "data.evaluation"]),
+        ({"evaluation": 2}, ["data.evaluation"]),
+    ],
+)
+def test_too_little_text_for_a_pass_or_a_measure_is_found_before_anything_is_written(
+    make: Any, tmp_path: Path, tiny_data: dict[str, object], amounts: dict[str, int], places: list[str]
+) -> None:
+    recipe = make(Shake(), {"kind": "distill", "steps": 1}, evaluate="ends", data={**tiny_data, **amounts})
+    with pytest.raises(ManyErrors) as caught:
+        run(recipe, tmp_path / "out")
+    assert [error.where for error in caught.value.errors] == places
+    assert all(re.search(r"^use (training: 2|evaluation: 3) or more", str(e.fix)) for e in caught.value.errors)
+    assert caught.value.exit_code == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_least_text_is_enough(make: Any, tmp_path: Path, tiny_data: dict[str, object]) -> None:
+    least = {"training": 2, "evaluation": 3}
+    run(make({"kind": "distill", "steps": 1}, evaluate="ends", data={**tiny_data, **least}), tmp_path / "out")
 
 
 def test_a_missing_model_is_the_users_mistake(make: Any, tmp_path: Path) -> None:
