@@ -5,6 +5,7 @@ recipe ─► source, text, forecast ─► store ─► [pass: apply, verify, m
 
 import hashlib
 import logging
+import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from compresskit.environment import describe_environment
 from compresskit.errors import CompressKitError, RunFailedError
@@ -78,23 +80,24 @@ class _Run:
         """Every step that is missing, then the result."""
         steps = self._stored()
         self._require_space(len(steps))
+        self.original = load_model(self.job.source, self.job.task).requires_grad_(False)
+        for index in range(len(steps)):
+            if self._measures(index) and not self.records[index]["metrics"]:
+                steps[index] = self._measure_kept(index, steps[index])
         self.student = self._student_after(steps[-1] if steps else None)
         for index in range(len(steps), len(self.kinds)):
             self._do(index)
         return self._write_result()
 
     def _stored(self) -> list[Step]:
-        """The longest run of steps from the first that are on the disk, with the figures that the recipe wants."""
+        """The longest run of steps from the first that are on the disk, some perhaps without figures."""
         found: list[Step] = []
         for index, kind in enumerate(self.kinds):
             step = self.store.find(index, kind, self.prints.steps[index])
             if step is None:
                 break
-            record = step.read("record.json")
-            if self._measures(index) and not record["metrics"]:
-                break
             self.progress(f"[{index}/{len(self.kinds) - 1}] {kind}: kept from an earlier run")
-            self.records.append(record)
+            self.records.append(step.read("record.json"))
             found.append(step)
         return found
 
@@ -108,13 +111,26 @@ class _Run:
         exports = len(self.job.recipe.export) * (sizes[0] + 2 * sizes[-1])
         self.store.need(sum(sizes[max(done, 1) :]) + sizes[-1] + exports)
 
+    def _measure_kept(self, index: int, step: Step) -> Step:
+        """The same step with the figures that an earlier run did not want; its pass is not done again."""
+        self.progress(f"[{index}/{len(self.kinds) - 1}] {self.kinds[index]}: measuring …")
+        with self._named(f"passes[{index - 1}] ({self.kinds[index]})" if index else "original"):
+            model = load_student_model(step.student, self.job.task)[0] if index else self.original
+            record = self.records[index] = self.records[index] | {"metrics": self._figures(model)}
+
+            def write(folder: Path) -> None:
+                write_json(folder / "record.json", record)
+                if index:
+                    shutil.copytree(step.student, folder / "student")
+
+            return self.store.save(index, self.kinds[index], self.prints.steps[index], write)
+
     def _student_after(self, step: Step | None) -> Student:
         job = self.job
-        original = load_model(job.source, job.task).requires_grad_(False)
         if step is None or len(self.records) == 1:
-            return Student(load_model(job.source, job.task), original, job.tokenizer, job.task, job.corpus)
+            return Student(load_model(job.source, job.task), self.original, job.tokenizer, job.task, job.corpus)
         model, edits = load_student_model(step.student, job.task)
-        return Student(model, original, job.tokenizer, job.task, job.corpus, edits)
+        return Student(model, self.original, job.tokenizer, job.task, job.corpus, edits)
 
     def _do(self, index: int) -> None:
         """Apply, verify, measure and save pass `index` - 1; index 0 is the original."""
@@ -136,7 +152,7 @@ class _Run:
                 "options": one.model_dump(mode="json", serialize_as_any=True, exclude={"kind"}) if one else {},
                 "params": count_parameters(self.student.model),
                 "size_bytes": state_dict_bytes(self.student.model),
-                "metrics": self._figures() if self._measures(index) else {},
+                "metrics": self._figures(self.student.model) if self._measures(index) else {},
                 "elapsed_s": round(elapsed_s, 3),
                 "notes": notes,
             }
@@ -146,19 +162,33 @@ class _Run:
     def _write_step(self, folder: Path, record: dict[str, Any]) -> None:
         write_json(folder / "record.json", record)
         if record["kind"] != "original":
-            save_student(self.student, folder / "student")
+            self._save_proven(folder / "student")
 
-    def _figures(self) -> dict[str, int | float]:
+    def _save_proven(self, folder: Path) -> None:
+        """Write the student, and read it again as a user will; nothing gets its final name before that."""
+        save_student(self.student, folder)
+        try:
+            prove_reloads(self.student, folder)
+        except RunFailedError:
+            raise
+        except Exception as error:
+            log = self._log_failure()
+            what = f"the saved student cannot be loaded again ({type(error).__name__}: {error}); {self.store.kept()}"
+            fix = f"leave this pass out, or report the bug together with the recipe and {log}"
+            raise RunFailedError(what, fix=fix) from error
+
+    def _figures(self, model: PreTrainedModel) -> dict[str, int | float]:
         if self._fidelity is None:
-            self._fidelity = Fidelity(self.student.original, self.job.corpus.evaluation, task=self.job.task)
-        figures = evaluate(self.student.model, self._fidelity, self.job.tokenizer)
+            self._fidelity = Fidelity(self.original, self.job.corpus.evaluation, task=self.job.task)
+        figures = evaluate(model, self._fidelity, self.job.tokenizer)
         return {name: figure for name, figure in figures.items() if name not in ("params", "size_bytes")}
 
     def _write_result(self) -> dict[str, Any]:
         recipe, store = self.job.recipe, self.store
         exports: list[dict[str, Any]] = []
-        with self._named("student"):
-            store.replace(store.folder / "student", lambda folder: save_student(self.student, folder))
+        with self._named("student"), store.explaining_full_disk():
+            store.withdraw(list(EXPORTERS))
+            store.replace(store.folder / "student", self._save_proven)
         for index, exporter in enumerate(recipe.export):
             self.progress(f"export {exporter.kind} …")
             with self._named(f"export[{index}] ({exporter.kind})"), store.explaining_full_disk():
@@ -189,11 +219,16 @@ class _Run:
             error.at(where)
             raise
         except Exception as error:
-            log = self.store.folder / "failure.log"
-            log.write_text(traceback.format_exc(), encoding="utf-8")
+            log = self._log_failure()
             what = f"{type(error).__name__}: {error}; {self.store.kept()}"
             fix = f"the traceback is in {log}; the same command goes on from the last saved step"
             raise RunFailedError(what, where=where, fix=fix) from error
+
+    def _log_failure(self) -> Path:
+        """Write the traceback of the error that is being handled to failure.log."""
+        log = self.store.folder / "failure.log"
+        log.write_text(traceback.format_exc(), encoding="utf-8")
+        return log
 
 
 @contextmanager
@@ -215,9 +250,7 @@ def verify(student: Student, source: ModelSource, *, is_original: bool = False) 
     fix = "leave this pass out, or report the bug together with the recipe"
     if is_original:
         fix = "the model is broken before any pass: use one with intact weights"
-    batch = next(iter(student.corpus.evaluation.batches(2)))
-    answer = student.model(**batch)[0]
-    if not torch.isfinite(answer[batch["attention_mask"].bool()] if answer.ndim == 3 else answer).all():
+    if not torch.isfinite(_answer(student.model, student)).all():
         raise RunFailedError("the model's answer to held-out text is not finite", fix=fix)
     empty = load_empty(source, student.task)
     replay(student.edits, empty)
@@ -228,3 +261,30 @@ def verify(student: Student, source: ModelSource, *, is_original: bool = False) 
         name = differing[0]
         what = f"{name} has shape {present.get(name)}, and its recorded edits lead to {expected.get(name)}"
         raise RunFailedError(what, fix=fix)
+
+
+@torch.no_grad()
+def prove_reloads(student: Student, folder: Path) -> None:
+    """Refuse a checkpoint that does not answer, bit for bit, as the student in memory. Holds one more model meanwhile.
+
+    Raises:
+        RunFailedError: it answers differently. Whatever loading it raises, else.
+    """
+    reloaded, edits = load_student_model(folder, student.task)
+    fix = "leave this pass out, or report the bug together with the recipe"
+    if edits != student.edits:
+        raise RunFailedError(f"the saved student has {len(edits)} edits, the student {len(student.edits)}", fix=fix)
+    expected, found = _answer(student.model, student), _answer(reloaded, student)
+    if expected.shape != found.shape:
+        what = f"the saved student gives outputs {tuple(found.shape)}, the student {tuple(expected.shape)}"
+        raise RunFailedError(what, fix=fix)
+    if not torch.equal(expected, found):
+        apart = float((expected - found).norm() / expected.norm())
+        raise RunFailedError(f"the saved student, loaded again, differs from the student by {apart:.3g}", fix=fix)
+
+
+def _answer(model: PreTrainedModel, student: Student) -> torch.Tensor:
+    """The first output for two held-out texts, without what stands at padding."""
+    batch = next(iter(student.corpus.evaluation.batches(2)))
+    answer = model(**batch)[0]
+    return answer[batch["attention_mask"].bool()] if answer.ndim == 3 else answer

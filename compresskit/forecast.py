@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -16,7 +17,7 @@ from compresskit.evaluate import count_parameters, state_dict_bytes
 from compresskit.models import ModelSource, load_config, load_empty
 from compresskit.passes import Pass
 from compresskit.recipe import Recipe
-from compresskit.surgery.edits import Edit, replay
+from compresskit.surgery.edits import Edit, PruneHeads, PruneNeurons, replay
 from compresskit.surgery.plugin import stock_config
 from compresskit.surgery.sites import find_blocks
 
@@ -39,7 +40,8 @@ class Forecast:
 
     Attributes:
         steps: entry 0 is the original, then one per pass.
-        memory_bytes: the least that the run holds at once: original, student, calibration activations of both.
+        memory_bytes: the least that the run holds at once: original, student, and the calibration activations of both
+            or the student as it is read back after saving.
         is_stock: whether the student's checkpoint loads with transformers alone, without `import compresskit`.
         warnings: orders that can be done and are unwise.
     """
@@ -64,7 +66,7 @@ def foretell(recipe: Recipe, source: ModelSource, task: str) -> Forecast:
     for index, one in enumerate(recipe.passes):
         try:
             edits = one.plan(model)
-            replay(edits, model)
+            _replay_and_run(edits, model, one.kind)
         except CompressKitError as error:
             mistakes += _each(error, f"passes[{index}] ({one.kind})")
             continue
@@ -72,12 +74,49 @@ def foretell(recipe: Recipe, source: ModelSource, task: str) -> Forecast:
     if mistakes:
         raise ManyErrors(mistakes)
     edits = [edit for step in steps for edit in step.edits]
+    largest = max(step.size_bytes for step in steps)
     return Forecast(
         steps=tuple(steps),
-        memory_bytes=steps[0].size_bytes + max(step.size_bytes for step in steps) + activations,
+        memory_bytes=steps[0].size_bytes + largest + max(largest, activations),
         is_stock=_is_stock(source, edits, load_empty(source, task)),
         warnings=(*_overlaps(steps, weights), *_late_strength(recipe.passes, steps)),
     )
+
+
+def _replay_and_run(edits: Sequence[Edit], model: PreTrainedModel, kind: str) -> None:
+    """Make the edits, and see whether the model still runs where they change widths that other parts may rely on.
+
+    Raises:
+        CompressKitError: it ran before them and does not after them.
+    """
+    cut = {
+        word
+        for word, edit_kind in (("heads", PruneHeads), ("neurons", PruneNeurons))
+        for e in edits
+        if isinstance(e, edit_kind)
+    }
+    # Some models cannot run without values (they ask a tensor for a number): of these nothing can be said.
+    ran = bool(cut) and _obstacle(model) is None
+    replay(list(edits), model)
+    obstacle = _obstacle(model) if ran else None
+    if obstacle:
+        widths = " or ".join(sorted(cut))
+        names = " or ".join({"heads": "heads", "neurons": "ffn"}[word] for word in sorted(cut))
+        raise CompressKitError(
+            f"a part of {type(model).__name__} depends on the number of {widths} that {kind} changes ({obstacle})",
+            fix=f"leave {names} out of keep",
+        )
+
+
+@torch.no_grad()
+def _obstacle(model: PreTrainedModel) -> str | None:
+    """Why the empty model cannot take 2 × 4 tokens; None where it can."""
+    try:
+        with model.device:
+            model(input_ids=torch.zeros(2, 4, dtype=torch.int64))
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    return None
 
 
 def _each(error: CompressKitError, where: str) -> list[CompressKitError]:

@@ -6,10 +6,16 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from compresskit.data import Corpus, check_max_length, prepare_corpus
+from compresskit.distill.trainer import TrainingOptions
+from compresskit.errors import CompressKitError, ManyErrors
 from compresskit.forecast import Forecast, foretell
 from compresskit.models import ModelSource, find_model, guess_task, load_config, load_tokenizer
 from compresskit.recipe import Recipe
 from compresskit.store import chain, digest
+
+#: One sequence to learn from and one held out; and three embeddings, whose similarities can be ranked.
+LEAST_TRAINING = 2
+LEAST_COMPARED = 3
 
 
 @dataclass(frozen=True)
@@ -43,9 +49,38 @@ def prepare(recipe: Recipe) -> Job:
     task = recipe.task or guess_task(source)
     check_max_length(load_config(source), recipe.data.max_length)
     forecast = foretell(recipe, source, task)
-    tokenizer = load_tokenizer(source)
-    corpus = prepare_corpus(recipe.data, tokenizer, pack=task == "text-generation", seed=recipe.seed)
-    return Job(recipe, source, task, tokenizer, corpus, forecast)
+    # Cutting text leaves its mark in a tokenizer, so the one that is saved with the student reads none.
+    corpus = prepare_corpus(recipe.data, load_tokenizer(source), pack=task == "text-generation", seed=recipe.seed)
+    _check_amounts(recipe, task, corpus)
+    return Job(recipe, source, task, load_tokenizer(source), corpus, forecast)
+
+
+def _check_amounts(recipe: Recipe, task: str, corpus: Corpus) -> None:
+    """Refuse text that is too little for what the recipe does with it, before a pass has run.
+
+    Raises:
+        ManyErrors: no sequence to train on and one to hold out; fewer embeddings than can be compared.
+    """
+    found: list[CompressKitError] = []
+    learner = next((i for i, one in enumerate(recipe.passes) if isinstance(one, TrainingOptions)), None)
+    if learner is not None and len(corpus.training) < LEAST_TRAINING:
+        what = (
+            f"{len(corpus.training)} sequences to train on; passes[{learner}] ({recipe.passes[learner].kind}) needs "
+            f"{LEAST_TRAINING} or more"
+        )
+        fix = _more_text("training", recipe.data.training, LEAST_TRAINING)
+        found.append(CompressKitError(what, where="data.training", fix=fix))
+    compared = task == "feature-extraction" and recipe.evaluate != "never"
+    if compared and len(corpus.evaluation) < LEAST_COMPARED:
+        what = f"{len(corpus.evaluation)} sequences to measure with; embeddings need {LEAST_COMPARED} or more"
+        fix = _more_text("evaluation", recipe.data.evaluation, LEAST_COMPARED) + ", or say evaluate: never"
+        found.append(CompressKitError(what, where="data.evaluation", fix=fix))
+    if found:
+        raise ManyErrors(found)
+
+
+def _more_text(part: str, asked: int, least: int) -> str:
+    return f"use {part}: {least} or more" if asked < least else "give more text"
 
 
 def take_prints(job: Job) -> Prints:

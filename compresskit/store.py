@@ -31,6 +31,7 @@ MANIFEST = "MANIFEST.json"
 RUN_FILE = "run.json"
 LOCK_FILE = ".lock"
 _SCRATCH = ".tmp-"
+_REPORTS = ("report.json", "report.html")
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _NO_SPACE_WORDS = ("No space left on device", "Disk quota exceeded")
 
@@ -170,8 +171,19 @@ class Store:
         """Delete what runs write (`exports` are the exporters' folders) and nothing else."""
         for name in ("steps", "student", *exports):
             shutil.rmtree(self.folder / name, ignore_errors=True)
-        for name in ("report.json", "report.html", "failure.log", RUN_FILE):
+        for name in (*_REPORTS, "failure.log", RUN_FILE):
             (self.folder / name).unlink(missing_ok=True)
+
+    def withdraw(self, exports: Sequence[str]) -> None:
+        """Take back the former result, but for student/, which `replace` replaces: a kill leaves no mixture of two.
+
+        The mark that it is finished goes first, so that the next run makes all of it again.
+        """
+        write_json(self.folder / RUN_FILE, {k: v for k, v in self.read_run().items() if k != "finished"})
+        for name in _REPORTS:
+            (self.folder / name).unlink(missing_ok=True)
+        for name in exports:
+            shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def clean(self) -> None:
         """Remove what killed runs left half-written, and put back what one had moved aside."""

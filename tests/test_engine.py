@@ -1,18 +1,31 @@
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
-from safetensors.torch import load
+from safetensors.torch import load, save_file
 
 import compresskit
-from compresskit import CompressKitError, ManyErrors, Recipe, RunFailedError, engine, load_recipe, run
+from compresskit import (
+    EXPORTERS,
+    CompressKitError,
+    Exporter,
+    ManyErrors,
+    Recipe,
+    RunFailedError,
+    engine,
+    load_recipe,
+    run,
+)
 from compresskit.engine import seeded
 from compresskit.passes import PASSES, LowRank
 from compresskit.recipe import dump_recipe, parse_recipe
@@ -116,10 +129,18 @@ def test_resume_reruns_only_passes_after_the_changed_one(make: Any, tmp_path: Pa
     assert_equal_students(out, tmp_path / "other")
 
 
-def test_a_kept_step_without_the_figures_that_are_wanted_now_is_made_again(make: Any, tmp_path: Path) -> None:
-    run(make(Shake(), evaluate="never"), tmp_path / "out")
-    report = run(make(Shake(), evaluate="each"), tmp_path / "out")
-    assert all(entry["metrics"] for entry in report["passes"])
+@pytest.mark.parametrize("before", ["never", "ends"])
+def test_a_kept_step_without_the_figures_that_are_wanted_now_is_measured_and_not_made_again(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str
+) -> None:
+    expected = run(make(Shake(), Halve(), evaluate="each"), tmp_path / "whole")
+    run(make(Shake(), Halve(), evaluate=before), tmp_path / "out")
+    for cls in (Shake, Halve):
+        monkeypatch.setattr(cls, "apply", None)
+    report = run(make(Shake(), Halve(), evaluate="each"), tmp_path / "out")
+    assert _untimed(report["passes"]) == _untimed(expected["passes"])
+    assert steps(tmp_path / "out") == ["00-original", "01-shake", "02-halve"]
+    assert_equal_students(tmp_path / "out", tmp_path / "whole")
 
 
 def test_the_same_recipe_gives_the_same_student_whatever_the_global_generator(make: Any, tmp_path: Path) -> None:
@@ -200,12 +221,78 @@ def test_a_pass_that_breaks_the_model_is_stopped_and_not_saved(make: Any, tmp_pa
     assert steps(tmp_path / "out") == ["00-original"]
 
 
+def _spoil_weight(folder: Path) -> None:
+    tensors = load((folder / "model.safetensors").read_bytes())
+    tensors["encoder.layer.1.output.dense.weight"][0, 0] += 1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _spoil_config(folder: Path, **said: int) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | said))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (_spoil_weight, "loaded again, differs from the student by"),
+        (partial(_spoil_config, intermediate_size=40), "cannot be loaded again"),
+        (partial(_spoil_config, num_hidden_layers=3), "cannot be loaded again"),
+        (lambda folder: (folder / "config.json").unlink(), "cannot be loaded again"),
+    ],
+)
+def test_a_student_that_does_not_reload_as_itself_is_neither_a_step_nor_a_result(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Path], None], said: str
+) -> None:
+    save = engine.save_student
+
+    def save_spoiled(student: Any, folder: Path) -> None:
+        save(student, folder)
+        if "02-" in str(folder):
+            spoil(folder)
+
+    monkeypatch.setattr(engine, "save_student", save_spoiled)
+    with pytest.raises(RunFailedError, match=r"^passes\[1\] \(shake\): the saved student") as caught:
+        run(make(Shake(), Shake()), tmp_path / "out")
+    assert said in str(caught.value)
+    assert caught.value.exit_code == 1
+    assert not (tmp_path / "out" / "student").exists()
+    monkeypatch.setattr(engine, "save_student", save)
+    run(make(Shake(), Shake()), tmp_path / "out")
+    assert steps(tmp_path / "out") == ["00-original", "01-shake", "02-shake"]
+
+
 def test_misfits_of_all_passes_are_found_before_anything_is_written(make: Any, tmp_path: Path) -> None:
     with pytest.raises(ManyErrors) as caught:
         run(make(Fail(how="misfit"), Shake(target="encoder.layer.9.x")), tmp_path / "out")
     places = [error.where for error in caught.value.errors]
     assert places == ["passes[0] (fail)", "passes[1] (shake): edits"]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("amounts", "places"),
+    [
+        ({"training": 0}, ["data.training"]),
+        ({"training": 1, "evaluation": 1}, ["data.training", "data.evaluation"]),
+        ({"evaluation": 2}, ["data.evaluation"]),
+    ],
+)
+def test_too_little_text_for_a_pass_or_a_measure_is_found_before_anything_is_written(
+    make: Any, tmp_path: Path, tiny_data: dict[str, object], amounts: dict[str, int], places: list[str]
+) -> None:
+    recipe = make(Shake(), {"kind": "distill", "steps": 1}, evaluate="ends", data={**tiny_data, **amounts})
+    with pytest.raises(ManyErrors) as caught:
+        run(recipe, tmp_path / "out")
+    assert [error.where for error in caught.value.errors] == places
+    assert all(re.search(r"^use (training: 2|evaluation: 3) or more", str(e.fix)) for e in caught.value.errors)
+    assert caught.value.exit_code == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_least_text_is_enough(make: Any, tmp_path: Path, tiny_data: dict[str, object]) -> None:
+    least = {"training": 2, "evaluation": 3}
+    run(make({"kind": "distill", "steps": 1}, evaluate="ends", data={**tiny_data, **least}), tmp_path / "out")
 
 
 def test_a_missing_model_is_the_users_mistake(make: Any, tmp_path: Path) -> None:
@@ -296,6 +383,30 @@ def test_a_killed_run_ends_bit_for_bit_where_an_uninterrupted_one_ends(make: Any
     assert_equal_students(tmp_path / "killed", tmp_path / "whole")
 
 
+def _files(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+_TIMES = ("elapsed_s", "tokens_per_s", "p50_ms", "p95_ms", "latency_ms", "speed")
+
+
+def _untimed(value: Any) -> Any:
+    """A report without what the clock says."""
+    if isinstance(value, dict):
+        return {key: _untimed(inner) for key, inner in value.items() if key not in _TIMES}
+    return [_untimed(inner) for inner in value] if isinstance(value, list) else value
+
+
+def assert_equal_results(a: Path, b: Path) -> None:
+    """Every file of student/ and onnx/ byte for byte, and the reports but for their times."""
+    for name in ("student", "onnx"):
+        left, right = _files(a / name), _files(b / name)
+        assert left.keys() == right.keys()
+        assert [file for file in left if left[file] != right[file]] == []
+    left, right = (json.loads((folder / "report.json").read_text()) for folder in (a, b))
+    assert _untimed(left) == _untimed(right)
+
+
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_a_chain_of_real_passes_resumes_bit_for_bit_after_every_step(
     family: str, make: Any, tmp_path: Path, request: pytest.FixtureRequest
@@ -312,14 +423,75 @@ def test_a_chain_of_real_passes_resumes_bit_for_bit_after_every_step(
     model, _ = compresskit.load(whole)
     assert set(weights(whole)) <= set(model.state_dict())
     for last in range(len(chain)):
-        part = tmp_path / f"from{last}"
-        shutil.copytree(whole, part)
-        for step in (part / "steps").iterdir():
-            if int(step.name[:2]) > last:
-                shutil.rmtree(step)
-        shutil.rmtree(part / "student")
+        part = _cut_after(whole, last, tmp_path / f"from{last}")
         run(recipe, part)
-        assert_equal_students(part, whole)
+        assert_equal_results(part, whole)
+
+
+def _cut_after(whole: Path, last: int, part: Path) -> Path:
+    """A copy of a finished run as a kill after step `last` would have left it."""
+    shutil.copytree(whole, part)
+    for step in (part / "steps").iterdir():
+        if int(step.name[:2]) > last:
+            shutil.rmtree(step)
+    for name in ("student", "onnx"):
+        shutil.rmtree(part / name, ignore_errors=True)
+    for name in ("report.json", "report.html"):
+        (part / name).unlink()
+    said = json.loads((part / "run.json").read_text())
+    del said["finished"]
+    (part / "run.json").write_text(json.dumps(said))
+    return part
+
+
+def test_a_resumed_run_exports_and_reports_as_an_uninterrupted_one(
+    make: Any, tmp_path: Path, tiny_data: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = [{"kind": "prune_width", "keep": {"ffn": 0.5}}, Shake()]
+    export = [{"kind": "onnx", "baselines": False, "rounds": 3, "threads": 1}]
+    recipe = make(*passes, evaluate="each", export=export, data={**tiny_data, "evaluation": 24})
+    whole = tmp_path / "whole"
+    monkeypatch.setenv("COMPRESSKIT_CACHE", str(tmp_path / "cache"))  # the first run tokenises, the others need not
+    run(recipe, whole)
+    assert json.loads((whole / "onnx" / "config.json").read_text())["intermediate_size"] == 32
+    for last in (1, 2):
+        part = _cut_after(whole, last, tmp_path / f"from{last}")
+        run(recipe, part)
+        assert_equal_results(part, whole)
+
+
+class _Copy(Exporter):
+    """Write nothing but a note, or fail."""
+
+    kind: Literal["copy"] = "copy"  # pyright: ignore[reportIncompatibleVariableOverride]
+    fails: bool = False
+
+    def write(self, student: Any, folder: Path) -> dict[str, Any]:
+        if self.fails:
+            raise RunFailedError("parity", where=str(folder))
+        folder.mkdir()
+        (folder / "note").write_text("x")
+        return {"files": ["note"], "size_bytes": 1, "latency_ms": {"p50": 1.0, "p95": 1.0}}
+
+
+def test_results_of_two_runs_never_mix(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(EXPORTERS._classes, "copy", _Copy)
+    out, first = tmp_path / "out", make(Shake(), export=[_Copy()])
+    run(first, out)
+    assert (out / "copy" / "note").is_file()
+    with pytest.raises(RunFailedError, match="parity"):
+        run(make(Shake(), Halve(), export=[_Copy(fails=True)]), out)
+    assert not {"copy", "report.json", "report.html"} & {path.name for path in out.iterdir()}
+    said: list[str] = []
+    run(first, out, progress=said.append)
+    assert said == [
+        "[0/1] original: kept from an earlier run",
+        "[1/1] shake: kept from an earlier run",
+        "export copy …",
+    ]
+    run(make(Shake()), out)
+    assert (out / "report.json").is_file()
+    assert not (out / "copy").exists()
 
 
 def test_measure_compares_a_finished_student_with_its_original(make: Any, tmp_path: Path) -> None:

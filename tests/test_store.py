@@ -155,6 +155,17 @@ def test_wipe_deletes_only_what_runs_write(store: Store) -> None:
     assert sorted(path.name for path in store.folder.iterdir()) == [LOCK_FILE, "notes.txt"]
 
 
+def test_a_withdrawn_result_leaves_the_student_and_no_mark_that_it_is_finished(store: Store) -> None:
+    for name in ("student", "onnx", "mine"):
+        (store.folder / name).mkdir()
+    for name in ("report.json", "report.html"):
+        (store.folder / name).write_text("{}")
+    store.finish("r1", ["student", "onnx", "report.json", "report.html"])
+    store.withdraw(["onnx"])
+    assert sorted(path.name for path in store.folder.iterdir()) == [LOCK_FILE, "mine", RUN_FILE, "student"]
+    assert store.read_run() == {"schema_version": 1, **IDENTITY}
+
+
 def test_two_runs_cannot_write_one_folder_and_a_dead_ones_lock_is_free(tmp_path: Path) -> None:
     hold = (
         "import sys, time; from pathlib import Path; from compresskit.store import opened\n"

@@ -34,17 +34,16 @@ def count_operators(graph: ir.Model) -> dict[str, int]:
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A scratch folder beside `folder` that takes its place when the block ends well, and vanishes when it does not.
 
-    A scratch folder that a killed run left behind is removed first.
+    A scratch folder that a killed run left behind is removed first (by the store too, which its name tells what it is).
+    A kill while `folder` is being replaced leaves none: give the export again.
     """
-    scratch, replaced = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "replaced"))
-    for left_over in (scratch, replaced):
-        shutil.rmtree(left_over, ignore_errors=True)
+    scratch = folder.with_name(f".tmp-{folder.name}")
+    shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
         yield scratch
         if folder.exists():
-            folder.rename(replaced)
+            shutil.rmtree(folder)
         scratch.rename(folder)
-        shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -31,6 +31,8 @@ from compresskit.export.runtime import compare_latency, default_threads, latency
 from compresskit.export.trace import OUTPUTS, trace
 from compresskit.models import cache_folder
 from compresskit.student import Student
+from compresskit.surgery.plugin import config_with_edits
+from compresskit.surgery.sites import find_blocks
 
 MODEL_FILE = "model.onnx"
 
@@ -151,9 +153,15 @@ def sample_batch(student: Student) -> Batch:
 
 
 def write_companions(student: Student, folder: Path) -> None:
-    """Tokenizer and configuration, as runtimes of Hugging Face folders look for them."""
+    """Tokenizer and configuration, as runtimes of Hugging Face folders look for them.
+
+    The configuration is that of the student's checkpoint, made from the original's (the student's own says other widths
+    once it was read from a checkpoint), without the record of edits: here the graph says it all.
+    """
     student.tokenizer.save_pretrained(folder)
-    config = student.model.config.to_dict()
-    # The plug-in's record of edits belongs to the torch checkpoint; here the graph says it all.
-    config.pop("quantization_config", None)
-    type(student.model.config).from_dict(config).save_pretrained(folder)
+    blocks = len(find_blocks(student.original))
+    config = config_with_edits(student.original.config, student.edits, blocks).to_dict()
+    for record in ("quantization_config", "compresskit_edits"):
+        config.pop(record, None)
+    config["architectures"] = [type(student.model).__name__]
+    type(student.original.config).from_dict(config).save_pretrained(folder)

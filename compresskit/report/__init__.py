@@ -84,6 +84,6 @@ def _finite(value: Any) -> Any:
 
 
 def _replace(path: Path, text: str) -> None:
-    scratch = path.with_name(f".{path.name}.part")
+    scratch = path.with_name(f".tmp-{path.name}")
     scratch.write_text(text, encoding="utf-8")
     os.replace(scratch, path)

@@ -1,0 +1,60 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModel, DebertaV2Config, MPNetConfig, PretrainedConfig
+
+from compresskit.errors import ManyErrors
+from compresskit.forecast import Forecast, _obstacle, _replay_and_run, foretell
+from compresskit.models import find_model
+from compresskit.recipe import parse_recipe
+from compresskit.surgery.edits import PruneNeurons
+
+_SHAPE: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+
+
+def _foretell(folder: Path, config: PretrainedConfig, *passes: dict[str, Any]) -> Forecast:
+    AutoModel.from_config(config).save_pretrained(folder)
+    recipe = parse_recipe({"model": str(folder), "passes": list(passes)})
+    return foretell(recipe, find_model(folder), "feature-extraction")
+
+
+@pytest.mark.parametrize(
+    ("keep", "said"), [({"heads": 0.5}, "number of heads that"), ({"heads": 0.5, "ffn": 0.5}, "heads or neurons")]
+)
+def test_a_width_that_another_part_relies_on_is_found_from_shapes_alone(
+    tmp_path: Path, keep: dict[str, float], said: str
+) -> None:
+    mpnet = MPNetConfig(**_SHAPE, relative_attention_num_buckets=8)
+    ffn = {"kind": "prune_width", "keep": {"ffn": 0.5}}
+    with pytest.raises(ManyErrors) as caught:
+        _foretell(tmp_path, mpnet, ffn, {"kind": "prune_width", "keep": keep})
+    (error,) = caught.value.errors
+    assert error.where == "passes[1] (prune_width)"
+    assert error.what.startswith("a part of MPNetModel depends on the number of heads")
+    assert said in error.what
+    assert "leave heads" in str(error.fix)
+
+
+def test_widths_that_nothing_relies_on_pass_the_same_check(tmp_path: Path) -> None:
+    mpnet = MPNetConfig(**_SHAPE, relative_attention_num_buckets=8)
+    forecast = _foretell(tmp_path, mpnet, {"kind": "prune_width", "keep": {"ffn": 0.5}})
+    assert forecast.steps[1].params < forecast.steps[0].params
+
+
+def test_a_model_that_cannot_run_without_values_is_not_judged() -> None:
+    with torch.device("meta"):
+        deberta = AutoModel.from_config(DebertaV2Config(**_SHAPE, relative_attention=True)).eval()
+    block = "encoder.layer.0"
+    edit = PruneNeurons(inputs=(f"{block}.intermediate.dense",), output=f"{block}.output.dense", keep="0-31")
+    assert "meta tensors" in str(_obstacle(deberta))
+    _replay_and_run([edit], deberta, "prune_width")
+    assert deberta.get_submodule(f"{block}.output.dense").in_features == 32
