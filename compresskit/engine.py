@@ -22,6 +22,7 @@ from compresskit.evaluate import Fidelity, count_parameters, evaluate, state_dic
 from compresskit.export import EXPORTERS
 from compresskit.job import Job, Prints, prepare, take_prints
 from compresskit.models import ModelSource, load_empty, load_model
+from compresskit.progress import working
 from compresskit.recipe import Recipe, dump_recipe, load_recipe
 from compresskit.report import write_report
 from compresskit.store import Step, Store, opened, refuse_foreign, write_json
@@ -80,7 +81,8 @@ class _Run:
         """Every step that is missing, then the result."""
         steps = self._stored()
         self._require_space(len(steps))
-        self.original = load_model(self.job.source, self.job.task).requires_grad_(False)
+        with working("reading the original"):
+            self.original = load_model(self.job.source, self.job.task).requires_grad_(False)
         for index in range(len(steps)):
             if self._measures(index) and not self.records[index]["metrics"]:
                 steps[index] = self._measure_kept(index, steps[index])

@@ -9,6 +9,7 @@ from compresskit.data import Corpus, check_max_length, prepare_corpus
 from compresskit.distill.trainer import TrainingOptions
 from compresskit.errors import CompressKitError, ManyErrors
 from compresskit.forecast import Forecast, foretell
+from compresskit.layerwise.walk import LEAST_CALIBRATION
 from compresskit.models import ModelSource, find_model, guess_task, load_config, load_tokenizer
 from compresskit.recipe import Recipe
 from compresskit.store import chain, digest
@@ -59,7 +60,8 @@ def _check_amounts(recipe: Recipe, task: str, corpus: Corpus) -> None:
     """Refuse text that is too little for what the recipe does with it, before a pass has run.
 
     Raises:
-        ManyErrors: no sequence to train on and one to hold out; fewer embeddings than can be compared.
+        ManyErrors: no sequence to train on and one to hold out, or to fit on and one to judge the fit by; fewer
+            embeddings than can be compared.
     """
     found: list[CompressKitError] = []
     learner = next((i for i, one in enumerate(recipe.passes) if isinstance(one, TrainingOptions)), None)
@@ -70,6 +72,11 @@ def _check_amounts(recipe: Recipe, task: str, corpus: Corpus) -> None:
         )
         fix = _more_text("training", recipe.data.training, LEAST_TRAINING)
         found.append(CompressKitError(what, where="data.training", fix=fix))
+    fitted = any(not isinstance(one, TrainingOptions) and "anchor" in type(one).model_fields for one in recipe.passes)
+    if fitted and len(corpus.calibration) < LEAST_CALIBRATION:
+        what = f"{len(corpus.calibration)} calibration sequence: some are fitted on, others judge the fit"
+        fix = _more_text("calibration", recipe.data.calibration, LEAST_CALIBRATION) + " (hundreds are better)"
+        found.append(CompressKitError(what, where="data.calibration", fix=fix))
     compared = task == "feature-extraction" and recipe.evaluate != "never"
     if compared and len(corpus.evaluation) < LEAST_COMPARED:
         what = f"{len(corpus.evaluation)} sequences to measure with; embeddings need {LEAST_COMPARED} or more"

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from operator import length_hint
 from typing import TypeVar
 
@@ -34,3 +35,22 @@ def track(items: Iterable[T], description: str, *, total: int | None = None) -> 
             if time.monotonic() - drawn > 0.2:
                 progress.refresh()
                 drawn = time.monotonic()
+
+
+@contextmanager
+def working(description: str) -> Iterator[None]:
+    """Says on a terminal's standard error what is going on, for one long step that has no parts to count.
+
+    Args:
+        description: what is being done ("tracing the graph"); wiped when it is done.
+    """
+    if not sys.stderr.isatty():
+        yield
+        return
+    sys.stderr.write(f"\r{description} …")
+    sys.stderr.flush()
+    try:
+        yield
+    finally:
+        sys.stderr.write("\r\x1b[2K")
+        sys.stderr.flush()

@@ -86,7 +86,9 @@ def order_mistakes(passes: Sequence[type[Pass] | None]) -> list[_Mistake]:
             met = sorted(cls.refuses & earlier.adds) if earlier is not None else []
             if met:
                 what = f"{kind} cannot run after passes[{before}] made the model {' and '.join(met)}"
-                found.append((f"passes[{index}]", what, f"move {kind} before passes[{before}]"))
+                again = earlier is cls
+                fix = "leave one of the two out" if again else f"move {kind} before passes[{before}]"
+                found.append((f"passes[{index}]", what, fix))
                 break
     return found
 

@@ -275,17 +275,21 @@ def test_misfits_of_all_passes_are_found_before_anything_is_written(make: Any, t
     [
         ({"training": 0}, ["data.training"]),
         ({"training": 1, "evaluation": 1}, ["data.training", "data.evaluation"]),
+        ({"calibration": 1}, ["data.calibration"]),
         ({"evaluation": 2}, ["data.evaluation"]),
     ],
 )
 def test_too_little_text_for_a_pass_or_a_measure_is_found_before_anything_is_written(
     make: Any, tmp_path: Path, tiny_data: dict[str, object], amounts: dict[str, int], places: list[str]
 ) -> None:
-    recipe = make(Shake(), {"kind": "distill", "steps": 1}, evaluate="ends", data={**tiny_data, **amounts})
+    low_rank = {"kind": "low_rank", "keep": 0.5, "targets": "*intermediate*"}
+    recipe = make(low_rank, {"kind": "distill", "steps": 1}, evaluate="ends", data={**tiny_data, **amounts})
     with pytest.raises(ManyErrors) as caught:
         run(recipe, tmp_path / "out")
     assert [error.where for error in caught.value.errors] == places
-    assert all(re.search(r"^use (training: 2|evaluation: 3) or more", str(e.fix)) for e in caught.value.errors)
+    assert all(
+        re.search(r"^use (training: 2|evaluation: 3|calibration: 2) or more", str(e.fix)) for e in caught.value.errors
+    )
     assert caught.value.exit_code == 2
     assert not (tmp_path / "out").exists()
 

@@ -3,7 +3,7 @@
 import io
 import sys
 
-from compresskit.progress import track
+from compresskit.progress import track, working
 
 
 class Terminal(io.StringIO):
@@ -31,3 +31,14 @@ def test_leaving_early_closes_the_bar(monkeypatch):
         if item == 2:
             break
     assert list(track(range(2), "again")) == [0, 1]
+
+
+def test_one_long_step_is_named_while_it_runs_and_wiped_afterwards(monkeypatch, capsys):
+    with working("tracing"):
+        pass
+    assert capsys.readouterr() == ("", "")
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    with working("tracing"):
+        assert "tracing" in screen.getvalue()
+    assert screen.getvalue().endswith("\r\x1b[2K")

@@ -243,3 +243,15 @@ def test_python_mistakes_are_told_like_those_of_a_file() -> None:
 
 def test_every_option_class_forbids_unknown_keys() -> None:
     assert all(issubclass(PASSES[kind], Config) and PASSES[kind].model_config["extra"] == "forbid" for kind in PASSES)
+
+
+def test_passes_that_must_not_meet_are_refused_with_what_to_do():
+    quantize, low_rank = {"kind": "quantize"}, {"kind": "low_rank", "keep": 0.8}
+    distill, prune = {"kind": "distill"}, {"kind": "prune_width", "keep": 0.5}
+    for later in (low_rank, distill, prune):
+        with pytest.raises(ManyErrors, match="cannot run after passes") as caught:
+            parse_recipe({"model": "m", "passes": [quantize, later]}, name="r")
+        assert f"move {later['kind']} before passes[0]" in str(caught.value)
+    with pytest.raises(ManyErrors, match="leave one of the two out"):
+        parse_recipe({"model": "m", "passes": [quantize, quantize]}, name="r")
+    assert len(parse_recipe({"model": "m", "passes": [low_rank, prune, distill, quantize]}, name="r").passes) == 4

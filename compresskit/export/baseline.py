@@ -18,6 +18,7 @@ from compresskit.data import Batch
 from compresskit.export.files import save_graph, whole_folder
 from compresskit.export.fusion import share_tables
 from compresskit.export.trace import fuse_float, trace
+from compresskit.progress import working
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ def export_baseline(
     with whole_folder(folder) as scratch:
         graph = trace(original, batch, output=output, fuse=False, opset=opset)
         save_graph(graph, scratch / "plain.onnx")
-        _stock_int8(scratch / "plain.onnx", scratch / files.int8_model.name)
+        with working("quantising the original with onnxruntime"):
+            _stock_int8(scratch / "plain.onnx", scratch / files.int8_model.name)
         # The plain file is read lazily; it goes after the fused one is written.
         graph = ir.load(scratch / "plain.onnx")
         fuse_float(graph)

@@ -28,6 +28,7 @@ from compresskit.errors import CompressKitError
 from compresskit.export.fusion import fuse_encoder, prefer_sums, share_tables
 from compresskit.layers.int8_linear import Int8Linear
 from compresskit.layers.operators import emit_operators
+from compresskit.progress import working
 
 OUTPUTS = {
     "feature-extraction": "last_hidden_state",
@@ -158,7 +159,7 @@ def trace(
     inputs: dict[str, Any] = dict(batch)
     if hasattr(model.config, "use_cache"):
         inputs["use_cache"] = False
-    with quiet_exporters(), _attention(model, attention), emit_operators():
+    with working("tracing the graph"), quiet_exporters(), _attention(model, attention), emit_operators():
         graph = OnnxExporter().export(model, inputs, config=config).program
         _keep_output(graph, output)
         if as_node:

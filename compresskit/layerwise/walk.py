@@ -33,6 +33,8 @@ from compresskit.surgery.sites import Site, find_blocks, without_cache
 
 _ADDITIONS = {torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__add__, torch.Tensor.__radd__}
 _ADDITIONS.add(torch.Tensor.__iadd__)
+#: Sequences without which nothing can be kept apart to choose the shrinkage by.
+LEAST_CALIBRATION = 2
 _NO_WALK = "low_rank, prune_width and quantize need a plain chain of blocks; distil it into one, or use another model"
 
 
@@ -293,11 +295,11 @@ class Walk:
         student, original = self._student.model, self._student.original
         lanes, sequences = [], 0
         calibration = self._student.corpus.calibration.by_length()
-        if len(calibration) < 2:
+        if len(calibration) < LEAST_CALIBRATION:
             raise CompressKitError(
                 "one calibration sequence is too few: some are fitted on, others choose how far to trust the fit",
                 where="data.calibration",
-                fix="use calibration: 4 or more",
+                fix=f"use calibration: {LEAST_CALIBRATION} or more (hundreds are better)",
             )
         period = min(4, len(calibration))
         for batch in calibration.batches(max(1, self._batch_tokens // len(calibration.rows[-1]))):

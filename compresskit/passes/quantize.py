@@ -34,6 +34,7 @@ from compresskit.layerwise.objective import fit_weight, folded_bias
 from compresskit.layerwise.walk import SiteMoments, Walk
 from compresskit.layerwise.weights import layer_bias, stacked_weight
 from compresskit.passes.base import PASSES, Pass, Trait
+from compresskit.progress import working
 from compresskit.student import Student
 from compresskit.surgery.edits import Edit, QuantizeEmbedding, QuantizeLinears
 from compresskit.surgery.sites import Site, find_anatomy, find_blocks, select
@@ -159,7 +160,8 @@ class Quantize(Pass):
         tables, special = self._table_edits(student.model)
         for edit in tables:
             assert isinstance(edit, QuantizeEmbedding)
-            layers[edit.target] = _quantize_table(student, edit)
+            with working(f"rounding {edit.target}"):
+                layers[edit.target] = _quantize_table(student, edit)
         edits = dict(self._site_edits(student.model, inside))
 
         def solve(site: Site, moments: SiteMoments) -> None:
