@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -19,7 +18,7 @@ from compresskit.passes import Pass
 from compresskit.recipe import Recipe
 from compresskit.surgery.edits import Edit, PruneHeads, PruneNeurons, replay
 from compresskit.surgery.plugin import stock_config
-from compresskit.surgery.sites import find_blocks
+from compresskit.surgery.sites import CANNOT_RUN, find_blocks, run_on_tokens
 
 FLOAT_BYTES = 4
 
@@ -108,13 +107,11 @@ def _replay_and_run(edits: Sequence[Edit], model: PreTrainedModel, kind: str) ->
         )
 
 
-@torch.no_grad()
 def _obstacle(model: PreTrainedModel) -> str | None:
     """Why the empty model cannot take 2 × 4 tokens; None where it can."""
     try:
-        with model.device:
-            model(input_ids=torch.zeros(2, 4, dtype=torch.int64))
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        run_on_tokens(model)
+    except CANNOT_RUN as error:
         return (str(error).splitlines() or [type(error).__name__])[0]
     return None
 

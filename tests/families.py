@@ -32,7 +32,7 @@ _DECODER = {
     "max_position_embeddings": 64,
     "pad_token_id": 0,
 }
-_ENCODER = {
+ENCODER_SHAPE = {
     "vocab_size": 96,
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -48,8 +48,8 @@ DECODERS: dict[str, PretrainedConfig] = {
     "gemma3": Gemma3TextConfig(**_DECODER, sliding_window=4),
 }
 ENCODERS: dict[str, PretrainedConfig] = {
-    "bert": BertConfig(**_ENCODER),
-    "roberta": RobertaConfig(**_ENCODER | {"pad_token_id": 1}),
+    "bert": BertConfig(**ENCODER_SHAPE),
+    "roberta": RobertaConfig(**ENCODER_SHAPE | {"pad_token_id": 1}),
     "distilbert": DistilBertConfig(
         vocab_size=96, dim=32, hidden_dim=64, n_layers=2, n_heads=4, max_position_embeddings=64
     ),

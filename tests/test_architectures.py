@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from families import NoTokenizer, answer, random_sequences
+from families import ENCODER_SHAPE, NoTokenizer, answer, random_sequences
 from transformers import (
     AlbertConfig,
     AutoModel,
@@ -29,28 +29,21 @@ from compresskit.passes.prune_width import PruneWidth
 from compresskit.passes.quantize import Quantize
 from compresskit.student import Student
 
-_SHAPE = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-}
 CONFIGS: dict[str, PretrainedConfig] = {
-    "albert": AlbertConfig(**_SHAPE, embedding_size=16),
-    "deberta-v2": DebertaV2Config(**_SHAPE, relative_attention=True, pos_att_type=["p2c", "c2p"], share_att_key=True),
-    "electra": ElectraConfig(**_SHAPE, embedding_size=16),
+    "albert": AlbertConfig(**ENCODER_SHAPE, embedding_size=16),
+    "deberta-v2": DebertaV2Config(
+        **ENCODER_SHAPE, relative_attention=True, pos_att_type=["p2c", "c2p"], share_att_key=True
+    ),
+    "electra": ElectraConfig(**ENCODER_SHAPE, embedding_size=16),
     "falcon": FalconConfig(
         vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, parallel_attn=True
     ),
     "gpt2": GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64),
-    "mixtral": MixtralConfig(**_SHAPE, num_key_value_heads=2, num_local_experts=4),
-    "modernbert": ModernBertConfig(**_SHAPE, global_attn_every_n_layers=1),
-    "mpnet": MPNetConfig(**_SHAPE | {"pad_token_id": 1}),
-    "olmo2": Olmo2Config(**_SHAPE, num_key_value_heads=4),
-    "phi3": Phi3Config(**_SHAPE, num_key_value_heads=2),
+    "mixtral": MixtralConfig(**ENCODER_SHAPE, num_key_value_heads=2, num_local_experts=4),
+    "modernbert": ModernBertConfig(**ENCODER_SHAPE, global_attn_every_n_layers=1),
+    "mpnet": MPNetConfig(**ENCODER_SHAPE | {"pad_token_id": 1}),
+    "olmo2": Olmo2Config(**ENCODER_SHAPE, num_key_value_heads=4),
+    "phi3": Phi3Config(**ENCODER_SHAPE, num_key_value_heads=2),
     "xlnet": XLNetConfig(vocab_size=96, d_model=32, n_layer=2, n_head=4, d_inner=64),
 }
 _DECODERS = {"falcon", "gpt2", "mixtral", "olmo2", "phi3"}

@@ -296,7 +296,8 @@ def test_too_little_text_for_a_pass_or_a_measure_is_found_before_anything_is_wri
 
 def test_the_least_text_is_enough(make: Any, tmp_path: Path, tiny_data: dict[str, object]) -> None:
     least = {"training": 2, "evaluation": 3}
-    run(make({"kind": "distill", "steps": 1}, evaluate="ends", data={**tiny_data, **least}), tmp_path / "out")
+    report = run(make({"kind": "distill", "steps": 1}, evaluate="ends", data={**tiny_data, **least}), tmp_path / "out")
+    assert [entry["kind"] for entry in report["passes"]] == ["original", "distill"]
 
 
 def test_a_missing_model_is_the_users_mistake(make: Any, tmp_path: Path) -> None:

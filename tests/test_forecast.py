@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import ENCODER_SHAPE
 from transformers import AutoModel, DebertaV2Config, MPNetConfig, PretrainedConfig
 
 from compresskit.errors import ManyErrors
@@ -10,15 +11,6 @@ from compresskit.forecast import Forecast, _obstacle, _replay_and_run, foretell
 from compresskit.models import find_model
 from compresskit.recipe import parse_recipe
 from compresskit.surgery.edits import PruneNeurons
-
-_SHAPE: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-}
 
 
 def _foretell(folder: Path, config: PretrainedConfig, *passes: dict[str, Any]) -> Forecast:
@@ -33,7 +25,7 @@ def _foretell(folder: Path, config: PretrainedConfig, *passes: dict[str, Any]) -
 def test_a_width_that_another_part_relies_on_is_found_from_shapes_alone(
     tmp_path: Path, keep: dict[str, float], said: str
 ) -> None:
-    mpnet = MPNetConfig(**_SHAPE, relative_attention_num_buckets=8)
+    mpnet = MPNetConfig(**ENCODER_SHAPE, relative_attention_num_buckets=8)
     ffn = {"kind": "prune_width", "keep": {"ffn": 0.5}}
     with pytest.raises(ManyErrors) as caught:
         _foretell(tmp_path, mpnet, ffn, {"kind": "prune_width", "keep": keep})
@@ -45,14 +37,14 @@ def test_a_width_that_another_part_relies_on_is_found_from_shapes_alone(
 
 
 def test_widths_that_nothing_relies_on_pass_the_same_check(tmp_path: Path) -> None:
-    mpnet = MPNetConfig(**_SHAPE, relative_attention_num_buckets=8)
+    mpnet = MPNetConfig(**ENCODER_SHAPE, relative_attention_num_buckets=8)
     forecast = _foretell(tmp_path, mpnet, {"kind": "prune_width", "keep": {"ffn": 0.5}})
     assert forecast.steps[1].params < forecast.steps[0].params
 
 
 def test_a_model_that_cannot_run_without_values_is_not_judged() -> None:
     with torch.device("meta"):
-        deberta = AutoModel.from_config(DebertaV2Config(**_SHAPE, relative_attention=True)).eval()
+        deberta = AutoModel.from_config(DebertaV2Config(**ENCODER_SHAPE, relative_attention=True)).eval()
     block = "encoder.layer.0"
     edit = PruneNeurons(inputs=(f"{block}.intermediate.dense",), output=f"{block}.output.dense", keep="0-31")
     assert "meta tensors" in str(_obstacle(deberta))

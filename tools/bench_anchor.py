@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import torch
 
-from compresskit.data import DataSource, Sequences, prepare_corpus
+from compresskit.data import Corpus, DataSource, Sequences, prepare_corpus
 from compresskit.environment import describe_environment
 from compresskit.evaluate import Fidelity, count_parameters
 from compresskit.models import find_model, load_model, load_tokenizer
@@ -50,6 +50,19 @@ def keep_blocks(model: torch.nn.Module, count: int) -> None:
     model.config.num_hidden_layers = count  # type: ignore[union-attr]
 
 
+def calibration_corpus(options: argparse.Namespace, tokenizer: Any, *, task: str, seed: int) -> Corpus:
+    """The calibration text that the options name, and next to nothing else."""
+    data = DataSource(
+        source="text",
+        path=(options.calibrate,),
+        max_length=options.calibration_tokens,
+        calibration=options.calibration,
+        training=0,
+        evaluation=1,
+    )
+    return prepare_corpus(data, tokenizer, pack=task == "text-generation", seed=seed)
+
+
 def windows(path: Path, tokenizer: Any, *, count: int, length: int) -> Sequences:
     """The first `count` windows of `length` tokens of a text file."""
     text = path.read_text(encoding="utf-8")[: count * length * 8]
@@ -73,15 +86,7 @@ def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for name, fidelity in fidelities.items():
         yield shared | {"method": "original", "text": name, **fidelity.measure(original)}
     for seed in range(options.seeds):
-        data = DataSource(
-            source="text",
-            path=(options.calibrate,),
-            max_length=options.calibration_tokens,
-            calibration=options.calibration,
-            training=0,
-            evaluation=1,
-        )
-        corpus = prepare_corpus(data, tokenizer, pack=True, seed=seed)
+        corpus = calibration_corpus(options, tokenizer, task=TASK, seed=seed)
         for anchor in options.anchors:
             student = Student(copy.deepcopy(original), original, tokenizer, TASK, corpus)
             passes = chain(anchor)

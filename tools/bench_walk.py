@@ -20,14 +20,11 @@ from typing import Any
 
 import psutil
 import torch
+from bench_anchor import calibration_corpus, chain
 
-from compresskit.data import DataSource, prepare_corpus
 from compresskit.environment import describe_environment
 from compresskit.models import find_model, load_model, load_tokenizer
 from compresskit.passes.base import Pass
-from compresskit.passes.low_rank import LowRank
-from compresskit.passes.prune_width import PruneWidth
-from compresskit.passes.quantize import Quantize
 from compresskit.student import Student
 from compresskit.surgery.sites import find_anatomy
 
@@ -35,12 +32,9 @@ DOUBLE, FLOAT = 8, 4
 
 
 def make_pass(kind: str, anchor: float) -> Pass:
-    """The pass that is measured."""
-    if kind == "low_rank":
-        return LowRank(keep=0.9, anchor=anchor, on_misfit="keep", round_to=64)
-    if kind == "prune_width":
-        return PruneWidth.model_validate({"keep": {"ffn": 0.9}, "anchor": anchor, "round_to": 64})
-    return Quantize(bits=8, group_size=64, anchor=anchor, embeddings=None)
+    """The pass of the other bench's chain; its tables are no part of the walk and stay float."""
+    chosen = next(one for one in chain(anchor) if one.kind == kind)
+    return chosen.model_copy(update={"embeddings": None}) if kind == "quantize" else chosen
 
 
 def peak_rss() -> int:
@@ -81,15 +75,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """The row of one pass, measured in this process."""
     source = find_model(options.model)
     tokenizer = load_tokenizer(source)
-    data = DataSource(
-        source="text",
-        path=(options.calibrate,),
-        max_length=options.calibration_tokens,
-        calibration=options.calibration,
-        training=0,
-        evaluation=1,
-    )
-    corpus = prepare_corpus(data, tokenizer, pack=options.task == "text-generation", seed=0)
+    corpus = calibration_corpus(options, tokenizer, task=options.task, seed=0)
     torch.linalg.eigh(torch.eye(64, dtype=torch.float64))  # libraries that load on their first use
     gc.collect()
     libraries = psutil.Process().memory_info().rss

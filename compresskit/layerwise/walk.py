@@ -53,6 +53,11 @@ class SiteMoments:
         """Both together."""
         return self.fit + self.held_out
 
+    @property
+    def peak(self) -> Tensor:
+        """The greatest |x| of each input, (I,) float64."""
+        return torch.maximum(self.fit.peak, self.held_out.peak)
+
     def without_bias(self, bias: Tensor) -> "SiteMoments":
         """The moments for the target less a bias (O,) that stays as it is: what the weights alone should give."""
         return SiteMoments(self.fit.without_bias(bias), self.held_out.without_bias(bias))
@@ -151,7 +156,12 @@ class _Lane:
             output = block(*args, **(kwargs | {"hidden_states": hidden}))
         else:
             output = block(hidden, *args, **kwargs)
-        return output if isinstance(output, Tensor) else output[0]
+        return _hidden_of(output)
+
+
+def _hidden_of(output: Any) -> Tensor:
+    """The hidden states that a block gives, alone or before its other outputs."""
+    return output if isinstance(output, Tensor) else output[0]
 
 
 @contextmanager
@@ -221,7 +231,7 @@ def check_chain(model: PreTrainedModel, batch: Batch) -> None:
 
     def record(name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         given = kwargs.get("hidden_states", args[0] if args else None)
-        calls.append((name, given, output if isinstance(output, Tensor) else output[0]))
+        calls.append((name, given, _hidden_of(output)))
 
     handles = [
         model.get_submodule(name).register_forward_hook(partial(record, name), with_kwargs=True) for name in blocks
@@ -231,19 +241,23 @@ def check_chain(model: PreTrainedModel, batch: Batch) -> None:
     finally:
         for handle in handles:
             handle.remove()
-    where = type(model).__name__
-    if tuple(name for name, _, _ in calls) != blocks:
-        what = "its blocks do not run once each, in the order in which they are listed"
-        raise CompressKitError(f"this architecture cannot be walked block by block: {what}", where=where, fix=_NO_WALK)
-    shape = tuple(batch["input_ids"].shape)
+    what = _broken_link(blocks, calls, batch["input_ids"].shape)
+    if what:
+        raise CompressKitError(
+            f"this architecture cannot be walked block by block: {what}", where=type(model).__name__, fix=_NO_WALK
+        )
+
+
+def _broken_link(blocks: Sequence[str], calls: Sequence[tuple[str, Any, Any]], shape: torch.Size) -> str | None:
+    """What keeps `calls` (name, input, output) from being a plain chain of `blocks` over (batch, length) tokens."""
+    if tuple(name for name, _, _ in calls) != tuple(blocks):
+        return "its blocks do not run once each, in the order in which they are listed"
     for index, (name, given, _) in enumerate(calls):
-        if not isinstance(given, Tensor) or tuple(given.shape[:2]) != shape:
-            what = f"{name} does not read hidden states of shape (batch, length, width)"
-        elif index and not torch.equal(given, calls[index - 1][2]):
-            what = f"{name} does not read what the block before it gives"
-        else:
-            continue
-        raise CompressKitError(f"this architecture cannot be walked block by block: {what}", where=where, fix=_NO_WALK)
+        if not isinstance(given, Tensor) or given.shape[:2] != shape:
+            return f"{name} does not read hidden states of shape (batch, length, width)"
+        if index and not torch.equal(given, calls[index - 1][2]):
+            return f"{name} does not read what the block before it gives"
+    return None
 
 
 def _split_rows(batch: Batch, first_sequence: int, period: int) -> tuple[Tensor, Tensor]:

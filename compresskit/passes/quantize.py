@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from compresskit.errors import CompressKitError
 from compresskit.layers.grid import quantize_weight
 from compresskit.layers.int8_linear import Int8Linear
+from compresskit.layers.operators import BLOCK_SIZES
 from compresskit.layers.quant_embedding import QuantEmbedding
 from compresskit.layers.quant_linear import QuantLinear
 from compresskit.layerwise.moments import MeanMoments
@@ -39,7 +40,6 @@ from compresskit.student import Student
 from compresskit.surgery.edits import Edit, QuantizeEmbedding, QuantizeLinears
 from compresskit.surgery.sites import Site, find_anatomy, find_blocks, select
 
-GROUP_SIZES = (16, 32, 64, 128, 256)
 # Tables with fewer rows, or less than this share of the largest one's (positions, token types), stay float: they hold
 # few bytes, and ONNX Runtime takes five times as long to look up integers.
 _SMALLEST_TABLE = 64
@@ -81,7 +81,7 @@ class Quantize(Pass):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Quantize":
-        if isinstance(self.group_size, int) and self.group_size not in GROUP_SIZES:
+        if isinstance(self.group_size, int) and self.group_size not in BLOCK_SIZES:
             raise ValueError(f"group_size {self.group_size} is not a power of two in 16…256; use 32, 64 or 128")
         if self.act == "int8" and (self.bits != 8 or self.group_size != "channel"):
             raise ValueError("act: int8 needs bits: 8 and group_size: channel (one scale per output channel)")
@@ -185,7 +185,7 @@ class Quantize(Pass):
             target, mean, _ = fit_weight(weight, moments.fit, moments.held_out, centred=centred)
         else:
             target, mean = weight.double(), moments.all.mean(centred=centred)
-        smooth = smoothing_factors(moments.all.peak, self.smooth) if edit.smooth else None
+        smooth = smoothing_factors(moments.peak, self.smooth) if edit.smooth else None
         return _quantize_linears(student, edit, target, mean, smooth, exact_mean=centred)
 
 
@@ -236,23 +236,26 @@ def _other_matrices(model: nn.Module) -> list[str]:
     return names
 
 
+def _listed(columns: dict[str, int]) -> str:
+    return "".join(f"\n    {name}: {count} columns" for name, count in columns.items())
+
+
 def _misfit_error(
     inside: dict[str, int], outside: dict[str, int], hidden: Sequence[str], size: int
 ) -> CompressKitError:
     """One error that lists all that would stay float, and why."""
     parts, fixes = [], []
     if inside:
-        listed = "\n    ".join(f"{name}: {columns} columns" for name, columns in inside.items())
-        parts.append(f"group size {size} does not divide the columns of {len(inside)} layers:\n    {listed}")
-        fitting = [size for size in GROUP_SIZES if all(columns % size == 0 for columns in inside.values())]
+        parts.append(f"group size {size} does not divide the columns of {len(inside)} layers:{_listed(inside)}")
+        fitting = [one for one in BLOCK_SIZES if all(columns % one == 0 for columns in inside.values())]
         fixes.append(
             f"use group_size {' or '.join(map(str, fitting))}" if fitting else "no group size fits all of these"
         )
         fixes.append("set round_to in the passes that cut these widths")
     if outside:
-        listed = "\n    ".join(f"{name}: {columns} columns" for name, columns in outside.items())
         sizes = " nor ".join(map(str, _OUTSIDE_GROUPS))
-        parts.append(f"neither {sizes} divides the columns of {len(outside)} layers outside the blocks:\n    {listed}")
+        what = f"neither {sizes} divides the columns of {len(outside)} layers outside the blocks"
+        parts.append(f"{what}:{_listed(outside)}")
     if hidden:
         listed = "\n    ".join(hidden)
         parts.append(f"{len(hidden)} matrices belong to no linear layer and cannot be rounded:\n    {listed}")

@@ -24,6 +24,10 @@ from compresskit.layers.quant_linear import QuantLinear
 LinearLike = nn.Linear | LowRankLinear | QuantLinear | Int8Linear
 
 
+#: What a model raises that cannot be run on token ids alone, without values, or with the widths that it has.
+CANNOT_RUN = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
+
+
 @dataclass(frozen=True)
 class Site:
     """Linears of one block that read the same tensor, in call order; attention and FFN outputs write the stream."""
@@ -142,6 +146,17 @@ def without_cache(model: PreTrainedModel) -> Iterator[None]:
             config.use_cache = had
 
 
+@torch.no_grad()
+def run_on_tokens(model: PreTrainedModel) -> None:
+    """Run a model, on the meta device perhaps, on (2, 4) token ids for the sake of its hooks or its errors.
+
+    Raises:
+        One of CANNOT_RUN: it needs values that the meta device has not, other inputs, or other shapes than it has.
+    """
+    with model.device:  # a decoder without a cache looks for packed sequences, which meta cannot
+        model(input_ids=torch.zeros(2, 4, dtype=torch.long))
+
+
 def _trace(model: PreTrainedModel, blocks: tuple[str, ...], *, factors: bool) -> list[_Call]:
     calls: list[_Call] = []
     seen_inputs: list[Tensor] = []  # kept alive, so that an id is never reused
@@ -175,13 +190,9 @@ def _trace(model: PreTrainedModel, blocks: tuple[str, ...], *, factors: bool) ->
             skip = isinstance(module, LowRankLinear) if factors else name in inside_factors
             if isinstance(module, LinearLike) and not skip:
                 handles.append(watch(name, index, module))
-    tokens = torch.zeros(2, 4, dtype=torch.long, device=model.device)
     try:
-        with torch.no_grad(), model.device:  # a decoder without a cache looks for packed sequences, which meta cannot
-            model(input_ids=tokens)
-    except CompressKitError:
-        raise
-    except Exception as error:
+        run_on_tokens(model)
+    except CANNOT_RUN as error:
         raise CompressKitError(
             f"the model cannot be run on token ids alone, or not without its weights: {error}",
             where=type(model).__name__,
