@@ -38,7 +38,7 @@ from compresskit.passes.base import PASSES, Pass, Trait
 from compresskit.progress import working
 from compresskit.student import Student
 from compresskit.surgery.edits import Edit, QuantizeEmbedding, QuantizeLinears
-from compresskit.surgery.sites import Site, find_anatomy, find_blocks, select
+from compresskit.surgery.sites import Anatomy, Site, find_anatomy, select
 
 # Tables with fewer rows, or less than this share of the largest one's (positions, token types), stay float: they hold
 # few bytes, and ONNX Runtime takes five times as long to look up integers.
@@ -91,14 +91,14 @@ class Quantize(Pass):
 
     def plan(self, model: nn.Module) -> list[Edit]:
         """One edit for the linears of each input site, one for those outside blocks, one for each embedding table."""
-        inside, outside, _ = self._targets(model)
-        edits: list[Edit] = [edit for _, edit in self._site_edits(model, inside)]
+        anatomy = find_anatomy(model, factors=True)  # type: ignore[arg-type]
+        inside, outside, _ = self._targets(model, anatomy)
+        edits: list[Edit] = [edit for _, edit in self._site_edits(anatomy, inside)]
         edits += [_outside_edit(model, name) for name in outside]
         return edits + self._table_edits(model)[0]  # type: ignore[arg-type]
 
-    def _site_edits(self, model: nn.Module, inside: Sequence[str]) -> list[tuple[Site, QuantizeLinears]]:
+    def _site_edits(self, anatomy: Anatomy, inside: Sequence[str]) -> list[tuple[Site, QuantizeLinears]]:
         """The sites of `inside` in order of execution, each with its edit."""
-        anatomy = find_anatomy(model, factors=True)  # type: ignore[arg-type]
         averages = {name for part in anatomy.attentions for name in (part.output, f"{part.output}.reduce")}
         size = self.group_size if isinstance(self.group_size, int) else 0
         edits: list[tuple[Site, QuantizeLinears]] = []
@@ -109,9 +109,9 @@ class Quantize(Pass):
                 edits.append((Site(site.block, names, site.writes_stream), edit))
         return edits
 
-    def _targets(self, model: nn.Module) -> tuple[list[str], list[str], list[str]]:
+    def _targets(self, model: nn.Module, anatomy: Anatomy) -> tuple[list[str], list[str], list[str]]:
         """Linears inside blocks, outside them, and those that stay float because nothing divides their columns."""
-        inside_names = set(find_anatomy(model, factors=True).linears())  # type: ignore[arg-type]
+        inside_names = set(anatomy.linears())
         linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         tied = {name for _, name in _tied_heads(model)}  # type: ignore[arg-type]
         names = [name for name in linears if name not in tied]
@@ -120,8 +120,11 @@ class Quantize(Pass):
         outside = [name for name in names if name in chosen and name not in inside_names]
         size = self.group_size if isinstance(self.group_size, int) else 1
         misfits = {name: linears[name].in_features for name in inside if linears[name].in_features % size}
-        beyond = {name: linears[name].in_features for name in outside if not _outside_group(linears[name])}
-        hidden = _other_matrices(model) if self.targets == "*" else []
+        beyond = {name: linears[name].in_features for name in outside}
+        beyond = {
+            name: columns for name, columns in beyond.items() if not _first_that_divides(columns, _OUTSIDE_GROUPS)
+        }
+        hidden = _other_matrices(model, anatomy.blocks) if self.targets == "*" else []
         if self.on_misfit == "error" and (misfits or beyond or hidden):
             raise _misfit_error(misfits, beyond, hidden, size)
         kept = [*misfits, *beyond, *hidden]
@@ -151,18 +154,19 @@ class Quantize(Pass):
         if self.embeddings == 8 and not tied:
             return 0
         sizes = [self.group_size] if isinstance(self.group_size, int) else []
-        return next((size for size in [*sizes, *_OUTSIDE_GROUPS] if table.embedding_dim % size == 0), 0)
+        return _first_that_divides(table.embedding_dim, [*sizes, *_OUTSIDE_GROUPS])
 
     def apply(self, student: Student, *, generator: torch.Generator) -> dict[str, Any]:
         """Round tables, then walk the blocks on what the tables became, then round what stands outside."""
-        inside, outside, misfits = self._targets(student.model)
+        anatomy = find_anatomy(student.model, factors=True)
+        inside, outside, misfits = self._targets(student.model, anatomy)
         layers: dict[str, dict[str, Any]] = {}
         tables, special = self._table_edits(student.model)
         for edit in tables:
             assert isinstance(edit, QuantizeEmbedding)
             with working(f"rounding {edit.target}"):
                 layers[edit.target] = _quantize_table(student, edit)
-        edits = dict(self._site_edits(student.model, inside))
+        edits = dict(self._site_edits(anatomy, inside))
 
         def solve(site: Site, moments: SiteMoments) -> None:
             layers.update(self._quantize_site(student, edits[site], moments))
@@ -214,23 +218,24 @@ def _tied_heads(model: PreTrainedModel) -> list[tuple[str, str]]:
     ]
 
 
-def _outside_group(linear: nn.Linear) -> int:
-    """The group of a linear outside the blocks; 0 where none divides its columns."""
-    return next((size for size in _OUTSIDE_GROUPS if linear.in_features % size == 0), 0)
+def _first_that_divides(columns: int, sizes: Sequence[int]) -> int:
+    """The first group size that divides the columns; 0 where none does."""
+    return next((size for size in sizes if columns % size == 0), 0)
 
 
 def _outside_edit(model: nn.Module, name: str) -> QuantizeLinears:
     linear = model.get_submodule(name)
     assert isinstance(linear, nn.Linear)
-    return QuantizeLinears(targets=(name,), bits=8, group_size=_outside_group(linear))
+    size = _first_that_divides(linear.in_features, _OUTSIDE_GROUPS)
+    return QuantizeLinears(targets=(name,), bits=8, group_size=size)
 
 
-def _other_matrices(model: nn.Module) -> list[str]:
+def _other_matrices(model: nn.Module, blocks: Sequence[str]) -> list[str]:
     """Matrices inside the blocks that belong to no linear, table or norm: the experts of a mixture, say."""
-    blocks = tuple(f"{block}." for block in find_blocks(model))
+    inside = tuple(f"{block}." for block in blocks)
     names: list[str] = []
     for name, module in model.named_modules():
-        if name.startswith(blocks) and not isinstance(module, nn.Linear | nn.Embedding):
+        if name.startswith(inside) and not isinstance(module, nn.Linear | nn.Embedding):
             own = module.named_parameters(prefix=name, recurse=False)
             names += [inner for inner, weight in own if weight.dim() >= 2 and weight.numel() >= _SMALLEST_MATRIX]
     return names
