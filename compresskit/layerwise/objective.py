@@ -58,7 +58,9 @@ def choose_shrinkage(
     spectrum, Q = torch.linalg.eigh(fit.C)
     G = (fit.T - W @ fit.C) @ Q
     linear = (((W @ held_out.C - held_out.T) @ Q) * G).sum(0)
-    quadratic = (Q.T @ (held_out.C @ Q)).mul_(G.T @ G)
+    quadratic = Q.T @ (held_out.C @ Q)
+    del Q  # the widest layer's are the largest matrices of a walk
+    quadratic *= G.T @ G
 
     def error(shrinkage: float) -> float:
         f = 1 / (spectrum.clamp_min(0) + shrinkage * scale)  # zeros for an infinite shrinkage

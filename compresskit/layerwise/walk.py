@@ -8,7 +8,8 @@ earlier blocks, sites and passes are seen by the later ones, which can repair th
     at a writer of the stream  t = y + α (s₀ − s)              s the residual stream after the addition
 
 Outputs that were pruned away are left out of y₀. Memory: both models, the moments of one site, and of all calibration
-tokens the hidden states at one depth and, where anchored, the original's outputs at the sites of one block.
+tokens the hidden states at one depth and, where anchored, the original's outputs at the sites of one block that are
+still to be visited.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -35,6 +36,8 @@ _ADDITIONS = {torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__add
 _ADDITIONS.add(torch.Tensor.__iadd__)
 #: Sequences without which nothing can be kept apart to choose the shrinkage by.
 LEAST_CALIBRATION = 2
+#: Tokens whose inputs and targets are copied to float64 together; a whole batch of a wide layer is a hundred megabytes.
+_TOKENS_IN_DOUBLE = 512
 _NO_WALK = "low_rank, prune_width and quantize need a plain chain of blocks; distil it into one, or use another model"
 
 
@@ -137,8 +140,8 @@ class _Lane:
     Attributes:
         calls: positional and named arguments of each block but the hidden states; the same tensors in all.
         student, original: hidden states, (batch, length, width); the original's only where anchored.
-        beside: of the current block of the original, each target layer's outputs (tokens, O), padding included, and
-            under `…+` the stream after they were added.
+        beside: of the current block of the original, the outputs (tokens, O) of each target layer that is still to be
+            visited, padding included, and under `…+` the stream after they were added.
         fit_rows, held_out_rows: flat indices of real tokens.
     """
 
@@ -157,6 +160,12 @@ class _Lane:
         else:
             output = block(hidden, *args, **kwargs)
         return _hidden_of(output)
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Drop what these layers of the original gave: each is visited once."""
+        for name in names:
+            self.beside.pop(name, None)
+            self.beside.pop(f"{name}+", None)
 
 
 def _hidden_of(output: Any) -> Tensor:
@@ -358,25 +367,25 @@ class Walk:
             watch.run(partial(lane.run, block, site.block, lane.student))
             assert watch.input is not None
             x = _flat(watch.input)
-            if anchored:
-                t = self._target(site, lane, watch)
-                fit.update(x[lane.fit_rows], t[lane.fit_rows])
-                held_out.update(x[lane.held_out_rows], t[lane.held_out_rows])
-            else:
-                fit.update_input(x[lane.fit_rows])
-                held_out.update_input(x[lane.held_out_rows])
+            for moments, all_rows in ((fit, lane.fit_rows), (held_out, lane.held_out_rows)):
+                for rows in all_rows.split(_TOKENS_IN_DOUBLE):
+                    if anchored:
+                        moments.update(x[rows], self._target(site, lane, watch, rows))
+                    else:
+                        moments.update_input(x[rows])
+            lane.forget([self._original_name(name) for name in site.linears])
         if not anchored:
             fit, held_out = fit.with_linear_target(weight, bias), held_out.with_linear_target(weight, bias)
         return SiteMoments(fit, held_out)
 
-    def _target(self, site: Site, lane: _Lane, watch: _Watch) -> Tensor:
-        """t (tokens, O) of one batch, padding included."""
-        y = torch.cat([_flat(watch.outputs[name]) for name in site.linears], dim=1)
+    def _target(self, site: Site, lane: _Lane, watch: _Watch, rows: Tensor) -> Tensor:
+        """t (tokens, O) of the tokens `rows` of one batch."""
+        y = torch.cat([_flat(watch.outputs[name])[rows] for name in site.linears], dim=1)
         first = site.linears[0]
         was = lane.beside.get(f"{self._original_name(first)}+")
         if first in watch.streams and was is not None:
-            return y + self._anchor * (was - _flat(watch.streams[first]))
-        y0 = [self._keep(name, lane.beside[self._original_name(name)]) for name in site.linears]
+            return y + self._anchor * (was[rows] - _flat(watch.streams[first])[rows])
+        y0 = [self._keep(name, lane.beside[self._original_name(name)][rows]) for name in site.linears]
         return torch.lerp(y, torch.cat(y0, dim=1), self._anchor)
 
     def _keep(self, name: str, outputs: Tensor) -> Tensor:
