@@ -25,7 +25,7 @@ from compresskit.models import ModelSource, load_empty, load_model
 from compresskit.progress import working
 from compresskit.recipe import Recipe, dump_recipe, load_recipe
 from compresskit.report import write_report
-from compresskit.store import Step, Store, opened, refuse_foreign, write_json
+from compresskit.store import FAILURE_LOG, Step, Store, opened, refuse_foreign, write_json
 from compresskit.student import Student, load_student_model, save_student
 from compresskit.surgery.edits import replay
 
@@ -65,6 +65,9 @@ def run(
         if store.is_finished(prints.result):
             progress(f"already done: {output} holds this very result (--fresh makes it again)")
             return Step(output).read("report.json")
+        altered = store.altered(prints.result)
+        if altered:
+            progress(f"{output / altered} was altered or removed since the run ended: the result is made again")
         return _Run(job, prints, store, progress).finish()
 
 
@@ -209,6 +212,7 @@ class _Run:
         with self._named("report"), store.explaining_full_disk():
             write_report(report, store.folder)
         folders = [exporter.kind for exporter in recipe.export]
+        (store.folder / FAILURE_LOG).unlink(missing_ok=True)
         store.finish(self.prints.result, ["student", *folders, "report.json", "report.html"])
         return report
 
@@ -227,8 +231,8 @@ class _Run:
             raise RunFailedError(what, where=where, fix=fix) from error
 
     def _log_failure(self) -> Path:
-        """Write the traceback of the error that is being handled to failure.log."""
-        log = self.store.folder / "failure.log"
+        """Write the traceback of the error that is being handled to a file of the run."""
+        log = self.store.folder / FAILURE_LOG
         log.write_text(traceback.format_exc(), encoding="utf-8")
         return log
 

@@ -8,15 +8,15 @@ from transformers import PreTrainedTokenizerBase
 from compresskit.data import Corpus, check_max_length, prepare_corpus
 from compresskit.distill.trainer import TrainingOptions
 from compresskit.errors import CompressKitError, ManyErrors
+from compresskit.evaluate.quality import LEAST_COMPARED
 from compresskit.forecast import Forecast, foretell
 from compresskit.layerwise.walk import LEAST_CALIBRATION
 from compresskit.models import ModelSource, find_model, guess_task, load_config, load_tokenizer
 from compresskit.recipe import Recipe
 from compresskit.store import chain, digest
 
-#: One sequence to learn from and one held out; and three embeddings, whose similarities can be ranked.
+#: One sequence to learn from and one held out.
 LEAST_TRAINING = 2
-LEAST_COMPARED = 3
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,6 @@ that bring their own code are refused.
 import hashlib
 import importlib.util
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,8 +31,10 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.quantization_config import GgufConfig
 
+from compresskit.cache import cache_folder, writing_to_cache
 from compresskit.config import did_you_mean
 from compresskit.errors import CompressKitError
+from compresskit.whole import whole_folder
 
 TASKS: dict[str, Any] = {
     "feature-extraction": AutoModel,
@@ -86,11 +85,6 @@ class ModelSource:
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
-
-
-def cache_folder() -> Path:
-    """Where converted models and tokenised texts are kept: `$COMPRESSKIT_CACHE`, else `~/.cache/compresskit`."""
-    return Path(os.environ.get("COMPRESSKIT_CACHE") or Path.home() / ".cache" / "compresskit")
 
 
 def find_model(name: str | Path, *, gguf_file: str | None = None) -> ModelSource:
@@ -285,14 +279,9 @@ def safetensors_source(source: ModelSource) -> ModelSource:
                 source.folder, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **said
             )
             tokenizer = AutoTokenizer.from_pretrained(source.folder, **said)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=target.parent))
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
-        try:
-            scratch.rename(target)
-        except OSError:  # another process was first
-            shutil.rmtree(scratch)
+        with writing_to_cache(target), whole_folder(target) as scratch:
+            model.save_pretrained(scratch)
+            tokenizer.save_pretrained(scratch)
     return ModelSource(source.name, target)
 
 

@@ -25,12 +25,13 @@ from safetensors import SafetensorError
 
 from compresskit.errors import CompressKitError, RunFailedError
 from compresskit.passes import Pass
+from compresskit.whole import SCRATCH, clear_scratch, whole_folder, write_whole
 
 SCHEMA = 1
 MANIFEST = "MANIFEST.json"
 RUN_FILE = "run.json"
 LOCK_FILE = ".lock"
-_SCRATCH = ".tmp-"
+FAILURE_LOG = "failure.log"
 _REPORTS = ("report.json", "report.html")
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _NO_SPACE_WORDS = ("No space left on device", "Disk quota exceeded")
@@ -69,14 +70,7 @@ class Step:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that `path` holds all of it or what it held before."""
-    scratch = path.with_name(f"{_SCRATCH}{path.name}")
-    with scratch.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
-    _flush_folder(path.parent)
+    write_whole(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def list_files(folder: Path) -> dict[str, dict[str, Any]]:
@@ -115,7 +109,7 @@ def refuse_foreign(folder: Path) -> None:
         raise CompressKitError(f"{folder} is a file", where="--output", fix="name a folder")
     if not folder.is_dir() or (folder / RUN_FILE).is_file():
         return
-    others = sorted(p.name for p in folder.iterdir() if p.name != LOCK_FILE and not p.name.startswith(_SCRATCH))
+    others = sorted(p.name for p in folder.iterdir() if p.name != LOCK_FILE and not p.name.startswith(SCRATCH))
     if others:
         raise CompressKitError(
             f"{folder} holds {others[0]!r} and no {RUN_FILE}: it is not the output of a run",
@@ -171,7 +165,7 @@ class Store:
         """Delete what runs write (`exports` are the exporters' folders) and nothing else."""
         for name in ("steps", "student", *exports):
             shutil.rmtree(self.folder / name, ignore_errors=True)
-        for name in (*_REPORTS, "failure.log", RUN_FILE):
+        for name in (*_REPORTS, FAILURE_LOG, RUN_FILE):
             (self.folder / name).unlink(missing_ok=True)
 
     def withdraw(self, exports: Sequence[str]) -> None:
@@ -188,15 +182,7 @@ class Store:
     def clean(self) -> None:
         """Remove what killed runs left half-written, and put back what one had moved aside."""
         for folder in (self.folder, self.steps):
-            for path in folder.glob(f"{_SCRATCH}old-*"):
-                target = folder / path.name.removeprefix(f"{_SCRATCH}old-")
-                if not target.exists():
-                    path.rename(target)
-            for path in folder.glob(f"{_SCRATCH}*"):
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
+            clear_scratch(folder)
 
     def find(self, index: int, kind: str, fingerprint: str) -> Step | None:
         """The step, after every file of it was compared with its manifest; None where it is not there.
@@ -242,18 +228,8 @@ class Store:
         Raises:
             RunFailedError: no disk space; what was there before stays.
         """
-        scratch, old = (target.with_name(f"{_SCRATCH}{mark}{target.name}") for mark in ("", "old-"))
-        for left_over in (scratch, old):
-            shutil.rmtree(left_over, ignore_errors=True)
-        with self.explaining_full_disk():
-            scratch.mkdir(parents=True)
+        with self.explaining_full_disk(), whole_folder(target) as scratch:
             write(scratch)
-            _flush_tree(scratch)
-            if target.is_dir():
-                target.rename(old)
-            scratch.replace(target)
-            _flush_folder(target.parent)
-        shutil.rmtree(old, ignore_errors=True)
 
     @contextmanager
     def explaining_full_disk(self) -> Iterator[None]:
@@ -296,11 +272,22 @@ class Store:
 
     def is_finished(self, fingerprint: str) -> bool:
         """Whether exactly this result is here, with every file as it was written."""
+        return self._claims_finished(fingerprint) and self.altered(fingerprint) is None
+
+    def altered(self, fingerprint: str) -> str | None:
+        """The first file of this finished result that is missing or not as it was written; None where there is none."""
+        if not self._claims_finished(fingerprint):
+            return None
+        finished = self.read_run()["finished"]
+        missing = [name for name in finished["results"] if not (self.folder / name).exists()]
+        if missing:
+            return missing[0]
+        present, written = self._results(finished["results"]), finished["files"]
+        return next((name for name in sorted(present | written) if present.get(name) != written.get(name)), None)
+
+    def _claims_finished(self, fingerprint: str) -> bool:
         finished = self.read_run().get("finished")
-        if not finished or finished.get("fingerprint") != fingerprint:
-            return False
-        is_whole = all((self.folder / name).exists() for name in finished["results"])
-        return is_whole and self._results(finished["results"]) == finished["files"]
+        return bool(finished) and finished.get("fingerprint") == fingerprint
 
     def _results(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
         found: dict[str, dict[str, Any]] = {}
@@ -353,21 +340,3 @@ def _lock(lock: IO[str], folder: Path) -> None:
     lock.truncate(0)
     lock.write(str(os.getpid()))
     lock.flush()
-
-
-def _flush_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        else:
-            _flush_folder(path)
-    _flush_folder(folder)
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,6 +15,8 @@ ROOMS = _ROOMS.split()
 #: modules that share a room with the one they serve
 SHARED = {
     "progress": "errors",
+    "whole": "errors",
+    "cache": "models",
     "environment": "errors",
     "options": "config",
     "recipe_text": "recipe",

@@ -27,6 +27,7 @@ from compresskit import (
     run,
 )
 from compresskit.engine import seeded
+from compresskit.export import OnnxExport
 from compresskit.passes import PASSES, LowRank
 from compresskit.recipe import dump_recipe, parse_recipe
 from tests.small_passes import ALL, Fail, Halve, Quantized, Shake
@@ -336,6 +337,44 @@ def test_an_altered_step_is_refused_and_the_run_goes_on_without_it(make: Any, tm
     run(make(Shake(), Shake()), out, progress=said.append)
     assert "[1/2] shake: kept from an earlier run" in said
     assert all(torch.equal(before[name], tensor) for name, tensor in weights(out).items())
+
+
+def test_an_altered_result_is_made_again_and_said(make: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(make(Shake()), out)
+    before = weights(out)
+    (out / "student" / "model.safetensors").write_bytes(b"cut off")
+    said: list[str] = []
+    run(make(Shake()), out, progress=said.append)
+    changed = out / "student" / "model.safetensors"
+    assert f"{changed} was altered or removed since the run ended: the result is made again" in said
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(out).items())
+
+
+def test_a_disk_that_fills_during_the_export_keeps_every_step(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OnnxExport, "write", full)
+        with pytest.raises(RunFailedError, match=r"^export\[0\] \(onnx\): no space left on the disk"):
+            run(make(Shake(), export=[{"kind": "onnx"}]), tmp_path / "out")
+    assert steps(tmp_path / "out") == ["00-original", "01-shake"]
+    assert not (tmp_path / "out" / "onnx").exists()
+
+
+def test_the_traceback_of_a_failure_goes_once_the_run_succeeds(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "save_student", None)
+        with pytest.raises(RunFailedError, match=r"failure\.log"):
+            run(make(Shake()), tmp_path / "out")
+    assert (tmp_path / "out" / "failure.log").is_file()
+    run(make(Shake()), tmp_path / "out")
+    assert not (tmp_path / "out" / "failure.log").exists()
 
 
 def test_a_full_disk_keeps_the_finished_steps(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

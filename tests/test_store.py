@@ -86,7 +86,7 @@ def test_a_step_that_fails_while_it_is_written_does_not_exist(store: Store) -> N
 
 def test_what_killed_runs_left_is_removed_or_put_back(store: Store) -> None:
     (store.steps / ".tmp-01-shake-aaaaaaaaaaaa").mkdir(parents=True)
-    (store.folder / ".tmp-run.json").write_text("{")
+    (store.folder / ".tmp-run.json.17").write_text("{")
     (store.steps / ".tmp-old-02-shake-bbbbbbbbbbbb").mkdir()
     with opened(store.folder):
         assert [path.name for path in store.steps.iterdir()] == ["02-shake-bbbbbbbbbbbb"]

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,31 +11,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from compresskit.errors import RunFailedError
+from compresskit.cache import writing_to_cache
+from compresskit.whole import write_whole
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Put `content` at `path` so that a reader sees all of it or what was there before.
-
-    Raises:
-        RunFailedError: the disk is full or cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-            os.replace(scratch, path)
-        except OSError:
-            Path(scratch).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise RunFailedError(
-            f"cannot write {path}: {error.strerror or error}",
-            where="cache",
-            fix="make room, or set COMPRESSKIT_CACHE to a folder on another disk",
-        ) from error
+def _write(path: Path, content: bytes) -> None:
+    with writing_to_cache(path):
+        write_whole(path, content)
 
 
 def _seal(body: bytes) -> bytes:
@@ -60,7 +40,7 @@ def cached_json(path: Path, make: Callable[[], Any]) -> Any:
     if body is not None:
         return json.loads(body)
     made = make()
-    write_atomically(path, _seal(json.dumps(made, ensure_ascii=False).encode()))
+    _write(path, _seal(json.dumps(made, ensure_ascii=False).encode()))
     return made
 
 
@@ -86,4 +66,4 @@ def write_rows(path: Path, parts: dict[str, list[list[int]]]) -> None:
     for part, rows in parts.items():
         tensors[f"{part}.tokens"] = torch.tensor([token for row in rows for token in row], dtype=torch.int32)
         tensors[f"{part}.lengths"] = torch.tensor([len(row) for row in rows], dtype=torch.int32)
-    write_atomically(path, _seal(save_tensors(tensors)))
+    _write(path, _seal(save_tensors(tensors)))

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from compresskit.cache import cache_folder
 from compresskit.data.cache import read_rows, write_rows
 from compresskit.data.sequences import Corpus, Sequences
 from compresskit.data.source import DataSource, open_source
 from compresskit.errors import CompressKitError
-from compresskit.models import cache_folder
 from compresskit.progress import track
 
 #: Raised by one whenever the same text and options would give other sequences.

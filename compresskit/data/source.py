@@ -16,11 +16,11 @@ import datasets
 from datasets.exceptions import DatasetGenerationError
 from pydantic import BeforeValidator, Field, model_validator
 
+from compresskit.cache import cache_folder
 from compresskit.config import Config, did_you_mean
 from compresskit.data.cache import cached_json
 from compresskit.data.python_docs import read_documents, read_sources
 from compresskit.errors import CompressKitError
-from compresskit.models import cache_folder
 
 #: Errors of the datasets library (and of pandas and pyarrow under it) that a bad file or name raises.
 _READ_ERRORS = (DatasetGenerationError, ValueError, OSError, RuntimeError)

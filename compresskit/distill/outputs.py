@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compresskit.data import Batch
+from compresskit.evaluate.quality import mean_pool
 
 # B sequences, L tokens (padded), H hidden size, V classes or vocabulary
 
@@ -72,12 +73,6 @@ def step_weights(masks: Iterable[Tensor]) -> list[StepWeights]:
     ]
 
 
-def mean_pooled(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Sentence embeddings (B, H): the mean of `hidden` (B, L, H) over the tokens that `mask` (B, L) keeps."""
-    kept = mask.to(hidden.dtype).unsqueeze(-1)
-    return (hidden * kept).sum(1) / kept.sum(1).clamp_min(1)
-
-
 def has_head(model: nn.Module) -> bool:
     """Whether the model gives logits: a transformers model with a head is more than its `base_model`."""
     return isinstance(model, PreTrainedModel) and model.base_model is not model
@@ -97,5 +92,5 @@ def observe(model: PreTrainedModel, batch: Batch, needs: frozenset[Need]) -> Out
     sentence = None
     if "sentence" in needs:
         last = result.hidden_states[-1] if result.get("hidden_states") is not None else result.last_hidden_state
-        sentence = mean_pooled(last, batch["attention_mask"])
+        sentence = mean_pool(last, batch["attention_mask"], dtype=last.dtype)
     return Outputs(result.logits if "logits" in needs else None, hidden, sentence)

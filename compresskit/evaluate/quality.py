@@ -15,19 +15,22 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compresskit.data import Batch, Sequences
+from compresskit.errors import CompressKitError
 from compresskit.progress import track
 
 # N texts, T tokens, V vocabulary or classes, D width
 
 NEIGHBOURS = 10
+#: Embeddings whose similarities can be ranked.
+LEAST_COMPARED = 3
 _LOGITS_AT_A_TIME = 2**25  # floats in one batch of logits: 128 MiB
 _FLOAT64_LOGITS_AT_A_TIME = 2**22  # 32 MiB
 
 
-def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Sentence embeddings (N, D) float64: the mean of `hidden` (N, T, D) over the tokens where `mask` (N, T) is 1."""
-    weights = mask.to(torch.float64)[:, :, None]
-    return (hidden.to(torch.float64) * weights).sum(1) / weights.sum(1)
+def mean_pool(hidden: Tensor, mask: Tensor, *, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Sentence embeddings (N, D) in `dtype`: the mean of `hidden` (N, T, D) where `mask` (N, T) is 1."""
+    weights = mask.to(dtype)[:, :, None]
+    return (hidden.to(dtype) * weights).sum(1) / weights.sum(1).clamp_min(1)
 
 
 def row_cosines(a: Tensor, b: Tensor) -> Tensor:
@@ -60,7 +63,7 @@ def compare_embeddings(original: Tensor, student: Tensor) -> dict[str, float]:
 
     Cost: O(N² D) time and O(N²) memory.
     """
-    if original.shape != student.shape or len(original) < 3:
+    if original.shape != student.shape or len(original) < LEAST_COMPARED:
         raise ValueError(f"cannot compare embeddings {tuple(original.shape)} with {tuple(student.shape)}")
     similar_o, similar_s = _similarities(original), _similarities(student)
     above = torch.triu_indices(len(original), len(original), offset=1)
@@ -145,6 +148,9 @@ class Fidelity:
             raise ValueError(f"no fidelity is known for task {task!r}")
         self.original, self.sequences, self.task, self.batch_size = original, sequences, task, batch_size
         self._measure = measures[task]
+        if task == "feature-extraction" and len(sequences) < LEAST_COMPARED:
+            what = f"{len(sequences)} sequences to measure with; embeddings need {LEAST_COMPARED} or more"
+            raise CompressKitError(what, where="data.evaluation", fix="give more text")
         self._embeddings = self._embed(original) if task == "feature-extraction" else None
 
     def measure(self, model: PreTrainedModel) -> dict[str, float]:

@@ -14,11 +14,13 @@ import transformers
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from transformers import PreTrainedModel
 
+from compresskit.cache import writing_to_cache
 from compresskit.data import Batch
-from compresskit.export.files import save_graph, whole_folder
+from compresskit.export.files import save_graph
 from compresskit.export.fusion import share_tables
 from compresskit.export.trace import fuse_float, trace
 from compresskit.progress import working
+from compresskit.whole import whole_folder
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,7 @@ def export_baseline(
     files = Baseline(folder / "float.onnx", folder / "int8.onnx")
     if folder.is_dir():
         return files
-    cache.mkdir(parents=True, exist_ok=True)
-    with whole_folder(folder) as scratch:
+    with writing_to_cache(folder), whole_folder(folder) as scratch:
         graph = trace(original, batch, output=output, fuse=False, opset=opset)
         save_graph(graph, scratch / "plain.onnx")
         with working("quantising the original with onnxruntime"):

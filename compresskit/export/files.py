@@ -1,9 +1,6 @@
-"""Writing ONNX files, and folders that appear whole or not at all."""
+"""Writing ONNX files and counting what is in them."""
 
-import contextlib
-import shutil
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import onnx_ir as ir
@@ -28,22 +25,3 @@ def count_operators(graph: ir.Model) -> dict[str, int]:
     """How often each operator stands in the graph, the most frequent first."""
     names = (f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in graph.graph.all_nodes())
     return dict(Counter(names).most_common())
-
-
-@contextlib.contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A scratch folder beside `folder` that takes its place when the block ends well, and vanishes when it does not.
-
-    A scratch folder that a killed run left behind is removed first (by the store too, which its name tells what it is).
-    A kill while `folder` is being replaced leaves none: give the export again.
-    """
-    scratch = folder.with_name(f".tmp-{folder.name}")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    try:
-        yield scratch
-        if folder.exists():
-            shutil.rmtree(folder)
-        scratch.rename(folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)

@@ -21,18 +21,19 @@ import torch
 from pydantic import Field
 from transformers import PreTrainedModel
 
+from compresskit.cache import cache_folder
 from compresskit.data import Batch
 from compresskit.export import fidelity, parity
 from compresskit.export.base import EXPORTERS, Exporter
 from compresskit.export.baseline import Baseline, export_baseline
-from compresskit.export.files import count_operators, model_bytes, save_graph, whole_folder
+from compresskit.export.files import count_operators, model_bytes, save_graph
 from compresskit.export.fusion import set_accuracy
 from compresskit.export.runtime import compare_latency, default_threads, latency_entry, open_session, speed_entry
 from compresskit.export.trace import OUTPUTS, trace
-from compresskit.models import cache_folder
 from compresskit.student import Student
 from compresskit.surgery.plugin import config_with_edits
 from compresskit.surgery.sites import find_blocks
+from compresskit.whole import whole_folder
 
 MODEL_FILE = "model.onnx"
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from compresskit.report.figures import (
     write_bytes,
 )
 from compresskit.report.table import render_table
+from compresskit.whole import write_whole
 
 __all__ = ["SCHEMA_VERSION", "render_html", "render_table", "write_report"]
 
@@ -38,8 +38,9 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
         OSError: the disk refuses.
     """
     report = _finite({"schema_version": SCHEMA_VERSION, **report})
-    _replace(folder / "report.json", json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    _replace(folder / "report.html", render_html(report))
+    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_whole(folder / "report.json", text.encode())
+    write_whole(folder / "report.html", render_html(report).encode())
 
 
 def render_html(report: dict[str, Any]) -> str:
@@ -81,9 +82,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _replace(path: Path, text: str) -> None:
-    scratch = path.with_name(f".tmp-{path.name}")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)

@@ -1,0 +1,88 @@
+"""Files and folders that appear whole or not at all: written beside their place, flushed to the disk, renamed into it.
+
+What a killed process leaves behind has a name that starts with `SCRATCH`; `clear_scratch` takes it away.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+SCRATCH = ".tmp-"
+_OLD = f"{SCRATCH}old-"
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Put `content` at `path` so that a reader sees all of it or what was there before.
+
+    Raises:
+        OSError: a disk that is full or refuses; nothing is left of the attempt.
+    """
+    scratch = path.with_name(f"{SCRATCH}{path.name}.{os.getpid()}")
+    try:
+        with scratch.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    except OSError:
+        scratch.unlink(missing_ok=True)
+        raise
+    _flush_folder(path.parent)
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """An empty folder beside `target` that takes its place when the block ends well, and vanishes when it does not.
+
+    Raises:
+        OSError: a disk that is full or refuses; what was at `target` stays.
+    """
+    scratch, old = (target.with_name(f"{mark}{target.name}") for mark in (SCRATCH, _OLD))
+    for left_over in (scratch, old):
+        shutil.rmtree(left_over, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+        _flush_tree(scratch)
+        if target.is_dir():
+            target.rename(old)
+        scratch.replace(target)
+        _flush_folder(target.parent)
+    finally:
+        if old.is_dir() and not target.exists():
+            old.rename(target)
+        for left_over in (scratch, old):
+            shutil.rmtree(left_over, ignore_errors=True)
+
+
+def clear_scratch(folder: Path) -> None:
+    """Remove what killed processes left half-written in `folder`, and put back what one had moved aside."""
+    for path in folder.glob(f"{_OLD}*"):
+        target = folder / path.name.removeprefix(_OLD)
+        if not target.exists():
+            path.rename(target)
+    for path in folder.glob(f"{SCRATCH}*"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _flush_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        else:
+            _flush_folder(path)
+    _flush_folder(folder)
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
