@@ -45,17 +45,17 @@ def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_finished_leaves_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
 ) -> None:
+    def attempt() -> None:
+        with whole_folder(tmp_path / "f") as scratch:
+            (scratch / "second").touch()
+            if fails == "inside":
+                full_disk()
+            monkeypatch.setattr(*((os, "fsync") if fails == "while flushing" else (Path, "replace")), full_disk)
+
     with whole_folder(tmp_path / "f") as scratch:
         (scratch / "first").touch()
-    with (
-        monkeypatch.context() as patch,
-        pytest.raises(OSError, match="No space left"),
-        whole_folder(tmp_path / "f") as scratch,
-    ):
-        (scratch / "second").touch()
-        if fails == "inside":
-            full_disk()
-        patch.setattr(*((os, "fsync") if fails == "while flushing" else (Path, "replace")), full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        attempt()
     assert names(tmp_path / "f") == ["first"]
     assert names(tmp_path) == ["f"]
 
