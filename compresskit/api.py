@@ -19,6 +19,7 @@ from compresskit.passes import Pass
 from compresskit.recipe import parse_recipe
 from compresskit.recipe_mistakes import explain
 from compresskit.recipe_text import parse_yaml
+from compresskit.sentence import read_sentence_embedding
 from compresskit.store import RUN_FILE, Store
 from compresskit.student import load_student_model
 
@@ -133,7 +134,7 @@ def measure(
     tokenizer = load_tokenizer(source)
     corpus = prepare_corpus(text, tokenizer, pack=task == "text-generation", seed=facts.get("seed", 0))
     teacher = load_model(source, task).requires_grad_(False)
-    fidelity = Fidelity(teacher, corpus.evaluation, task=task)
+    fidelity = Fidelity(teacher, corpus.evaluation, task=task, sentence=read_sentence_embedding(source.folder))
     models = {"original": teacher, "student": load_student_model(student, task)[0]}
     return {label: evaluate_model(model, fidelity, tokenizer) for label, model in models.items()}
 

@@ -133,9 +133,10 @@ class _Run:
     def _student_after(self, step: Step | None) -> Student:
         job = self.job
         if step is None or len(self.records) == 1:
-            return Student(load_model(job.source, job.task), self.original, job.tokenizer, job.task, job.corpus)
-        model, edits = load_student_model(step.student, job.task)
-        return Student(model, self.original, job.tokenizer, job.task, job.corpus, edits)
+            model, edits = load_model(job.source, job.task), []
+        else:
+            model, edits = load_student_model(step.student, job.task)
+        return Student(model, self.original, job.tokenizer, job.task, job.corpus, edits, job.sentence)
 
     def _do(self, index: int) -> None:
         """Apply, verify, measure and save pass `index` - 1; index 0 is the original."""
@@ -184,7 +185,9 @@ class _Run:
 
     def _figures(self, model: PreTrainedModel) -> dict[str, int | float]:
         if self._fidelity is None:
-            self._fidelity = Fidelity(self.original, self.job.corpus.evaluation, task=self.job.task)
+            self._fidelity = Fidelity(
+                self.original, self.job.corpus.evaluation, task=self.job.task, sentence=self.job.sentence
+            )
         figures = evaluate(model, self._fidelity, self.job.tokenizer)
         return {name: figure for name, figure in figures.items() if name not in ("params", "size_bytes")}
 

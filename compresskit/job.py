@@ -13,6 +13,7 @@ from compresskit.forecast import Forecast, foretell
 from compresskit.layerwise.walk import LEAST_CALIBRATION
 from compresskit.models import ModelSource, find_model, guess_task, load_config, load_tokenizer
 from compresskit.recipe import Recipe
+from compresskit.sentence import SentenceEmbedding, read_sentence_embedding
 from compresskit.store import chain, digest
 
 #: One sequence to learn from and one held out.
@@ -28,6 +29,7 @@ class Job:
     task: str
     tokenizer: PreTrainedTokenizerBase
     corpus: Corpus
+    sentence: SentenceEmbedding
     forecast: Forecast
 
 
@@ -53,7 +55,7 @@ def prepare(recipe: Recipe) -> Job:
     # Cutting text leaves its mark in a tokenizer, so the one that is saved with the student reads none.
     corpus = prepare_corpus(recipe.data, load_tokenizer(source), pack=task == "text-generation", seed=recipe.seed)
     _check_amounts(recipe, task, corpus)
-    return Job(recipe, source, task, load_tokenizer(source), corpus, forecast)
+    return Job(recipe, source, task, load_tokenizer(source), corpus, read_sentence_embedding(source.folder), forecast)
 
 
 def _check_amounts(recipe: Recipe, task: str, corpus: Corpus) -> None:

@@ -60,7 +60,7 @@ _MAX_SAID = 300
 #: `quant_method` of a student that only our plug-in can rebuild
 STUDENT_METHOD = "compresskit"
 _TOKENIZER_FIX = "put the tokenizer's files beside config.json: tokenizer.save_pretrained(folder)"
-_HASHED = ("*.safetensors", "*.json", "vocab.txt", "merges.txt", "*.model", "*.gguf")
+_HASHED = ("*.safetensors", "*.json", "*/config.json", "vocab.txt", "merges.txt", "*.model", "*.gguf")
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class ModelSource:
         """sha256 over the names and contents of weights, config and tokenizer files."""
         digest = hashlib.sha256()
         for path in sorted({p for pattern in _HASHED for p in self.folder.glob(pattern)}):
-            digest.update(path.name.encode() + b"\0")
+            digest.update(path.relative_to(self.folder).as_posix().encode() + b"\0")
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from compresskit.data import Corpus
 from compresskit.errors import CompressKitError
 from compresskit.models import ModelSource, load_model
+from compresskit.sentence import MEAN_POOLED, SentenceEmbedding
 from compresskit.surgery.edits import Edit
 from compresskit.surgery.plugin import config_with_edits, edits_of
 from compresskit.surgery.sites import find_blocks
@@ -27,6 +28,7 @@ class Student:
         task: a key of `compresskit.models.TASKS`.
         corpus: calibration, training and evaluation sequences.
         edits: what was done to the architecture, in order.
+        sentence: how a feature extractor's hidden states become embeddings.
     """
 
     model: PreTrainedModel
@@ -35,6 +37,7 @@ class Student:
     task: str
     corpus: Corpus
     edits: list[Edit] = field(default_factory=list)
+    sentence: SentenceEmbedding = MEAN_POOLED
 
     def edit(self, edit: Edit) -> None:
         """Apply an edit to the model and record it."""
@@ -54,7 +57,9 @@ def student_weights(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def save_student(student: Student, folder: Path) -> None:
-    """Write weights (safetensors), config with edits, and tokenizer: `from_pretrained(folder)` gives the same outputs.
+    """Write a checkpoint: `from_pretrained(folder)` gives the same outputs.
+
+    Weights as safetensors, config with edits, tokenizer, and what sentence-transformers reads beside them.
 
     Args:
         student: its `original` gives the config that the edits start from.
@@ -69,6 +74,7 @@ def save_student(student: Student, folder: Path) -> None:
     if student.model.can_generate() and student.model.generation_config is not None:
         student.model.generation_config.save_pretrained(folder)
     student.tokenizer.save_pretrained(folder)
+    student.sentence.write(folder)
 
 
 def load_student_model(folder: Path, task: str) -> tuple[PreTrainedModel, list[Edit]]:

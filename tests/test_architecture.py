@@ -17,6 +17,7 @@ SHARED = {
     "progress": "errors",
     "whole": "errors",
     "cache": "models",
+    "sentence": "models",
     "environment": "errors",
     "options": "config",
     "recipe_text": "recipe",

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compresskit.data import Batch
-from compresskit.evaluate.quality import mean_pool
+from compresskit.sentence import MEAN_POOLED
 
 # B sequences, L tokens (padded), H hidden size, V classes or vocabulary
 
@@ -92,5 +92,5 @@ def observe(model: PreTrainedModel, batch: Batch, needs: frozenset[Need]) -> Out
     sentence = None
     if "sentence" in needs:
         last = result.hidden_states[-1] if result.get("hidden_states") is not None else result.last_hidden_state
-        sentence = mean_pool(last, batch["attention_mask"], dtype=last.dtype)
+        sentence = MEAN_POOLED.pool(last, batch["attention_mask"])
     return Outputs(result.logits if "logits" in needs else None, hidden, sentence)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from compresskit.data import Batch, Sequences
 from compresskit.errors import CompressKitError
 from compresskit.progress import track
+from compresskit.sentence import MEAN_POOLED, SentenceEmbedding
 
 # N texts, T tokens, V vocabulary or classes, D width
 
@@ -25,12 +26,6 @@ NEIGHBOURS = 10
 LEAST_COMPARED = 3
 _LOGITS_AT_A_TIME = 2**25  # floats in one batch of logits: 128 MiB
 _FLOAT64_LOGITS_AT_A_TIME = 2**22  # 32 MiB
-
-
-def mean_pool(hidden: Tensor, mask: Tensor, *, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Sentence embeddings (N, D) in `dtype`: the mean of `hidden` (N, T, D) where `mask` (N, T) is 1."""
-    weights = mask.to(dtype)[:, :, None]
-    return (hidden.to(dtype) * weights).sum(1) / weights.sum(1).clamp_min(1)
 
 
 def row_cosines(a: Tensor, b: Tensor) -> Tensor:
@@ -134,10 +129,19 @@ class Fidelity:
         original: the untouched model.
         sequences: held-out text, never used to calibrate or train.
         task: a key of `compresskit.models.TASKS`.
+        sentence: how a feature extractor's embeddings are pooled.
         batch_size: sequences at a time; less where a vocabulary is so large that logits would pass 128 MiB.
     """
 
-    def __init__(self, original: PreTrainedModel, sequences: Sequences, *, task: str, batch_size: int = 16) -> None:
+    def __init__(
+        self,
+        original: PreTrainedModel,
+        sequences: Sequences,
+        *,
+        task: str,
+        sentence: SentenceEmbedding = MEAN_POOLED,
+        batch_size: int = 16,
+    ) -> None:
         measures: dict[str, Callable[[PreTrainedModel], dict[str, float]]] = {
             "feature-extraction": self._embedding_fidelity,
             "text-generation": self._language_fidelity,
@@ -147,7 +151,7 @@ class Fidelity:
         if task not in measures:
             raise ValueError(f"no fidelity is known for task {task!r}")
         self.original, self.sequences, self.task, self.batch_size = original, sequences, task, batch_size
-        self._measure = measures[task]
+        self.sentence, self._measure = sentence, measures[task]
         if task == "feature-extraction" and len(sequences) < LEAST_COMPARED:
             what = f"{len(sequences)} sequences to measure with; embeddings need {LEAST_COMPARED} or more"
             raise CompressKitError(what, where="data.evaluation", fix="give more text")
@@ -171,7 +175,8 @@ class Fidelity:
 
     def _embed_batch(self, model: PreTrainedModel, batch: Batch) -> Tensor:
         batch = on_device(batch, model)
-        return mean_pool(model(**batch).last_hidden_state, batch["attention_mask"]).cpu()
+        hidden = model(**batch).last_hidden_state.to(torch.float64)
+        return self.sentence.pool(hidden, batch["attention_mask"]).cpu()
 
     def _embedding_fidelity(self, model: PreTrainedModel) -> dict[str, float]:
         assert self._embeddings is not None

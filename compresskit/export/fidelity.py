@@ -9,16 +9,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compresskit.data import Batch
-from compresskit.evaluate.quality import compare_embeddings, evaluating, mean_pool
+from compresskit.evaluate.quality import compare_embeddings, evaluating
 from compresskit.export.runtime import run_session
-
-
-def _pooled(hidden: np.ndarray, batch: Batch) -> Tensor:
-    return mean_pool(torch.from_numpy(hidden), batch["attention_mask"])
+from compresskit.sentence import SentenceEmbedding
 
 
 def session_fidelity(
-    original: PreTrainedModel, sessions: Mapping[str, ort.InferenceSession], batches: Sequence[Batch], *, output: str
+    original: PreTrainedModel,
+    sessions: Mapping[str, ort.InferenceSession],
+    batches: Sequence[Batch],
+    *,
+    output: str,
+    sentence: SentenceEmbedding,
 ) -> dict[str, dict[str, float]]:
     """`compare_embeddings` of the original in torch with each session, by the session's name.
 
@@ -27,12 +29,15 @@ def session_fidelity(
         sessions: files with one output, (batch, length, width).
         batches: three texts or more, with every input that the files have.
         output: the original's name of that output.
+        sentence: how embeddings are pooled.
     """
+
+    def pooled(hidden: np.ndarray, batch: Batch) -> Tensor:
+        return sentence.pool(torch.from_numpy(hidden).to(torch.float64), batch["attention_mask"])
+
     with evaluating(original):
-        expected = torch.cat([_pooled(original(**batch)[output].numpy(), batch) for batch in batches])
+        expected = torch.cat([pooled(original(**batch)[output].numpy(), batch) for batch in batches])
     return {
-        name: compare_embeddings(
-            expected, torch.cat([_pooled(run_session(session, batch), batch) for batch in batches])
-        )
+        name: compare_embeddings(expected, torch.cat([pooled(run_session(session, batch), batch) for batch in batches]))
         for name, session in sessions.items()
     }

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from compresskit.cache import cache_folder
 from compresskit.data import Batch
+from compresskit.evaluate.quality import LEAST_COMPARED
 from compresskit.export import fidelity, parity
 from compresskit.export.base import EXPORTERS, Exporter
 from compresskit.export.baseline import Baseline, export_baseline
@@ -123,10 +124,12 @@ class OnnxExport(Exporter):
         for name in ("baseline", "stock_int8"):
             entry[name] = {"size_bytes": model_bytes(paths[name]), "latency_ms": latency_entry(rows[name])}
         entry["stock_int8"]["speed"] = speed_entry(rows["stock_int8"])
-        if student.task == "feature-extraction" and len(student.corpus.evaluation) > 2:
+        if student.task == "feature-extraction" and len(student.corpus.evaluation) >= LEAST_COMPARED:
             batches = [complete_batch(student, one) for one in student.corpus.evaluation.batches(16, limit=self.texts)]
             output = OUTPUTS[student.task]
-            found = fidelity.session_fidelity(student.original, sessions, batches, output=output)
+            found = fidelity.session_fidelity(
+                student.original, sessions, batches, output=output, sentence=student.sentence
+            )
             entry["fidelity"], entry["stock_int8"]["fidelity"] = found["student"], found["stock_int8"]
         return entry
 

@@ -10,7 +10,7 @@ from compresskit.distill.losses.hidden import even_layer, relative_error
 from compresskit.distill.losses.kl import next_token_cross_entropy
 from compresskit.distill.outputs import StepWeights, has_head, observe, step_weights
 from compresskit.errors import CompressKitError
-from compresskit.evaluate.quality import mean_pool
+from compresskit.sentence import MEAN_POOLED
 
 
 def batch_of(lengths, vocabulary=60, seed=0):
@@ -88,7 +88,7 @@ def test_step_weights_sum_to_one_over_all_batches_of_the_step():
 
 def test_pooling_is_the_mean_over_real_tokens():
     hidden = torch.randn(2, 4, 3, dtype=torch.float64)
-    pooled = mean_pool(hidden, torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]), dtype=hidden.dtype)
+    pooled = MEAN_POOLED.pool(hidden, torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]))
     torch.testing.assert_close(pooled[0], hidden[0, :2].mean(0))
     torch.testing.assert_close(pooled[1], hidden[1].mean(0))
 

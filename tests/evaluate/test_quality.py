@@ -19,7 +19,7 @@ from transformers import (
 
 from compresskit.data import DataSource, Sequences, prepare_corpus
 from compresskit.evaluate import Fidelity, evaluate
-from compresskit.evaluate.quality import LogitComparison, compare_embeddings, mean_pool, rank_correlation, row_cosines
+from compresskit.evaluate.quality import LogitComparison, compare_embeddings, rank_correlation, row_cosines
 from compresskit.models import find_model, load_model, load_tokenizer
 
 
@@ -139,16 +139,6 @@ def test_chunks_of_tokens_add_up_to_the_whole(monkeypatch):
 def test_a_student_with_other_logits_is_a_programming_error():
     with pytest.raises(ValueError, match="the student"):
         LogitComparison().add(torch.zeros(3, 4), torch.zeros(3, 5))
-
-
-def test_padding_has_no_part_in_an_embedding():
-    hidden = torch.randn(2, 5, 8)
-    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
-    pooled = mean_pool(hidden, mask)
-    assert pooled.dtype == torch.float64
-    assert torch.allclose(pooled[0], hidden[0, :3].double().mean(0))
-    hidden[0, 3:] = 1e6
-    assert torch.equal(mean_pool(hidden, mask), pooled)
 
 
 def test_embedding_figures_equal_the_textbook_ones():
