@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from compresskit.data.sequences import PARTS
 from compresskit.environment import describe_environment
 from compresskit.errors import CompressKitError, RunFailedError
 from compresskit.evaluate import Fidelity, count_parameters, evaluate, state_dict_bytes
@@ -24,12 +25,11 @@ from compresskit.job import Job, Prints, prepare, take_prints
 from compresskit.models import ModelSource, load_empty, load_model
 from compresskit.progress import working
 from compresskit.recipe import Recipe, dump_recipe, load_recipe
-from compresskit.report import write_report
+from compresskit.report import SCHEMA_VERSION, write_report
 from compresskit.store import FAILURE_LOG, Step, Store, opened, refuse_foreign, write_json
-from compresskit.student import Student, load_student_model, save_student
+from compresskit.student import Student, load_student_model, needs_plugin, save_student
 from compresskit.surgery.edits import replay
 
-REPORT_SCHEMA = 1
 LOG = logging.getLogger(__name__)
 Progress = Callable[[str], None]
 
@@ -58,6 +58,9 @@ def run(
     prints = take_prints(job)
     for warning in job.forecast.warnings:
         progress(f"warning: {warning}")
+    amounts = job.corpus.amounts()
+    counted = ", ".join(f"{amounts[part]} {part}" for part in PARTS)
+    progress(f"text: {amounts['origin']}: {counted} sequences")
     with opened(output) as store:
         if fresh:
             store.wipe(list(EXPORTERS))
@@ -202,11 +205,13 @@ class _Run:
             with self._named(f"export[{index}] ({exporter.kind})"), store.explaining_full_disk():
                 exports.append({"kind": exporter.kind, **exporter.write(self.student, store.folder / exporter.kind)})
         report = {
-            "schema_version": REPORT_SCHEMA,
+            "schema_version": SCHEMA_VERSION,
             "model": recipe.model,
             "task": self.job.task,
             "seed": recipe.seed,
             "recipe": dump_recipe(recipe),
+            "data": self.job.corpus.amounts(),
+            "loads_with": "compresskit" if needs_plugin(store.folder / "student") else "transformers",
             "warnings": list(self.job.forecast.warnings),
             "passes": self.records,
             "export": exports,

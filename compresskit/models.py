@@ -279,7 +279,7 @@ def safetensors_source(source: ModelSource) -> ModelSource:
                 source.folder, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **said
             )
             tokenizer = AutoTokenizer.from_pretrained(source.folder, **said)
-        with writing_to_cache(target), whole_folder(target) as scratch:
+        with writing_to_cache(target), whole_folder(target, replace=False) as scratch:
             model.save_pretrained(scratch)
             tokenizer.save_pretrained(scratch)
     return ModelSource(source.name, target)

@@ -33,18 +33,25 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
+def whole_folder(target: Path, *, replace: bool = True) -> Iterator[Path]:
     """An empty folder beside `target` that takes its place when the block ends well, and vanishes when it does not.
+
+    Args:
+        target: need not exist.
+        replace: what to do with a folder that is there at the end: replace it, or keep it (another process was first).
 
     Raises:
         OSError: a disk that is full or refuses; what was at `target` stays.
     """
-    scratch, old = (target.with_name(f"{mark}{target.name}") for mark in (SCRATCH, _OLD))
-    for left_over in (scratch, old):
+    scratch = target.with_name(f"{SCRATCH}{target.name}.{os.getpid()}")
+    old = target.with_name(f"{_OLD}{target.name}")
+    for left_over in _left_over(target):
         shutil.rmtree(left_over, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
         yield scratch
+        if target.is_dir() and not replace:
+            return
         _flush_tree(scratch)
         if target.is_dir():
             target.rename(old)
@@ -55,6 +62,22 @@ def whole_folder(target: Path) -> Iterator[Path]:
             old.rename(target)
         for left_over in (scratch, old):
             shutil.rmtree(left_over, ignore_errors=True)
+
+
+def _left_over(target: Path) -> list[Path]:
+    """Scratch folders for `target` whose process is gone."""
+    found = target.parent.glob(f"{SCRATCH}{target.name}.*")
+    return [path for path in found if not _is_alive(path.name.rpartition(".")[2])]
+
+
+def _is_alive(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return int(process) != os.getpid()
 
 
 def clear_scratch(folder: Path) -> None:

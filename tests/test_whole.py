@@ -1,5 +1,7 @@
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,40 @@ def test_a_folder_that_cannot_be_finished_leaves_the_one_before(
     with pytest.raises(OSError, match="No space left"):
         attempt()
     assert names(tmp_path / "f") == ["first"]
+    assert names(tmp_path) == ["f"]
+
+
+def test_of_two_processes_that_make_the_same_folder_each_sees_its_own_files(tmp_path: Path) -> None:
+    script = """
+import sys
+from pathlib import Path
+from compresskit.whole import whole_folder
+with whole_folder(Path(sys.argv[1]), replace=False) as scratch:
+    (scratch / "first").write_text(sys.argv[2])
+    print("begun", flush=True)
+    sys.stdin.readline()
+    (scratch / "second").write_text(sys.argv[2])
+"""
+    command = [sys.executable, "-c", script, str(tmp_path / "f")]
+    writers = [
+        subprocess.Popen([*command, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for name in "ab"
+    ]
+    for writer in writers:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "begun\n"
+    for writer in writers:
+        writer.communicate("\n", timeout=60)
+        assert writer.returncode == 0
+    assert [(tmp_path / "f" / name).read_text() for name in ("first", "second")] == ["a", "a"]
+    assert names(tmp_path) == ["f"]
+
+
+def test_scratch_of_a_dead_process_goes_with_the_next_writer(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    (tmp_path / f"{SCRATCH}f.{gone.pid}").mkdir()
+    with whole_folder(tmp_path / "f"):
+        pass
     assert names(tmp_path) == ["f"]
 
 

@@ -56,6 +56,9 @@ def pad(rows: list[list[int]], pad_token_id: int) -> Batch:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+PARTS = ("calibration", "training", "evaluation")
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Three parts of one text that share no sequence; of packed windows, no document either.
@@ -70,3 +73,7 @@ class Corpus:
     evaluation: Sequences
     fingerprint: str
     origin: str = ""
+
+    def amounts(self) -> dict[str, str | int]:
+        """For the report: `origin`, and the number of sequences of each part by its name."""
+        return {"origin": self.origin, **{part: len(getattr(self, part)) for part in PARTS}}

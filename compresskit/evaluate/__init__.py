@@ -4,13 +4,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskit.evaluate.latency import measure_latency, model_latency
 from compresskit.evaluate.quality import Fidelity
-from compresskit.evaluate.size import count_parameters, folder_size_bytes, state_dict_bytes
+from compresskit.evaluate.size import count_parameters, state_dict_bytes
 
 __all__ = [
     "Fidelity",
     "count_parameters",
     "evaluate",
-    "folder_size_bytes",
     "measure_latency",
     "model_latency",
     "state_dict_bytes",

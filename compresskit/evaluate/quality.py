@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.stats import rankdata
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -24,6 +25,7 @@ from compresskit.sentence import MEAN_POOLED, SentenceEmbedding
 NEIGHBOURS = 10
 #: Embeddings whose similarities can be ranked.
 LEAST_COMPARED = 3
+_LEAST_FOR_NEIGHBOURS = 3 * NEIGHBOURS  # among a few more than ten, any ten overlap
 _LOGITS_AT_A_TIME = 2**25  # floats in one batch of logits: 128 MiB
 _FLOAT64_LOGITS_AT_A_TIME = 2**22  # 32 MiB
 
@@ -47,14 +49,14 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def compare_embeddings(original: Tensor, student: Tensor) -> dict[str, float]:
-    """How alike two sets of embeddings of the same texts are; all three figures are 1 for equal sets.
+    """How alike two sets of embeddings of the same texts are; all figures are 1 for equal sets.
 
     Args:
         original, student: (N, D) float64 with N ≥ 3. Widths may differ from 384 but must agree.
 
     Returns:
-        `mean_cosine` of a text's two embeddings; `top10_overlap`, the share of each text's ten nearest others that
-        stay among the ten nearest; `spearman` of all N (N − 1) / 2 pairwise cosine similarities.
+        `mean_cosine` of a text's two embeddings; `spearman` of all N (N − 1) / 2 pairwise cosine similarities; and
+        from 30 texts on `top10_overlap`, the share of each text's ten nearest others that stay among the ten nearest.
 
     Cost: O(N² D) time and O(N²) memory.
     """
@@ -63,11 +65,10 @@ def compare_embeddings(original: Tensor, student: Tensor) -> dict[str, float]:
     similar_o, similar_s = _similarities(original), _similarities(student)
     above = torch.triu_indices(len(original), len(original), offset=1)
     pairs_o, pairs_s = similar_o[above[0], above[1]], similar_s[above[0], above[1]]
-    return {
-        "mean_cosine": float(row_cosines(original, student).mean()),
-        f"top{NEIGHBOURS}_overlap": _neighbour_overlap(similar_o, similar_s),
-        "spearman": rank_correlation(pairs_o.numpy(), pairs_s.numpy()),
-    }
+    figures = {"mean_cosine": float(row_cosines(original, student).mean())}
+    if len(original) >= _LEAST_FOR_NEIGHBOURS:
+        figures[f"top{NEIGHBOURS}_overlap"] = _neighbour_overlap(similar_o, similar_s)
+    return figures | {"spearman": rank_correlation(pairs_o.numpy(), pairs_s.numpy())}
 
 
 def _similarities(embeddings: Tensor) -> Tensor:
@@ -76,12 +77,42 @@ def _similarities(embeddings: Tensor) -> Tensor:
 
 
 def _neighbour_overlap(a: Tensor, b: Tensor) -> float:
-    count = min(NEIGHBOURS, len(a) - 1)
     itself = torch.eye(len(a), dtype=torch.bool)
-    near_a = a.masked_fill(itself, -math.inf).topk(count).indices
-    near_b = b.masked_fill(itself, -math.inf).topk(count).indices
+    near_a = a.masked_fill(itself, -math.inf).topk(NEIGHBOURS).indices
+    near_b = b.masked_fill(itself, -math.inf).topk(NEIGHBOURS).indices
     shared = (near_a[:, :, None] == near_b[:, None, :]).sum()
-    return float(shared) / (len(a) * count)
+    return float(shared) / (len(a) * NEIGHBOURS)
+
+
+def compare_scores(original: Tensor, student: Tensor) -> dict[str, float]:
+    """How alike two models' scores (N, outputs) of the same texts are: heads that regress or rank.
+
+    Returns:
+        `relative_error`, ‖student − original‖ / ‖original − its mean‖; and from three texts on `spearman`, the mean
+        over outputs of the rank correlation.
+    """
+    spread = (original - original.mean(0)).norm()
+    lost = (student - original).norm()
+    figures = {"relative_error": float(lost / spread) if spread > 0 else (0.0 if lost == 0 else math.inf)}
+    if len(original) >= LEAST_COMPARED:
+        pairs = zip(original.T.numpy(), student.T.numpy(), strict=True)
+        figures["spearman"] = float(np.mean([rank_correlation(a, b) for a, b in pairs]))
+    return figures
+
+
+def compare_labels(original: Tensor, student: Tensor) -> dict[str, float]:
+    """How alike two models' logits (N, labels) are where each label is a yes or no of its own.
+
+    Returns:
+        `kl_to_original`, the sum over labels of the divergence of yes and no, in nats a text; `label_flips`, the share
+        of answers that are another.
+    """
+    kl = torch.zeros((), dtype=torch.float64)
+    for sign in (1, -1):
+        log_p, log_q = F.logsigmoid(sign * original.double()), F.logsigmoid(sign * student.double())
+        kl += (log_p.exp() * (log_p - log_q)).sum()
+    flips = ((original > 0) != (student > 0)).double().mean()
+    return {"kl_to_original": float(kl) / len(original), "label_flips": float(flips)}
 
 
 class LogitComparison:
@@ -122,8 +153,10 @@ class Fidelity:
 
     For `feature-extraction`: `mean_cosine`, `top10_overlap` and `spearman` of mean-pooled sentence embeddings; the
     original's are computed once. For `text-generation`: `perplexity` of the text, `kl_to_original` (nats a token) and
-    `top1_flips`. For classification: `kl_to_original`, `top1_flips` and `mean_cosine` of the logits. The original's
-    logits are computed again beside each student's, so that no (all tokens, vocabulary) matrix is ever kept.
+    `top1_flips`. For classification: `kl_to_original`, `top1_flips` and `mean_cosine` of the logits; with several
+    labels at once `kl_to_original` and `label_flips` of each label's yes or no; for scores (one output, rerankers)
+    `relative_error` and `spearman`. The original's logits are computed again beside each student's, so that no (all
+    tokens, vocabulary) matrix is ever kept.
 
     Args:
         original: the untouched model.
@@ -145,8 +178,8 @@ class Fidelity:
         measures: dict[str, Callable[[PreTrainedModel], dict[str, float]]] = {
             "feature-extraction": self._embedding_fidelity,
             "text-generation": self._language_fidelity,
-            "text-classification": self._class_fidelity,
-            "token-classification": self._class_fidelity,
+            "text-classification": self._label_fidelity,
+            "token-classification": self._label_fidelity,
         }
         if task not in measures:
             raise ValueError(f"no fidelity is known for task {task!r}")
@@ -160,10 +193,6 @@ class Fidelity:
     def measure(self, model: PreTrainedModel) -> dict[str, float]:
         """The figures of `model`; it is run in eval mode and left in the mode it was in."""
         return self._measure(model)
-
-    def original_perplexity(self) -> float:
-        """The original's own perplexity on the same text: what a student's is to be compared with."""
-        return self.measure(self.original)["perplexity"]
 
     def _batches(self, size: int) -> Iterator[Batch]:
         total = -(-len(self.sequences) // size)
@@ -186,6 +215,25 @@ class Fidelity:
         sums = self._compare_logits(model, next_token=True)
         perplexity = float(torch.tensor(sums.nll / sums.positions, dtype=torch.float64).exp())  # inf, not an error
         return {"perplexity": perplexity, **sums.divergence()}
+
+    def _label_fidelity(self, model: PreTrainedModel) -> dict[str, float]:
+        config = self.original.config
+        if config.num_labels == 1 or config.problem_type == "regression":
+            return compare_scores(*self._all_logits(model))
+        if config.problem_type == "multi_label_classification":
+            return compare_labels(*self._all_logits(model))
+        return self._class_fidelity(model)
+
+    def _all_logits(self, model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+        """(N, classes) float64 of the original and of `model`; of token heads, a row a real token."""
+        rows: tuple[list[Tensor], list[Tensor]] = ([], [])
+        with evaluating(self.original), evaluating(model):
+            for batch in self._batches(self.batch_size):
+                for one, kept in zip((self.original, model), rows, strict=True):
+                    logits = one(**on_device(batch, one)).logits.cpu().double()
+                    kept.append(logits[batch["attention_mask"].bool()] if logits.dim() == 3 else logits)
+        original, student = (torch.cat(kept) for kept in rows)
+        return original, student
 
     def _class_fidelity(self, model: PreTrainedModel) -> dict[str, float]:
         sums = self._compare_logits(model, next_token=False)

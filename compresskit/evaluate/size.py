@@ -1,7 +1,6 @@
 """How large a model is: weights by number, and bytes as safetensors stores them."""
 
 import json
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -69,8 +68,3 @@ def state_dict_bytes(model: nn.Module) -> int:
         header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
     return 8 + -(-length // 8) * 8 + end
-
-
-def folder_size_bytes(folder: Path) -> int:
-    """Bytes of all files in `folder` and below it."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -116,7 +116,10 @@ class OnnxExport(Exporter):
             files: Baseline = export_baseline(student.original, batch, output=output, opset=self.opset, cache=cache)
             paths = {"baseline": files.float_model, "stock_int8": files.int8_model, "student": path}
         sessions = {name: open_session(file, threads=threads) for name, file in paths.items()}
-        rows = compare_latency(sessions, vocabulary=vocabulary_size(student.model), rounds=self.rounds)
+        positions = getattr(student.model.config.get_text_config(), "max_position_embeddings", None)
+        rows = compare_latency(
+            sessions, vocabulary=vocabulary_size(student.model), positions=positions, rounds=self.rounds
+        )
         entry: dict[str, Any] = {"latency_ms": latency_entry(rows["student"]), "threads": threads}
         if not self.baselines:
             return entry

@@ -69,13 +69,6 @@ def packed_columns(columns: int, bits: int) -> int:
     return (columns * bits + 7) // 8
 
 
-def quantized_bytes(rows: int, columns: int, *, bits: int, group_size: int) -> int:
-    """Bytes of codes, scales and zeros of a (rows, columns) matrix."""
-    groups = count_groups(columns, group_size)
-    zeros = packed_columns(groups, bits) if has_zeros(bits) else 0
-    return rows * (packed_columns(columns, bits) + 4 * groups + zeros)
-
-
 def find_scales(
     weight: Tensor,
     *,

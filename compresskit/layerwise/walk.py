@@ -6,6 +6,7 @@ earlier blocks, sites and passes are seen by the later ones, which can repair th
 
     inside a branch            t = (1 − α) y + α y₀            y the layer's answer today, y₀ the original layer's
     at a writer of the stream  t = y + α (s₀ − s)              s the residual stream after the addition
+    where that is not seen     t = y                           the output is normalised or scaled before the addition
 
 Outputs that were pruned away are left out of y₀. Memory: both models, the moments of one site, and of all calibration
 tokens the hidden states at one depth and, where anchored, the original's outputs at the sites of one block that are
@@ -359,7 +360,7 @@ class Walk:
         linears = {name: self._student.model.get_submodule(name) for name in site.linears}
         weight, bias = stacked_weight(list(linears.values()))
         fit, held_out = (Moments.zeros(weight.shape[1], weight.shape[0]) for _ in range(2))
-        anchored = all(self._original_name(name) in lanes[0].beside for name in site.linears)
+        anchored = self._is_anchored(site, lanes[0])
         block = self._student.model.get_submodule(self._blocks[site.block])
         for lane in lanes:
             writers = site.linears if anchored and site.writes_stream else ()
@@ -378,13 +379,22 @@ class Walk:
             fit, held_out = fit.with_linear_target(weight, bias), held_out.with_linear_target(weight, bias)
         return SiteMoments(fit, held_out)
 
+    def _is_anchored(self, site: Site, lane: _Lane) -> bool:
+        """Whether the original says what the site should give: its layers' outputs, or the stream they are added to.
+
+        A writer whose output is normalised or scaled before the addition (Gemma 3, OLMo 2, Granite) is not anchored:
+        its stream is not seen, and its own original output makes students worse.
+        """
+        names = [self._original_name(name) for name in site.linears]
+        return all((f"{name}+" if site.writes_stream else name) in lane.beside for name in names)
+
     def _target(self, site: Site, lane: _Lane, watch: _Watch, rows: Tensor) -> Tensor:
         """t (tokens, O) of the tokens `rows` of one batch."""
         y = torch.cat([_flat(watch.outputs[name])[rows] for name in site.linears], dim=1)
         first = site.linears[0]
-        was = lane.beside.get(f"{self._original_name(first)}+")
-        if first in watch.streams and was is not None:
-            return y + self._anchor * (was[rows] - _flat(watch.streams[first])[rows])
+        if site.writes_stream:
+            was, now = lane.beside[f"{self._original_name(first)}+"], _flat(watch.streams[first])
+            return y + self._anchor * (was[rows] - now[rows])
         y0 = [self._keep(name, lane.beside[self._original_name(name)][rows]) for name in site.linears]
         return torch.lerp(y, torch.cat(y0, dim=1), self._anchor)
 

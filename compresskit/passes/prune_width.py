@@ -102,14 +102,21 @@ class PruneWidth(Pass):
                 )
 
     def _kept_neurons(self, ffn: FeedForward) -> int:
+        if self.keep.ffn == 1:
+            return ffn.neurons
         kept = round(self.keep.ffn * ffn.neurons / self.round_to) * self.round_to
-        if not 0 < kept <= ffn.neurons:
-            fix = f"use a larger keep or a smaller round_to (now {self.round_to})"
-            raise CompressKitError(f"{self.keep.ffn} of {ffn.neurons} neurons leaves {kept}", where="keep.ffn", fix=fix)
-        return kept if self.keep.ffn < 1 else ffn.neurons
+        if not 0 < kept < ffn.neurons:
+            left = "cuts none" if kept >= ffn.neurons else "leaves none"
+            what = f"{self.keep.ffn} of {ffn.neurons} neurons, in multiples of {self.round_to}, {left}"
+            fix = f"use a {'smaller' if kept else 'larger'} keep or a smaller round_to"
+            raise CompressKitError(what, where="keep.ffn", fix=fix)
+        return kept
 
     def _kept_groups(self, attention: Attention) -> int:
         kept = round(self.keep.heads * attention.kv_heads)
+        if kept == attention.kv_heads and self.keep.heads < 1:
+            what = f"{self.keep.heads} of {attention.kv_heads} heads (key/value groups) cuts none"
+            raise CompressKitError(what, where="keep.heads", fix=f"keep at most {1 - 1 / attention.kv_heads:.3f}")
         if kept == 0:
             what = f"{self.keep.heads} of {attention.kv_heads} heads (key/value groups) leaves none"
             raise CompressKitError(what, where="keep.heads", fix=f"keep at least {1 / attention.kv_heads:.3f}")

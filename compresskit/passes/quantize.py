@@ -131,7 +131,7 @@ class Quantize(Pass):
         return [n for n in inside if n not in kept], [n for n in outside if n not in kept], kept
 
     def _table_edits(self, model: PreTrainedModel) -> tuple[list[Edit], list[str]]:
-        """One edit a table, and the names of those that do more than look up (Gemma): they stay float."""
+        """One edit a table, and the names of those that stay float: more than look-ups (Gemma), and misfits."""
         if self.embeddings is None:
             return [], []
         heads = dict(_tied_heads(model))
@@ -146,6 +146,11 @@ class Quantize(Pass):
                 special.append(name)
                 continue
             size = self._table_group(table, tied=name in heads)
+            if name in heads and not size:
+                if self.on_misfit == "error":
+                    raise _odd_table_error(name, heads[name], table.embedding_dim)
+                special.append(name)
+                continue
             edits.append(QuantizeEmbedding(target=name, head=heads.get(name), bits=self.embeddings, group_size=size))
         return edits, special
 
@@ -267,6 +272,15 @@ def _misfit_error(
     fixes.append("say on_misfit: keep to leave them in float")
     where = "group_size" if inside else "targets"
     return CompressKitError("\n  ".join(parts), where=where, fix="; or ".join(fixes))
+
+
+def _odd_table_error(table: str, head: str, width: int) -> CompressKitError:
+    sizes = " nor ".join(map(str, _OUTSIDE_GROUPS))
+    return CompressKitError(
+        f"neither {sizes} divides the {width} columns of {table}, whose integers {head} reads too",
+        where="embeddings",
+        fix="say embeddings: null, or on_misfit: keep, to leave it in float",
+    )
 
 
 @torch.no_grad()

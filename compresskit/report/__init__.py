@@ -8,6 +8,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from compresskit.report.figures import (
+    background,
     further_facts,
     label,
     metric_names,
@@ -58,6 +59,7 @@ def render_html(report: dict[str, Any]) -> str:
         rows=pass_rows(report),
         metrics=metric_names(report),
         verdicts=verdicts(report),
+        background=background(report),
         exports=[(one, speed_rows(one), shape_rows(one), further_facts(one)) for one in report["export"]],
     )
 

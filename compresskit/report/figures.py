@@ -8,8 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from compresskit.export.runtime import headline
+
 #: Figures in which a change is told in points of per cent; the others are told as plain differences.
-_SHARES = frozenset({"top1_flips"})
+_SHARES = frozenset({"top1_flips", "label_flips"})
 _LABELS = {
     "p50_ms": "torch p50 ms",
     "p95_ms": "torch p95 ms",
@@ -19,6 +21,8 @@ _LABELS = {
     "perplexity": "perplexity",
     "kl_to_original": "KL to original",
     "top1_flips": "top-1 flips",
+    "label_flips": "label flips",
+    "relative_error": "relative error",
 }
 _BASELINES = {"baseline": "original, float ONNX", "stock_int8": "original, onnxruntime's stock dynamic int8"}
 
@@ -141,7 +145,7 @@ def speed_rows(entry: dict[str, Any]) -> list[SpeedRow]:
     for name, own in found:
         latency = own["latency_ms"]
         share = f"{own['size_bytes'] / base['size_bytes']:.1%}" if base else ""
-        speed = f"{base['latency_ms']['p50'] / latency['p50']:.2f} ×" if base else ""
+        speed = f"{_times_as_fast(own, base):.2f} ×" if base else ""
         times = (f"{latency['p50']:.2f}", f"{latency['p95']:.2f}")
         rows.append(SpeedRow(name, write_bytes(own["size_bytes"]), share, *times, speed))
     return rows
@@ -165,6 +169,20 @@ def further_facts(entry: dict[str, Any]) -> dict[str, Any]:
     return facts
 
 
+def background(report: dict[str, Any]) -> list[str]:
+    """One sentence on what loads the student, and one on the text that it was made and measured with."""
+    found: list[str] = []
+    if report.get("loads_with") == "transformers":
+        found.append("The checkpoint loads with transformers alone.")
+    elif report.get("loads_with"):
+        found.append(f"The checkpoint loads with transformers after `import {report['loads_with']}`.")
+    data = dict(report.get("data") or {})
+    if data:
+        origin = data.pop("origin")
+        found.append(f"Text: {origin}; sequences: {', '.join(f'{part} {count}' for part, count in data.items())}.")
+    return found
+
+
 def verdicts(report: dict[str, Any]) -> list[str]:
     """One sentence for each comparison of an export with a baseline; what is worse than a baseline comes first."""
     bad, good = [], []
@@ -178,7 +196,7 @@ def verdicts(report: dict[str, Any]) -> list[str]:
 
 def _compare(entry: dict[str, Any], base: dict[str, Any], name: str) -> tuple[str, bool]:
     share = entry["size_bytes"] / base["size_bytes"]
-    speed = base["latency_ms"]["p50"] / entry["latency_ms"]["p50"]
+    speed = _times_as_fast(entry, base)
     smaller, faster = share < 1, speed >= 1
     head = {
         (True, True): "Smaller and faster",
@@ -190,6 +208,19 @@ def _compare(entry: dict[str, Any], base: dict[str, Any], name: str) -> tuple[st
     tie = "and" if smaller == faster else "but"
     sentence = f"{head} than the {name}: the {entry['kind']} student has {share:.1%} of the bytes {tie} "
     return sentence + (f"is {pace}." if faster else f"{pace}."), smaller and faster
+
+
+def _times_as_fast(own: dict[str, Any], other: dict[str, Any]) -> float:
+    """How many times as fast one timed file is as another, at the longest shape of one text.
+
+    Speeds are medians over rounds of paired times, relative to the float baseline, which has none of its own; where
+    they are missing the medians are compared.
+    """
+    speeds = [entry.get("speed") for entry in (own, other)]
+    if not any(speeds):
+        return other["latency_ms"]["p50"] / own["latency_ms"]["p50"]
+    ours, theirs = (speed[headline(speed)] if speed else 1.0 for speed in speeds)
+    return ours / theirs
 
 
 def _is_finite(value: Any) -> bool:

@@ -7,7 +7,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from compresskit.report.figures import Cell, label, metric_names, pass_rows, speed_rows, verdicts
+from compresskit.report.figures import Cell, background, label, metric_names, pass_rows, speed_rows, verdicts
 
 _WIDEST = 400  # a table is as wide as it needs to be; wrapping numbers would make it unreadable
 
@@ -19,7 +19,7 @@ def render_table(report: dict[str, Any]) -> str:
         report: as `report.json` holds it.
     """
     parts = [f"{report['model']}", *(f"! {text}" for text in report.get("warnings", ()))]
-    parts += verdicts(report)
+    parts += [*verdicts(report), *background(report)]
     parts.append(_as_text(_passes(report)))
     parts += [_as_text(_export(entry)) for entry in report["export"]]
     return "\n".join(part for part in parts if part)

@@ -19,7 +19,14 @@ from transformers import (
 
 from compresskit.data import DataSource, Sequences, prepare_corpus
 from compresskit.evaluate import Fidelity, evaluate
-from compresskit.evaluate.quality import LogitComparison, compare_embeddings, rank_correlation, row_cosines
+from compresskit.evaluate.quality import (
+    LogitComparison,
+    compare_embeddings,
+    compare_labels,
+    compare_scores,
+    rank_correlation,
+    row_cosines,
+)
 from compresskit.models import find_model, load_model, load_tokenizer
 
 
@@ -104,7 +111,7 @@ def test_batch_size_changes_no_figure_beyond_rounding(task_and_model, texts):
 def test_language_figures_equal_the_textbook_sums(tiny_llama_folder, texts):
     original = AutoModelForCausalLM.from_pretrained(tiny_llama_folder).eval()
     student = damaged(original, 0.3)
-    kl, nll, flips, nll_original = [], [], [], []
+    kl, nll, flips = [], [], []
     with torch.no_grad():
         for row in texts.rows:
             ids = torch.tensor([row])
@@ -112,14 +119,12 @@ def test_language_figures_equal_the_textbook_sums(tiny_llama_folder, texts):
             log_q = student(ids).logits[0, :-1].double().log_softmax(-1)
             kl.append(F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1))
             nll.append(F.nll_loss(log_q, ids[0, 1:], reduction="none"))
-            nll_original.append(F.nll_loss(log_p, ids[0, 1:], reduction="none"))
             flips.append((log_p.argmax(-1) != log_q.argmax(-1)).double())
     fidelity = Fidelity(original, texts, task="text-generation")
     found = fidelity.measure(student)
     assert found["kl_to_original"] == pytest.approx(torch.cat(kl).mean().item(), rel=1e-4)
     assert found["perplexity"] == pytest.approx(torch.cat(nll).mean().exp().item(), rel=1e-5)
     assert found["top1_flips"] == pytest.approx(torch.cat(flips).mean().item(), abs=1e-12)
-    assert fidelity.original_perplexity() == pytest.approx(torch.cat(nll_original).mean().exp().item(), rel=1e-5)
 
 
 def test_chunks_of_tokens_add_up_to_the_whole(monkeypatch):
@@ -134,6 +139,38 @@ def test_chunks_of_tokens_add_up_to_the_whole(monkeypatch):
     assert pieces.flips == whole.flips
     assert pieces.kl == pytest.approx(whole.kl, rel=1e-14)
     assert pieces.nll == pytest.approx(whole.nll, rel=1e-14)
+
+
+def test_scores_of_one_output_are_compared_as_numbers_and_not_as_classes(tiny_bert_folder, texts):
+    torch.manual_seed(0)
+    original = BertForSequenceClassification.from_pretrained(tiny_bert_folder, num_labels=1).eval()
+    fidelity = Fidelity(original, texts, task="text-classification")
+    assert fidelity.measure(copy.deepcopy(original)) == {"relative_error": 0.0, "spearman": 1.0}
+    figures = fidelity.measure(damaged(original, 1.0))
+    assert figures["relative_error"] > 0.1
+    assert figures["spearman"] < 0.99
+
+
+def test_score_figures_equal_the_textbook_ones():
+    original = torch.tensor([[1.0], [2.0], [3.0], [6.0]], dtype=torch.float64)
+    student = torch.tensor([[2.0], [1.0], [3.0], [6.0]], dtype=torch.float64)
+    found = compare_scores(original, student)
+    assert found["relative_error"] == pytest.approx((2 / 14) ** 0.5)
+    assert found["spearman"] == pytest.approx(1 - 6 * 2 / (4 * 15))
+
+
+def test_labels_that_are_each_a_yes_or_no_are_compared_so():
+    original = torch.tensor([[2.0, -1.0, 0.5], [-3.0, 4.0, 1.0]])
+    student = torch.tensor([[1.0, 1.0, 0.5], [-3.0, 4.0, -0.5]])
+    found = compare_labels(original, student)
+    p, q = (torch.distributions.Bernoulli(logits=logits.double()) for logits in (original, student))
+    assert found["kl_to_original"] == pytest.approx(torch.distributions.kl_divergence(p, q).sum(1).mean().item())
+    assert found["label_flips"] == pytest.approx(2 / 6)
+
+
+def test_few_texts_have_no_ten_nearest_to_compare():
+    assert "top10_overlap" not in compare_embeddings(*torch.randn(2, 29, 8, dtype=torch.float64))
+    assert "top10_overlap" in compare_embeddings(*torch.randn(2, 30, 8, dtype=torch.float64))
 
 
 def test_a_student_with_other_logits_is_a_programming_error():

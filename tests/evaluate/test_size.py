@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from compresskit.evaluate import count_parameters, folder_size_bytes, state_dict_bytes
+from compresskit.evaluate import count_parameters, state_dict_bytes
 from compresskit.models import find_model, load_empty, load_model
 
 
@@ -76,10 +76,3 @@ def test_the_real_minilm_has_its_published_size():
     assert count_parameters(model) == 22_713_216
     assert count_parameters(load_empty(source, "feature-extraction")) == 22_713_216
     assert state_dict_bytes(model) == pytest.approx(4 * 22_713_216, rel=1e-3)
-
-
-def test_a_folder_counts_files_at_every_depth(tmp_path):
-    (tmp_path / "inner").mkdir()
-    (tmp_path / "a").write_bytes(b"12345")
-    (tmp_path / "inner" / "b").write_bytes(b"123")
-    assert folder_size_bytes(tmp_path) == 8

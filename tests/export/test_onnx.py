@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -359,8 +361,10 @@ def test_an_interrupted_export_leaves_the_earlier_one_whole(
 
 
 def test_what_a_killed_export_left_behind_is_no_obstacle(traced: Student, tmp_path: Path) -> None:
-    (tmp_path / ".tmp-onnx").mkdir()
-    (tmp_path / ".tmp-onnx" / MODEL_FILE).write_bytes(b"half")
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    (tmp_path / f".tmp-onnx.{gone.pid}").mkdir()
+    (tmp_path / f".tmp-onnx.{gone.pid}" / MODEL_FILE).write_bytes(b"half")
     OnnxExport(**FAST).write(traced, tmp_path / "onnx")  # type: ignore[arg-type]
     assert [path.name for path in tmp_path.iterdir()] == ["onnx"]
     open_session(tmp_path / "onnx" / MODEL_FILE, threads=1)

@@ -8,7 +8,6 @@ from compresskit.layers.grid import (
     find_scales,
     pack,
     quantize_weight,
-    quantized_bytes,
     unpack,
 )
 
@@ -101,11 +100,6 @@ def test_large_matrices_in_chunks_give_the_codes_of_their_rows_alone() -> None:
     alone = quantize_weight(weight[2998:], bits=4, group_size=32, clip_points=2)
     assert torch.equal(whole.codes[2998:], alone.codes)
     assert torch.equal(whole.scales[2998:], alone.scales)
-
-
-@pytest.mark.parametrize(("bits", "expected"), [(8, 12 * (48 + 3 * 4)), (4, 12 * (24 + 3 * 4 + 2))])
-def test_bytes_count_codes_scales_and_zeros(bits: int, expected: int) -> None:
-    assert quantized_bytes(12, 48, bits=bits, group_size=16) == expected
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:

@@ -117,6 +117,18 @@ def test_target_of_a_stream_writer_adds_what_the_stream_has_lost(family):
     torch.testing.assert_close(moments.t, expected.sum(0), rtol=1e-3, atol=1e-2)
 
 
+def test_a_writer_whose_output_is_normalised_before_the_addition_is_not_anchored():
+    student = tiny_student("gemma3")
+    with torch.no_grad():
+        for parameter in student.model.parameters():
+            parameter.mul_(1.05)
+    writers = [site for site in find_anatomy(student.model).sites if site.writes_stream]
+    assert writers
+    anchored, free = (collect(student, anchor, writers) for anchor in (1.0, 0.0))
+    for site in writers:
+        torch.testing.assert_close(anchored[site].all.tx, free[site].all.tx)
+
+
 def test_original_outputs_are_cut_to_what_the_student_kept():
     student = tiny_student("llama")
     PruneWidth(keep=0.5).apply(student, generator=torch.Generator())  # type: ignore[arg-type]
