@@ -174,7 +174,7 @@ def _hidden_of(output: Any) -> Tensor:
 
 
 @contextmanager
-def _replaced_forwards(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+def replaced_forwards(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
     """Each module computes `forward` for the time of the context."""
     own = [vars(module).get("forward") for module in modules]
     try:
@@ -214,7 +214,7 @@ def _block_calls(model: nn.Module, blocks: Sequence[str], batch: Batch) -> tuple
     handles = [module.register_forward_pre_hook(record, with_kwargs=True) for module in modules]
     handles.append(modules[0].register_forward_hook(lambda _module, _args, given: output.append(given)))
     try:
-        with _replaced_forwards(modules[1:], lambda *args, **kwargs: output[0]):
+        with replaced_forwards(modules[1:], lambda *args, **kwargs: output[0]):
             model(**batch)
     except _AllSeenError:
         pass
