@@ -3,8 +3,8 @@
     y = P x            P (k, in), some k columns of which are independent, in the order π: P Π = [I  R]
     y = x[π₁…ₖ] + R x[πₖ₊₁…]                                   R (k, in − k)
 
-Any A (k, in) of rank k is such a P times an invertible (k, k) matrix, so the first of two low-rank factors loses nothing
-by it: what is left over goes into the second.
+Any A (k, in) of rank k is such a P times an invertible (k, k) matrix, so the first of two low-rank factors loses
+nothing by it: what is left over goes into the second.
 Source: pivoting factorisation (PIFA, arXiv:2501.19090), which picks rows of the second factor instead; columns of the
 first leave the outputs, which later passes may cut, plain.
 """
@@ -30,7 +30,7 @@ def pivot_columns(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     A = matrix.double()
     k = len(A)
-    triangle, order = qr(A.numpy(), mode="r", pivoting=True, check_finite=False)
+    triangle, order = qr(A.numpy(), mode="r", pivoting=True)  # pyright: ignore[reportAssignmentType]
     pi, T = torch.from_numpy(order).long(), torch.from_numpy(triangle)
     size = T.diagonal().abs()
     rank = int((size > _NEGLIGIBLE * size[0]).sum())

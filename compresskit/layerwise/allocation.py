@@ -8,7 +8,8 @@ corner, and never more than one hull step from it (Lagrangian relaxation of the 
 """
 
 import heapq
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -38,6 +39,30 @@ def _slope(options: Sequence[Option], cheap: int, dear: int) -> float:
     return (options[dear].loss - options[cheap].loss) / (options[dear].cost - options[cheap].cost)
 
 
+def greedy_path(items: Sequence[Sequence[Option]], budget: float = math.inf) -> Iterator[list[int]]:
+    """The choices that the greedy walk passes, from the cheapest of all on; each but the first buys one hull step.
+
+    A step that the budget cannot pay ends its item's walk, not the others'.
+    """
+    hulls = [lower_hull(options) for options in items]
+    place = [0] * len(items)
+    spent = sum(options[hull[0]].cost for options, hull in zip(items, hulls, strict=True))
+    steps = [(_slope(o, h[0], h[1]), i) for i, (o, h) in enumerate(zip(items, hulls, strict=True)) if len(h) > 1]
+    heapq.heapify(steps)
+    yield [hull[0] for hull in hulls]
+    while steps:
+        _, item = heapq.heappop(steps)
+        options, hull, at = items[item], hulls[item], place[item]
+        price = options[hull[at + 1]].cost - options[hull[at]].cost
+        if spent + price > budget:
+            continue
+        spent += price
+        place[item] = at = at + 1
+        yield [hull[index] for hull, index in zip(hulls, place, strict=True)]
+        if at + 1 < len(hull):
+            heapq.heappush(steps, (_slope(options, hull[at], hull[at + 1]), item))
+
+
 def allocate(items: Sequence[Sequence[Option]], budget: int) -> list[int]:
     """The index of the option that each item takes.
 
@@ -48,24 +73,12 @@ def allocate(items: Sequence[Sequence[Option]], budget: int) -> list[int]:
     Raises:
         ValueError: the cheapest options alone cost more.
     """
-    hulls = [lower_hull(options) for options in items]
-    place = [0] * len(items)
-    spent = sum(options[hull[0]].cost for options, hull in zip(items, hulls, strict=True))
-    if spent > budget:
-        raise ValueError(f"the cheapest options cost {spent}, the budget is {budget}")
-    steps = [(_slope(o, h[0], h[1]), i) for i, (o, h) in enumerate(zip(items, hulls, strict=True)) if len(h) > 1]
-    heapq.heapify(steps)
-    while steps:
-        _, item = heapq.heappop(steps)
-        options, hull, at = items[item], hulls[item], place[item]
-        price = options[hull[at + 1]].cost - options[hull[at]].cost
-        if spent + price > budget:
-            continue  # a cheaper step of another item may still fit
-        spent += price
-        place[item] = at = at + 1
-        if at + 1 < len(hull):
-            heapq.heappush(steps, (_slope(options, hull[at], hull[at + 1]), item))
-    return _spend_rest(items, [hull[at] for hull, at in zip(hulls, place, strict=True)], budget - spent)
+    least = sum(min(option.cost for option in options) for options in items)
+    if least > budget:
+        raise ValueError(f"the cheapest options cost {least}, the budget is {budget}")
+    *_, chosen = greedy_path(items, budget)
+    spent = sum(options[index].cost for options, index in zip(items, chosen, strict=True))
+    return _spend_rest(items, chosen, budget - spent)
 
 
 def _spend_rest(items: Sequence[Sequence[Option]], chosen: list[int], left: int) -> list[int]:

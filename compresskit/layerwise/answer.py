@@ -1,7 +1,7 @@
 """What a model answers, how far another answer is from it, and which way the answer moves with its layers' outputs.
 
-Of a model with a head the answer is the distribution of its logits, of any other its last hidden states, seen as means of
-Gaussians of one variance; the distance is the KL divergence of either, in nats.
+Of a model with a head the answer is the distribution of its logits, of any other its last hidden states, seen as means
+of Gaussians of one variance; the distance is the KL divergence of either, in nats.
 """
 
 # N answers (real tokens or sequences), V vocabulary, classes or width

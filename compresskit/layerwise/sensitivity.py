@@ -25,7 +25,7 @@ from compresskit.data import Batch
 from compresskit.layerwise.answer import has_logits, read_answer, sampled_score
 from compresskit.layerwise.output_pca import OutputMetric
 from compresskit.layerwise.weights import stacked_weight
-from compresskit.surgery.sites import without_cache
+from compresskit.surgery.sites import find_blocks, without_cache
 
 #: What every direction counts beside what was measured, in units of the mean: few tokens leave some at zero.
 _DAMPING = 1e-2
@@ -54,21 +54,21 @@ class Fisher:
     count: int
     outputs: int
 
-    def metric(self, weight: Tensor) -> OutputMetric:
-        """F as a quadratic form for the group's stacked weight (O, I), today's."""
+    def metric(self, weight: Tensor | None = None) -> OutputMetric:
+        """F as a quadratic form for the group's stacked weight (O, I), today's; None for a block."""
         G = self.matrix.double() / max(self.count, 1)
         mean = self.power / max(self.count, 1) / self.outputs
         beyond = self.outputs - len(G)
         rest = max(self.power / max(self.count, 1) - float(G.trace()), 0.0) / beyond if beyond else mean
         damping = max(_DAMPING * mean, _NOTHING)
         G.diagonal().add_(damping)
-        return OutputMetric(range_basis(weight), G, rest + damping)
+        return OutputMetric(None if weight is None else range_basis(weight), G, rest + damping)
 
 
 def collect_fisher(
     model: PreTrainedModel, batches: Iterable[Batch], groups: Sequence[Group], generator: torch.Generator
 ) -> dict[Group, Fisher]:
-    """The Fisher information of the outputs of each group, on the model as it is.
+    """The Fisher information of the outputs of each group, and of each block's output, on the model as it is.
 
     Args:
         model: weights are not changed and get no gradient.
@@ -79,9 +79,12 @@ def collect_fisher(
     Cost: a forward and a backward pass, and T (O r + r²) products a group.
     """
     sums = {group: _empty(model, group) for group in groups}
+    width = int(model.config.get_text_config().hidden_size)
+    for block in find_blocks(model):
+        sums[block,] = Fisher(torch.zeros(width, width), 0.0, 0, width), None
     with _frozen(model), without_cache(model), torch.enable_grad():
         for batch in batches:
-            gradients = _output_gradients(model, batch, {name for group in groups for name in group}, generator)
+            gradients = _output_gradients(model, batch, {name for group in sums for name in group}, generator)
             real = batch["attention_mask"].bool().flatten()
             for group, (fisher, basis) in sums.items():
                 if all(name in gradients for name in group):
@@ -106,10 +109,11 @@ def _add(fisher: Fisher, g: Tensor, basis: Tensor | None) -> None:
 def _output_gradients(
     model: PreTrainedModel, batch: Batch, names: Iterable[str], generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """∂ score / ∂ y of each named linear, (tokens, O), padding included; none for a linear that was not run."""
+    """∂ score / ∂ y of each named linear or block, (tokens, O), padding included; none for one that was not run."""
     gradients: dict[str, Tensor] = {}
 
-    def watch(name: str, _module: nn.Module, _args: object, output: Tensor) -> None:
+    def watch(name: str, _module: nn.Module, _args: object, given: Tensor | tuple[Tensor, ...]) -> None:
+        output = given if isinstance(given, Tensor) else given[0]
         output.register_hook(lambda gradient: gradients.__setitem__(name, gradient.flatten(0, -2)))
 
     handles = [model.get_submodule(name).register_forward_hook(partial(watch, name)) for name in names]

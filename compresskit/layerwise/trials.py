@@ -1,7 +1,7 @@
 """Trials: what the model's answer loses when one layer is changed and all others are as they were.
 
-The model runs once on a few sequences as it is; a trial in block b starts from what block b − 1 gave then, so it costs the
-blocks from b on and the head.
+The model runs once on a few sequences as it is; a trial in block b starts from what block b − 1 gave then, so it costs
+the blocks from b on and the head.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from compresskit.data import Batch
 from compresskit.layerwise.answer import divergence, has_logits, read_answer
-from compresskit.layerwise.walk import replaced_forwards
+from compresskit.layerwise.watch import replaced_forwards
 from compresskit.surgery.sites import find_blocks, without_cache
 
 

@@ -44,6 +44,12 @@ def stacked_weight(layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None]:
     return torch.cat(weights), torch.cat(filled)
 
 
+def row_indices(layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+    """The rows of a stacked weight that belong to each layer."""
+    sizes = [int(layer.out_features) for layer in layers]  # type: ignore[arg-type]
+    return torch.arange(sum(sizes)).split(sizes)
+
+
 @torch.no_grad()
 def set_weight(layer: nn.Module, weight: Tensor) -> None:
     """Write W (O, I) into a layer of that shape.

@@ -168,7 +168,8 @@ def keep_inputs(module: nn.Module, keep: Tensor) -> None:
     """
     linear = module.factor_in if isinstance(module, LowRankLinear) else module
     if isinstance(module, LowRankLinear) and isinstance(linear, PivotedLinear):
-        return _keep_pivoted_inputs(module, linear, keep)
+        _keep_pivoted_inputs(module, linear, keep)
+        return
     if not isinstance(linear, nn.Linear):
         raise CompressKitError(f"cannot cut the inputs of a {type(module).__name__}", fix="prune before quantising")
     index = keep.to(linear.weight.device)
