@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
+from torch import Tensor
 
 from compresskit.cache import writing_to_cache
 from compresskit.whole import write_whole
@@ -44,14 +45,26 @@ def cached_json(path: Path, make: Callable[[], Any]) -> Any:
     return made
 
 
-def read_rows(path: Path) -> dict[str, list[list[int]]] | None:
-    """The named token rows written by `write_rows`; None where the file is missing or damaged."""
+def read_tensors(path: Path) -> dict[str, Tensor] | None:
+    """The named tensors written by `write_tensors`; None where the file is missing or damaged."""
     body = _unseal(path)
     if body is None:
         return None
     try:
-        tensors = load_tensors(body)
+        return load_tensors(body)
     except SafetensorError:  # sealed by another program
+        return None
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write named tensors, sealed."""
+    _write(path, _seal(save_tensors(tensors)))
+
+
+def read_rows(path: Path) -> dict[str, list[list[int]]] | None:
+    """The named token rows written by `write_rows`; None where the file is missing or damaged."""
+    tensors = read_tensors(path)
+    if tensors is None:
         return None
     parts = [name.removesuffix(".tokens") for name in tensors if name.endswith(".tokens")]
     return {
@@ -66,4 +79,4 @@ def write_rows(path: Path, parts: dict[str, list[list[int]]]) -> None:
     for part, rows in parts.items():
         tensors[f"{part}.tokens"] = torch.tensor([token for row in rows for token in row], dtype=torch.int32)
         tensors[f"{part}.lengths"] = torch.tensor([len(row) for row in rows], dtype=torch.int32)
-    _write(path, _seal(save_tensors(tensors)))
+    write_tensors(path, tensors)

@@ -4,11 +4,14 @@
     after   y = B (A x) + b'       A (rank, in), B (out, rank)          rank · (in + out) weights
 
 Linears that read the same input (query, key and value; gate and up) may share one A: the first of them owns it, the
-others keep an unregistered reference, so that the weight exists, is saved and is exported once.
+others keep an unregistered reference, so that the weight exists, is saved and is exported once. Pivoted, A holds an
+identity (`PivotedLinear`): rank · (in + out − rank) weights, fewer than the dense layer's at every rank below full.
 """
 
 import torch
 from torch import Tensor, nn
+
+from compresskit.layers.pivoted_linear import PivotedLinear
 
 
 class LowRankLinear(nn.Module):
@@ -19,6 +22,7 @@ class LowRankLinear(nn.Module):
         out_features: width of y, shape (…, out_features).
         rank: width between the factors.
         bias: whether `expand` adds a bias.
+        pivot: whether `reduce` is a PivotedLinear.
         shares: the layer whose `reduce` this one uses; None where it owns its own.
     """
 
@@ -29,6 +33,7 @@ class LowRankLinear(nn.Module):
         rank: int,
         *,
         bias: bool,
+        pivot: bool = False,
         shares: "LowRankLinear | None" = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -37,12 +42,16 @@ class LowRankLinear(nn.Module):
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         # A tuple hides the owner from nn.Module: its factor must not appear a second time among the parameters.
         self._owner = (shares,) if shares is not None else ()
-        self.reduce = None if shares else nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.reduce: nn.Module | None = None
+        if shares is None and pivot:
+            self.reduce = PivotedLinear(in_features, rank, device=device, dtype=dtype)
+        elif shares is None:
+            self.reduce = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
         self.expand = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
 
     @property
     def factor_in(self) -> nn.Module:
-        """The module that computes A x, whoever owns it (a linear, or a quantised one)."""
+        """The module that computes A x, whoever owns it (a linear, a pivoted or a quantised one)."""
         owner = self._owner[0] if self._owner else self
         assert owner.reduce is not None
         return owner.reduce

@@ -13,28 +13,25 @@ tokens the hidden states at one depth and, where anchored, the original's output
 still to be visited.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from compresskit.data import Batch
 from compresskit.errors import CompressKitError
 from compresskit.layerwise.moments import Moments
+from compresskit.layerwise.watch import AllSeenError, Watch, replaced_forwards
 from compresskit.layerwise.weights import stacked_weight
 from compresskit.progress import track
 from compresskit.student import Student
 from compresskit.surgery.provenance import kept_outputs
 from compresskit.surgery.sites import Site, find_blocks, without_cache
 
-_ADDITIONS = {torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__add__, torch.Tensor.__radd__}
-_ADDITIONS.add(torch.Tensor.__iadd__)
 #: Sequences without which nothing can be kept apart to choose the shrinkage by.
 LEAST_CALIBRATION = 2
 #: Tokens whose inputs and targets are copied to float64 together; a whole batch of a wide layer is a hundred megabytes.
@@ -67,71 +64,20 @@ class SiteMoments:
         return SiteMoments(self.fit.without_bias(bias), self.held_out.without_bias(bias))
 
 
-class _AllSeenError(Exception):
-    """Ends a block's forward as soon as everything wanted from it is there."""
+@dataclass(frozen=True)
+class BlockBatch:
+    """One batch at a block that all sites of were visited.
 
-
-class _Watch(TorchFunctionMode):
-    """Records what named linears of a block read and give, and the sum that a stream writer's output is added into.
-
-    Copies are kept: a block may go on to change its tensors in place.
-
-    Args:
-        linears: modules by name.
-        writers: those of them whose sum is wanted too.
-        read: the one whose input is wanted, if any.
-        stop_early: leave the block once all is seen.
+    Attributes:
+        run: what the student's block gives for it as it is now, (batch, length, width).
+        target: what the original's gave, of the same shape.
+        fit_rows, held_out_rows: flat indices of real tokens.
     """
 
-    def __init__(
-        self, linears: Mapping[str, nn.Module], writers: Collection[str], *, read: str | None, stop_early: bool
-    ) -> None:
-        super().__init__()
-        self.input: Tensor | None = None
-        self.outputs: dict[str, Tensor] = {}
-        self.streams: dict[str, Tensor] = {}
-        self._linears, self._writers, self._read, self._stop_early = linears, writers, read, stop_early
-        self._given: dict[str, Tensor] = {}
-
-    def _saw(self, name: str, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if name == self._read:
-            self.input = args[0].clone()
-        self.outputs[name] = output.clone()
-        if name in self._writers:
-            self._given[name] = output
-        self._stop_if_complete()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run `func`; where it adds the watched output of a writer, keep the sum."""
-        result = func(*args, **(kwargs or {}))
-        if func in _ADDITIONS:
-            for name in self._writers:
-                if name in self._given and name not in self.streams and _one_is(self._given[name], args[:2]):
-                    self.streams[name] = result.clone()
-                    self._stop_if_complete()
-        return result
-
-    def _stop_if_complete(self) -> None:
-        if self._stop_early and len(self.outputs) == len(self._linears) and len(self.streams) == len(self._writers):
-            raise _AllSeenError
-
-    def run(self, call: Callable[[], Tensor]) -> Tensor | None:
-        """What the block gives, under watch; None where it was left early."""
-        handles = [module.register_forward_hook(partial(self._saw, name)) for name, module in self._linears.items()]
-        try:
-            with self:
-                return call()
-        except _AllSeenError:
-            return None
-        finally:
-            self._given.clear()
-            for handle in handles:
-                handle.remove()
-
-
-def _one_is(output: Tensor, args: Sequence[Any]) -> bool:
-    """Whether an argument is `output`, by address: dropout in eval mode may hand on an alias."""
-    return any(isinstance(a, Tensor) and a.data_ptr() == output.data_ptr() for a in args)
+    run: Callable[[], Tensor]
+    target: Tensor
+    fit_rows: Tensor
+    held_out_rows: Tensor
 
 
 @dataclass
@@ -174,22 +120,6 @@ def _hidden_of(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-@contextmanager
-def _replaced_forwards(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
-    """Each module computes `forward` for the time of the context."""
-    own = [vars(module).get("forward") for module in modules]
-    try:
-        for module in modules:
-            module.forward = forward
-        yield
-    finally:
-        for module, before in zip(modules, own, strict=True):
-            if before is None:
-                vars(module).pop("forward", None)
-            else:
-                module.forward = before
-
-
 def _block_calls(model: nn.Module, blocks: Sequence[str], batch: Batch) -> tuple[list[Any], Tensor]:
     """How the model calls each of `blocks` (without the hidden states), and the hidden states before the first.
 
@@ -210,14 +140,14 @@ def _block_calls(model: nn.Module, blocks: Sequence[str], batch: Batch) -> tuple
             first.append(hidden)
         calls.append(rest)
         if len(calls) == len(modules):
-            raise _AllSeenError
+            raise AllSeenError
 
     handles = [module.register_forward_pre_hook(record, with_kwargs=True) for module in modules]
     handles.append(modules[0].register_forward_hook(lambda _module, _args, given: output.append(given)))
     try:
-        with _replaced_forwards(modules[1:], lambda *args, **kwargs: output[0]):
+        with replaced_forwards(modules[1:], lambda *args, **kwargs: output[0]):
             model(**batch)
-    except _AllSeenError:
+    except AllSeenError:
         pass
     finally:
         for handle in handles:
@@ -282,12 +212,20 @@ class Walk:
 
     Args:
         student: its model is changed by `solve`; its original is only read.
-        anchor: α in [0, 1]; at 0 the original is not run.
+        anchor: α in [0, 1]; at 0 the original is not run, unless `finish` needs it.
+        finish: called after the sites of each block, with the block's name and batches.
         batch_tokens: tokens run together, padding included.
     """
 
-    def __init__(self, student: Student, *, anchor: float, batch_tokens: int = 2048) -> None:
-        self._student, self._anchor = student, anchor
+    def __init__(
+        self,
+        student: Student,
+        *,
+        anchor: float,
+        finish: Callable[[str, list[BlockBatch]], None] | None = None,
+        batch_tokens: int = 2048,
+    ) -> None:
+        self._student, self._anchor, self._finish = student, anchor, finish
         self._blocks = find_blocks(student.model)
         self._kept = kept_outputs(student.edits)
         self._original_modules = dict(student.original.named_modules())
@@ -313,6 +251,8 @@ class Walk:
                 self._advance_original(index, here, lanes)
                 for site in here:
                     solve(site, self._collect(site, lanes))
+                if here and self._finish:
+                    self._finish(self._blocks[index], self._block_batches(index, lanes))
                 self._advance_student(index, lanes)
 
     def _open_lanes(self) -> list[_Lane]:
@@ -328,7 +268,7 @@ class Walk:
         period = min(4, len(calibration))
         for batch in calibration.batches(max(1, self._batch_tokens // len(calibration.rows[-1]))):
             calls, hidden = _block_calls(student, self._blocks, batch)
-            beside = _block_calls(original, self._blocks[:1], batch)[1] if self._anchor else None
+            beside = _block_calls(original, self._blocks[:1], batch)[1] if self._anchor or self._finish else None
             lanes.append(_Lane(calls, hidden, beside, *_split_rows(batch, sequences, period)))
             sequences += len(batch["input_ids"])
         return lanes
@@ -336,16 +276,25 @@ class Walk:
     def _advance_original(self, index: int, sites: Sequence[Site], lanes: list[_Lane]) -> None:
         """Run the original's block, keeping what its layers at `sites` give."""
         block = self._student.original.get_submodule(self._blocks[index])
-        names = {self._original_name(name): site for site in sites for name in site.linears}
+        watched = sites if self._anchor else ()
+        names = {self._original_name(name): site for site in watched for name in site.linears}
         linears = {name: self._original_modules[name] for name in names if name in self._original_modules}
         writers = [name for name in linears if names[name].writes_stream]
         for lane in lanes:
             if lane.original is None:
                 return
-            watch = _Watch(linears, writers, read=None, stop_early=False)
+            watch = Watch(linears, writers, read=None, stop_early=False)
             lane.original = watch.run(partial(lane.run, block, index, lane.original))
             lane.beside = {name: _flat(output) for name, output in watch.outputs.items()}
             lane.beside |= {f"{name}+": _flat(stream) for name, stream in watch.streams.items()}
+
+    def _block_batches(self, index: int, lanes: list[_Lane]) -> list[BlockBatch]:
+        block = self._student.model.get_submodule(self._blocks[index])
+        return [
+            BlockBatch(partial(lane.run, block, index, lane.student), lane.original, lane.fit_rows, lane.held_out_rows)
+            for lane in lanes
+            if lane.original is not None
+        ]
 
     def _advance_student(self, index: int, lanes: list[_Lane]) -> None:
         block = self._student.model.get_submodule(self._blocks[index])
@@ -364,7 +313,7 @@ class Walk:
         block = self._student.model.get_submodule(self._blocks[site.block])
         for lane in lanes:
             writers = site.linears if anchored and site.writes_stream else ()
-            watch = _Watch(linears, writers, read=site.linears[0], stop_early=True)
+            watch = Watch(linears, writers, read=site.linears[0], stop_early=True)
             watch.run(partial(lane.run, block, site.block, lane.student))
             assert watch.input is not None
             x = _flat(watch.input)
@@ -388,7 +337,7 @@ class Walk:
         names = [self._original_name(name) for name in site.linears]
         return all((f"{name}+" if site.writes_stream else name) in lane.beside for name in names)
 
-    def _target(self, site: Site, lane: _Lane, watch: _Watch, rows: Tensor) -> Tensor:
+    def _target(self, site: Site, lane: _Lane, watch: Watch, rows: Tensor) -> Tensor:
         """t (tokens, O) of the tokens `rows` of one batch."""
         y = torch.cat([_flat(watch.outputs[name])[rows] for name in site.linears], dim=1)
         first = site.linears[0]

@@ -6,16 +6,19 @@ import torch
 from torch import Tensor, nn
 
 from compresskit.layers.low_rank import LowRankLinear
+from compresskit.layers.pivoted_linear import PivotedLinear, pivot_columns
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
-    """W (O, I) of a float linear, or B A of a low-rank one; not a copy where none is needed.
+    """W (O, I) of a float linear, a pivoted one, or B A of a low-rank one; not a copy where none is needed.
 
     Raises:
         TypeError: a layer without a float weight.
     """
     if isinstance(layer, LowRankLinear):
         return dense_weight(layer.expand) @ dense_weight(layer.factor_in)
+    if isinstance(layer, PivotedLinear):
+        return layer.weight_from(dense_weight(layer.rest))
     if isinstance(layer, nn.Linear):
         return layer.weight.detach()
     raise TypeError(f"{type(layer).__name__} has no float weight")
@@ -41,6 +44,12 @@ def stacked_weight(layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None]:
     return torch.cat(weights), torch.cat(filled)
 
 
+def row_indices(layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+    """The rows of a stacked weight that belong to each layer."""
+    sizes = [int(layer.out_features) for layer in layers]  # type: ignore[arg-type]
+    return torch.arange(sum(sizes)).split(sizes)
+
+
 @torch.no_grad()
 def set_weight(layer: nn.Module, weight: Tensor) -> None:
     """Write W (O, I) into a layer of that shape.
@@ -48,10 +57,27 @@ def set_weight(layer: nn.Module, weight: Tensor) -> None:
     A low-rank layer keeps its B and takes A = B⁺ W, the best A for that B; `dense_weight` then says what it became.
     """
     if isinstance(layer, LowRankLinear):
-        B = layer.expand.weight.double()
-        layer.factor_in.weight.copy_(torch.linalg.lstsq(B, weight.double()).solution)  # type: ignore[union-attr,operator]
+        B = dense_weight(layer.expand).double()
+        set_factors([layer], B, torch.linalg.lstsq(B, weight.double()).solution)
     else:
         layer.weight.copy_(weight)  # type: ignore[union-attr,operator]
+
+
+@torch.no_grad()
+def set_factors(layers: Sequence[LowRankLinear], B: Tensor, A: Tensor) -> None:
+    """Write B (O, rank) and A (rank, I) into layers that share A: each takes its rows of B.
+
+    A pivoted first factor takes A = G P and B takes G, which is the same map.
+    """
+    first = layers[0].factor_in
+    if isinstance(first, PivotedLinear):
+        order, rest, pivots = pivot_columns(A)
+        first.set_columns(order, rest)
+        B = B.double() @ pivots
+    else:
+        first.weight.copy_(A)  # type: ignore[union-attr,operator]
+    for layer, rows in zip(layers, B.split([layer.out_features for layer in layers]), strict=True):
+        layer.expand.weight.copy_(rows)  # type: ignore[union-attr,operator]
 
 
 @torch.no_grad()

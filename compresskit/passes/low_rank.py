@@ -1,15 +1,22 @@
-"""Low rank: linears that read the same input become one thin A followed by a B each.
+"""Low rank: linears that read the same input become one thin A followed by a B each, or a thin A and B of their own.
 
     before  y = W x + b        after  y = B (A x) + b'        A (k, in), B (out, k)
 
-B is the top-k eigenvectors of the output covariance M C Mᵀ and A = Bᵀ M (output PCA): the exact minimiser of
-E‖M x − B A x‖² over rank k, equal to SVD-LLM's whitening (arXiv:2403.07378) without its Cholesky inverse, so a singular
-moment is no problem (Swift-SVD, arXiv:2604.01609). M is today's weight, or the anchored target of
-`layerwise.objective`. Means go into the bias. Not for matrices that are already thin: a rank at or above
-out·in / (out + in) saves nothing.
-Departure from the papers: one A for all linears of an input site (query, key, value), which lifts that break-even.
+B and A are the exact minimisers of E (M x − B A x)ᵀ F (M x − B A x) over rank k (`layerwise.output_pca`). M is today's
+weight, or the anchored target of `layerwise.objective`; means go into the bias. F is the Fisher information of the
+model's answer (`metric: fisher`, one backward pass over calibration text) or the identity (`metric: output`: plain
+output PCA, the optimum of SVD-LLM, arXiv:2403.07378). A holds an identity (`pivot`), so that factors of rank k have
+k · (in + out − k) weights and save some at every rank (PIFA, arXiv:2501.19090).
+
+How many ranks each site gets under one budget: `uniform`, the same share everywhere; `energy`, least sum of predicted
+errors; `kl`, the same corrected by what trials on the model show.
+Not for matrices that are already thin. Departures from the papers: the whole Fisher matrix of a layer's outputs and
+not a number a row; linears of an input site share A where that is predicted to lose less at equal weights.
 """
 
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,68 +25,29 @@ from torch import Tensor, nn
 
 from compresskit.errors import CompressKitError
 from compresskit.layers.low_rank import LowRankLinear
-from compresskit.layerwise.objective import fit_weight, folded_bias
-from compresskit.layerwise.walk import SiteMoments, Walk
-from compresskit.layerwise.weights import layer_bias, stacked_weight
+from compresskit.layerwise.objective import fit_weight
+from compresskit.layerwise.output_pca import solve_output_pca, squared_error
+from compresskit.layerwise.ranks import (
+    Ranks,
+    SiteCurve,
+    allocate_ranks,
+    break_even_rank,
+    even_ranks,
+    factor_weights,
+    rank_for,
+    site_options,
+)
+from compresskit.layerwise.refine import refine_block
+from compresskit.layerwise.sensitivity import Group
+from compresskit.layerwise.survey import Survey, take_survey
+from compresskit.layerwise.walk import BlockBatch, SiteMoments, Walk
+from compresskit.layerwise.weights import layer_bias, row_indices, set_bias, set_factors, stacked_weight
 from compresskit.passes.base import PASSES, Pass, Trait
 from compresskit.student import Student
 from compresskit.surgery.edits import Edit, MakeLowRank
 from compresskit.surgery.sites import Site, find_anatomy, select
 
-RANK_MULTIPLE = 8
-#: Ranks of at least four of these are multiples of it, so that the usual group size of a later quantiser divides them.
-_COARSE_MULTIPLE = 32
-
-
-def break_even_rank(out_features: int, in_features: int) -> int:
-    """The largest rank whose factors hold fewer weights than the dense matrix."""
-    return (out_features * in_features - 1) // (out_features + in_features)
-
-
-def rank_for(keep: float, out_features: int, in_features: int, *, round_to: int | None = None) -> int:
-    """The rank whose factors hold about `keep` of the dense matrix's weights.
-
-    Args:
-        keep: share that stays, in (0, 1].
-        round_to: the rank is the nearest multiple of it that still saves weights, and at least one multiple; None
-            takes 32 from rank 128 on and 8 below.
-    """
-    exact = keep * out_features * in_features / (out_features + in_features)
-    step = round_to or (_COARSE_MULTIPLE if exact >= 4 * _COARSE_MULTIPLE else RANK_MULTIPLE)
-    saving = break_even_rank(out_features, in_features) // step
-    return max(1, min(round(exact / step), saving)) * step
-
-
-def low_rank_factors(target: Tensor, rank: int, *, moment: Tensor) -> tuple[Tensor, Tensor, float]:
-    """The rank-`rank` factors B, A that minimise E‖M x − B A x‖² over the calibration inputs x, and that error.
-
-    Args:
-        target: M, shape (out, in), any float dtype; computed in float64; not modified.
-        rank: 1 ≤ rank ≤ min(out, in). Parameters fall only below out·in / (out + in).
-        moment: C = E[x xᵀ], shape (in, in), symmetric, positive semi-definite.
-
-    Returns:
-        B (out, rank) with orthonormal columns, A (rank, in), both float64, and the error: the sum of the eigenvalues
-        of M C Mᵀ that were cut.
-
-    Raises:
-        ValueError: rank out of range, or shapes that do not agree.
-
-    Cost: one `eigh` of the smaller of (out, out) and (in, in) in float64; a QR of M where out is the larger.
-    Source: output PCA, equal to SVD-LLM's whitening (arXiv:2403.07378) without its Cholesky inverse.
-    """
-    out_features, in_features = target.shape
-    if moment.shape != (in_features, in_features):
-        raise ValueError(f"moment is {tuple(moment.shape)}, the target has {in_features} inputs")
-    if not 1 <= rank <= min(out_features, in_features):
-        raise ValueError(f"rank {rank} is not in 1…{min(out_features, in_features)}")
-    M, C = target.double(), moment.double()
-    # M = Q R with orthonormal Q: the eigenvectors of M C Mᵀ are Q times those of the small R C Rᵀ.
-    Q, R = torch.linalg.qr(M) if out_features > in_features else (None, M)
-    eigenvalues, vectors = torch.linalg.eigh(R @ C @ R.T)
-    B = vectors[:, -rank:].flip(1)
-    B = B if Q is None else Q @ B
-    return B, B.T @ M, float(eigenvalues[:-rank].clamp_min(0).sum())
+LOG = logging.getLogger(__name__)
 
 
 @PASSES.add
@@ -92,14 +60,32 @@ class LowRank(Pass):
     )
     rank: int | None = Field(default=None, ge=1, description="one rank for every target, instead of keep")
     targets: str = Field(default="*", description="glob over the names of linears inside blocks")
-    round_to: int | None = Field(
-        default=None, ge=1, description="ranks are multiples of this; by default 32, or 8 below 128"
+    allocation: Literal["uniform", "energy", "kl"] = Field(
+        default="energy",
+        description="the same share at every site, or the least sum of predicted (energy) or tried (kl) losses",
     )
-    share: bool = Field(default=True, description="linears that read the same input share their first factor")
+    floor: float = Field(
+        default=0.25, ge=0, le=1, description="of energy and kl: no site goes below this share of its share of keep"
+    )
+    metric: Literal["fisher", "output"] = Field(
+        default="fisher", description="which errors of a layer count: by what the model's answer feels, or all alike"
+    )
+    pivot: bool = Field(default=True, description="the first factor holds an identity, which is not stored")
+    round_to: int | None = Field(
+        default=None, ge=1, description="ranks are multiples of this; by default 32, or 8 where they are small"
+    )
+    share: Literal["auto"] | bool = Field(
+        default="auto",
+        description="linears that read the same input share their first factor; auto: where it is better",
+    )
     bias: bool = Field(default=True, description="give a bias to layers that have none, to fold the mean into")
     anchor: float = Field(
         default=1.0, ge=0, le=1, description="how far the target moves to the original's output (alpha)"
     )
+    refine: Literal["none", "block"] = Field(
+        default="none", description="block: train each block's factors together to give what the original's block does"
+    )
+    refine_rounds: int = Field(default=8, ge=1, description="of refine: passes over the calibration text in each block")
     on_misfit: Literal["error", "keep"] = Field(
         default="error",
         description="a layer whose factors would save nothing: an error, or it stays dense and is listed",
@@ -107,65 +93,162 @@ class LowRank(Pass):
 
     adds: ClassVar[frozenset[Trait]] = frozenset({"low_rank"})
     refuses: ClassVar[frozenset[Trait]] = frozenset({"quantized"})
+    version: ClassVar[int] = 2
 
     @model_validator(mode="after")
     def _one_size(self) -> "LowRank":
         if (self.keep is None) == (self.rank is None):
             raise ValueError("give either keep or rank")
+        if self.rank and "allocation" in self.model_fields_set and self.allocation != "uniform":
+            raise ValueError(f"allocation: {self.allocation} spreads a share of the weights; give keep instead of rank")
         return self
 
-    def plan(self, model: nn.Module) -> list[Edit]:
-        """One edit per site whose factors save weights."""
-        return [edit for _, edit in self._planned(model)[0]]
+    @property
+    def _allocates(self) -> bool:
+        return self.keep is not None and self.allocation != "uniform"
 
-    def _planned(self, model: nn.Module) -> tuple[list[tuple[Site, MakeLowRank]], list[str]]:
-        """Sites with their edits in order of execution, and the names that stay dense."""
+    @property
+    def _share(self) -> bool | None:
+        return None if self.share == "auto" else self.share
+
+    def plan(self, model: nn.Module) -> list[Edit]:
+        """The edits of an even spread, shared wherever sharing is left open: the data decide which ranks it will be.
+
+        The weights add up to about the same; only `allocation: uniform` with `share: true` or `false` has these shapes.
+        """
+        sites, _ = self._sites(model)
+        return [self._edit(group, rank) for site in sites for group, rank in self._even(model, site)]
+
+    def _edit(self, group: Group, rank: int) -> MakeLowRank:
+        return MakeLowRank(targets=group, rank=rank, bias=self.bias, pivot=self.pivot)
+
+    def _even(self, model: nn.Module, site: Site) -> Ranks:
+        """The ranks of one site at its own share of the weights, as shapes alone tell."""
+        groups = [(name,) for name in site.linears] if self.share is False else [site.linears]
+        return tuple((group, self._rank(*_shape(model, group))) for group in groups)
+
+    def _rank(self, rows: int, columns: int) -> int:
+        return self.rank or rank_for(self.keep or 1, rows, columns, round_to=self.round_to, pivot=self.pivot)
+
+    def _sites(self, model: nn.Module) -> tuple[list[Site], list[str]]:
+        """The sites to factorise in order of execution, each with its targeted linears, and names that stay dense.
+
+        Raises:
+            CompressKitError: layers that cannot be factorised, all in one.
+        """
         anatomy = find_anatomy(model)  # type: ignore[arg-type]
         chosen = set(select(anatomy.linears(), self.targets))
-        planned: list[tuple[Site, MakeLowRank]] = []
+        found: list[Site] = []
         misfits: dict[str, str] = {}
-        for site in anatomy.sites:
+        for site in anatomy.sites if self.keep != 1 else ():
             names = tuple(name for name in site.linears if name in chosen)
-            for group in [names] if self.share else [(name,) for name in names]:
-                if not group or self.keep == 1:
-                    continue
-                layers = [model.get_submodule(name) for name in group]
-                if any(isinstance(layer, LowRankLinear) for layer in layers):
-                    misfits[", ".join(group)] = "is low rank already"
-                    continue
-                rows = sum(int(layer.out_features) for layer in layers)  # type: ignore[arg-type]
-                columns = int(layers[0].in_features)  # type: ignore[arg-type]
-                rank = self.rank or rank_for(self.keep or 1, rows, columns, round_to=self.round_to)
-                if rank > break_even_rank(rows, columns):
-                    limit = break_even_rank(rows, columns)
-                    misfits[", ".join(group)] = f"({rows}x{columns}): rank {rank} saves nothing above {limit}"
-                    continue
-                part = Site(site.block, group, site.writes_stream)
-                planned.append((part, MakeLowRank(targets=group, rank=rank, bias=self.bias)))
+            done = [name for name in names if isinstance(model.get_submodule(name), LowRankLinear)]
+            misfits |= dict.fromkeys(done, "is low rank already")
+            part = Site(site.block, tuple(name for name in names if name not in done), site.writes_stream)
+            if part.linears and not self._allocates:
+                limits = self._beyond_break_even(model, part)
+                misfits |= limits
+                left = tuple(name for name in part.linears if name not in limits)
+                part = Site(part.block, left, part.writes_stream)
+            if part.linears:
+                found.append(part)
         if misfits and self.on_misfit == "error":
-            listed = "\n    ".join(f"{names} {why}" for names, why in misfits.items())
+            listed = "\n    ".join(f"{name} {why}" for name, why in misfits.items())
             raise CompressKitError(
                 f"{len(misfits)} of the targeted layers cannot be factorised:\n    {listed}",
                 where="targets",
                 fix="lower keep or rank, narrow targets, or say on_misfit: keep",
             )
-        return planned, [name for names in misfits for name in names.split(", ")]
+        return found, list(misfits)
+
+    def _beyond_break_even(self, model: nn.Module, site: Site) -> dict[str, str]:
+        """The layers of a site whose factors would save nothing, and why."""
+        found: dict[str, str] = {}
+        for group, rank in self._even(model, site):
+            rows, columns = _shape(model, group)
+            limit = break_even_rank(rows, columns, pivot=self.pivot)
+            if rank > limit:
+                found |= dict.fromkeys(group, f"({rows}x{columns}): rank {rank} saves nothing above {limit}")
+        return found
 
     def apply(self, student: Student, *, generator: torch.Generator) -> dict[str, Any]:
-        """Walk the blocks and factorise each site on the moments it sees."""
-        planned, kept_dense = self._planned(student.model)
-        edits = dict(planned)
+        """Survey the sites where anything is left open, choose ranks, then walk the blocks and factorise each site."""
+        sites, kept_dense = self._sites(student.model)
+        if not sites:
+            return {"layers": {}, "kept_dense": kept_dense}
+        survey = self._survey(student, sites, generator)
+        ranks = self._choose(student.model, sites, survey)
+        factorised = {name for choice in ranks for group, _ in choice for name in group}
+        kept_dense += [name for site in sites for name in site.linears if name not in factorised]
         layers: dict[str, dict[str, Any]] = {}
+        refined: dict[str, dict[str, Any]] = {}
+        choices = {site: choice for site, choice in zip(sites, ranks, strict=True) if choice}
+        summary = _summary(student.model, sites, ranks, pivot=self.pivot)
+        _log_choice(sites, ranks, summary)
 
         def solve(site: Site, moments: SiteMoments) -> None:
-            layers[" + ".join(site.linears)] = self._factorise(student, edits[site], moments)
+            layers.update(self._factorise(student, site, choices[site], moments, survey))
 
-        if planned:
-            Walk(student, anchor=self.anchor).run(edits, solve, label=self.kind)
-        return {"layers": layers, "kept_dense": kept_dense}
+        def finish(block: str, batches: list[BlockBatch]) -> None:
+            metric = survey.fisher[block,].metric().matrix if survey.fisher else None
+            module = student.model.get_submodule(block)
+            done = refine_block(module, batches, rounds=self.refine_rounds, metric=metric, generator=generator)
+            refined[block] = asdict(done)
 
-    def _factorise(self, student: Student, edit: MakeLowRank, moments: SiteMoments) -> dict[str, Any]:
-        modules = [student.model.get_submodule(name) for name in edit.targets]
+        Walk(student, anchor=self.anchor, finish=finish if self.refine == "block" else None).run(
+            choices, solve, label=self.kind
+        )
+        return {"layers": layers, "kept_dense": kept_dense, "allocation": summary, "refined": refined}
+
+    def _survey(self, student: Student, sites: list[Site], generator: torch.Generator) -> Survey:
+        if not self._allocates and self.metric == "output" and self.share != "auto":
+            return Survey({}, {})
+        return take_survey(
+            student,
+            sites,
+            weighted=self.metric == "fisher",
+            measured=self._allocates and self.allocation == "kl",
+            bias=self.bias,
+            seed=generator.initial_seed(),
+        )
+
+    def _choose(self, model: nn.Module, sites: list[Site], survey: Survey) -> list[Ranks]:
+        """The ranks of each site.
+
+        Raises:
+            CompressKitError: a budget that the floor or the smallest ranks do not leave room for.
+        """
+        if not survey.curves or (not self._allocates and self._share is False):
+            return [self._even(model, site) for site in sites]
+        curves = [survey.curves[site.linears] for site in sites]
+        if not self._allocates or self.keep is None:
+            return [self._even_shared(curve) for curve in curves]
+        options = [
+            site_options(
+                curve, share=self._share, pivot=self.pivot, round_to=self.round_to, floor=self.floor * self.keep
+            )
+            for curve in curves
+        ]
+        total = sum(curve.dense_weights for curve in curves)
+        try:
+            return allocate_ranks(options, int(self.keep * total))
+        except ValueError as error:
+            least = sum(min(option.cost for option in site) for site in options) / total
+            raise CompressKitError(
+                f"keep {self.keep:g} of {total} weights cannot be met: the smallest factors hold {least:.3f} of them",
+                where="keep",
+                fix=f"use keep: {least:.2f} or more, a smaller round_to, or a lower floor",
+            ) from error
+
+    def _even_shared(self, curve: SiteCurve) -> Ranks:
+        rank = self._rank(sum(curve.outputs), curve.inputs)
+        return even_ranks(curve, rank, share=self._share, pivot=self.pivot, round_to=self.round_to)
+
+    def _factorise(
+        self, student: Student, site: Site, ranks: Ranks, moments: SiteMoments, survey: Survey
+    ) -> dict[str, dict[str, Any]]:
+        """Replace the layers of one site, and say what each group lost."""
+        modules = [student.model.get_submodule(name) for name in site.linears]
         weight, bias = stacked_weight(modules)
         centred = self.bias or all(layer_bias(module) is not None for module in modules)
         if bias is not None and not centred:
@@ -174,29 +257,55 @@ class LowRank(Pass):
             target, mean, shrinkage = fit_weight(weight, moments.fit, moments.held_out, centred=centred)
         else:
             target, mean, shrinkage = weight.double(), moments.all.mean(centred=centred), float("inf")
-        B, A, tail = low_rank_factors(target, edit.rank, moment=mean.C)
-        new_bias = folded_bias(B @ A, mean) if centred else bias
-        student.edit(edit)
-        _fill(student.model, edit, B, A, new_bias)
-        power = float(((target @ mean.C) * target).sum())
-        return {
-            "rank": edit.rank,
-            "relative_error": (tail / power) ** 0.5 if power > 0 else 0.0,
-            "shrinkage": None if shrinkage == float("inf") else shrinkage,
-        }
+        rows_of = row_indices(modules)
+        notes: dict[str, dict[str, Any]] = {}
+        for group, rank in ranks:
+            rows = torch.cat([rows_of[site.linears.index(name)] for name in group])
+            metric = survey.fisher[group].metric(weight[rows]) if survey.fisher else None
+            B, A = solve_output_pca(target[rows], moment=mean.C, metric=metric).factors(rank)
+            student.edit(self._edit(group, rank))
+            new_bias = mean.nu[rows] - B @ (A @ mean.mu) if centred else bias
+            _fill(student.model, group, B, A, new_bias if centred or bias is None else bias[rows])
+            power = squared_error(target[rows], torch.zeros_like(target[rows]), mean.C)
+            lost = squared_error(target[rows], B @ A, mean.C)
+            notes[" + ".join(group)] = {
+                "rank": rank,
+                "relative_error": (lost / power) ** 0.5 if power > 0 else 0.0,
+                "shrinkage": None if shrinkage == float("inf") else shrinkage,
+            }
+        return notes
 
 
-@torch.no_grad()
-def _fill(model: nn.Module, edit: MakeLowRank, B: Tensor, A: Tensor, bias: Tensor | None) -> None:
-    """Write the shared A and each layer's rows of B and bias."""
-    row = 0
-    for name in edit.targets:
-        layer = model.get_submodule(name)
-        assert isinstance(layer, LowRankLinear)
-        if layer.reduce is not None:
-            layer.reduce.weight.copy_(A)
-        rows = slice(row, row + layer.out_features)
-        layer.expand.weight.copy_(B[rows])
-        if layer.expand.bias is not None and bias is not None:
-            layer.expand.bias.copy_(bias[rows])
-        row = rows.stop
+def _shape(model: nn.Module, group: Group) -> tuple[int, int]:
+    """Outputs of all layers of a group together, and their inputs."""
+    layers = [model.get_submodule(name) for name in group]
+    return sum(int(layer.out_features) for layer in layers), int(layers[0].in_features)  # type: ignore[arg-type]
+
+
+def _fill(model: nn.Module, group: Group, B: Tensor, A: Tensor, bias: Tensor | None) -> None:
+    """Write the factors of a group, and each layer's part of the stacked bias (O,)."""
+    layers = [layer for name in group if isinstance(layer := model.get_submodule(name), LowRankLinear)]
+    set_factors(layers, B, A)
+    for layer, rows in zip(layers, row_indices(layers), strict=True):
+        if bias is not None and layer_bias(layer) is not None:
+            set_bias(layer, bias[rows])
+
+
+def _summary(model: nn.Module, sites: Sequence[Site], ranks: Sequence[Ranks], *, pivot: bool) -> dict[str, int]:
+    """How many weights the sites had and have."""
+    before = after = 0
+    for site, choice in zip(sites, ranks, strict=True):
+        rows, columns = _shape(model, site.linears)
+        before += rows * columns
+        left = set(site.linears) - {name for group, _ in choice for name in group}
+        after += sum(_shape(model, (name,))[0] * columns for name in left)
+        after += sum(factor_weights(*_shape(model, group), rank, pivot=pivot) for group, rank in choice)
+    return {"weights_before": before, "weights_after": after}
+
+
+def _log_choice(sites: Sequence[Site], ranks: Sequence[Ranks], summary: dict[str, int]) -> None:
+    """The allocation, a line a site."""
+    LOG.info("%d of %d weights stay:", summary["weights_after"], summary["weights_before"])
+    for site, choice in zip(sites, ranks, strict=True):
+        said = ", ".join(f"rank {rank} for {' + '.join(group)}" for group, rank in choice)
+        LOG.info("  %s", said or f"dense: {', '.join(site.linears)}")

@@ -99,7 +99,8 @@ class Quantize(Pass):
 
     def _site_edits(self, anatomy: Anatomy, inside: Sequence[str]) -> list[tuple[Site, QuantizeLinears]]:
         """The sites of `inside` in order of execution, each with its edit."""
-        averages = {name for part in anatomy.attentions for name in (part.output, f"{part.output}.reduce")}
+        last = ("", ".reduce", ".reduce.rest")
+        averages = {f"{part.output}{factor}" for part in anatomy.attentions for factor in last}
         size = self.group_size if isinstance(self.group_size, int) else 0
         edits: list[tuple[Site, QuantizeLinears]] = []
         for site in anatomy.sites:

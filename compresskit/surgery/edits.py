@@ -19,6 +19,7 @@ from compresskit.config import Config, Registry
 from compresskit.errors import CompressKitError
 from compresskit.layers.int8_linear import Int8Linear
 from compresskit.layers.low_rank import LowRankLinear
+from compresskit.layers.pivoted_linear import PivotedLinear, pivot_columns
 from compresskit.layers.quant_embedding import QuantEmbedding
 from compresskit.layers.quant_linear import QuantLinear
 
@@ -124,6 +125,8 @@ class MakeLowRank(_Replacing):
     rank: int
     #: whether each layer has a bias afterwards (a centred fit adds one)
     bias: bool
+    #: whether A holds an identity among its columns
+    pivot: bool = False
 
     def apply(self, model: nn.Module) -> None:
         """Insert zero factors; the pass fills them."""
@@ -135,6 +138,7 @@ class MakeLowRank(_Replacing):
                 old.out_features,
                 self.rank,
                 bias=self.bias or old.bias is not None,
+                pivot=self.pivot,
                 shares=owner,
                 device=old.weight.device,
                 dtype=old.weight.dtype,
@@ -157,14 +161,39 @@ def keep_outputs(module: nn.Module, keep: Tensor) -> None:
 
 
 def keep_inputs(module: nn.Module, keep: Tensor) -> None:
-    """Cut a linear (or the first factor of a low-rank one) to the inputs `keep`, in place."""
+    """Cut a linear (or the first factor of a low-rank one) to the inputs `keep`, in place.
+
+    Raises:
+        CompressKitError: integers, or a pivoted factor that would have no more inputs than its rank.
+    """
     linear = module.factor_in if isinstance(module, LowRankLinear) else module
+    if isinstance(module, LowRankLinear) and isinstance(linear, PivotedLinear):
+        _keep_pivoted_inputs(module, linear, keep)
+        return
     if not isinstance(linear, nn.Linear):
         raise CompressKitError(f"cannot cut the inputs of a {type(module).__name__}", fix="prune before quantising")
     index = keep.to(linear.weight.device)
     linear.weight = nn.Parameter(linear.weight.detach().index_select(1, index), linear.weight.requires_grad)
     for part in (module, linear):
         setattr(part, "in_features", len(keep))  # noqa: B010
+
+
+def _keep_pivoted_inputs(module: LowRankLinear, old: PivotedLinear, keep: Tensor) -> None:
+    """The same for a pivoted first factor: other inputs become its pivots, and `expand` makes up for the difference."""
+    if len(keep) <= module.rank:
+        what = f"{len(keep)} inputs are left for a factor of rank {module.rank}"
+        raise CompressKitError(what, fix="cut less, or give low_rank a smaller keep, or prune before it")
+    if not isinstance(old.rest, nn.Linear) or not isinstance(module.expand, nn.Linear):
+        raise CompressKitError("cannot cut the inputs of quantised factors", fix="prune before quantising")
+    weight = old.rest.weight
+    new = PivotedLinear(len(keep), module.rank, device=weight.device, dtype=weight.dtype)
+    if weight.device.type != "meta":
+        order, rest, pivots = pivot_columns(old.weight_from(weight.detach())[:, keep])
+        new.set_columns(order, rest)
+        left = module.expand.weight.detach().double() @ pivots
+        module.expand.weight = nn.Parameter(left.to(weight.dtype), module.expand.weight.requires_grad)
+    new.requires_grad_(weight.requires_grad)
+    module.reduce, module.in_features = new, len(keep)
 
 
 class _Cutting(Edit):

@@ -18,6 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compresskit.layers.int8_linear import Int8Linear
 from compresskit.layers.low_rank import LowRankLinear
+from compresskit.layers.pivoted_linear import PivotedLinear
 from compresskit.layers.quant_embedding import QuantEmbedding
 from compresskit.layers.quant_linear import QuantLinear
 from compresskit.models import STUDENT_METHOD
@@ -37,7 +38,7 @@ def dump_edits(edits: list[Edit]) -> list[dict[str, Any]]:
     return [edit.model_dump(mode="json") for edit in edits]
 
 
-_INSERTED = (LowRankLinear, QuantLinear, Int8Linear, QuantEmbedding)
+_INSERTED = (LowRankLinear, PivotedLinear, QuantLinear, Int8Linear, QuantEmbedding)
 
 
 def _stand_in(module: nn.Module) -> list[str]:

@@ -19,6 +19,7 @@ from compresskit.config import did_you_mean
 from compresskit.errors import CompressKitError
 from compresskit.layers.int8_linear import Int8Linear
 from compresskit.layers.low_rank import LowRankLinear
+from compresskit.layers.pivoted_linear import PivotedLinear
 from compresskit.layers.quant_linear import QuantLinear
 
 LinearLike = nn.Linear | LowRankLinear | QuantLinear | Int8Linear
@@ -80,7 +81,7 @@ class Anatomy:
 class _Call:
     name: str
     block: int
-    source: int
+    source: tuple[int, str]  # of the tensor it reads; pivoted factors read inputs of their own choice
     in_features: int
     out_features: int
 
@@ -164,14 +165,16 @@ def _trace(model: PreTrainedModel, blocks: tuple[str, ...], *, factors: bool) ->
         f"{name}.{child}"
         for name, module in model.named_modules()
         if isinstance(module, LowRankLinear)
-        for child in ("reduce", "expand")
+        for child in ("reduce", "reduce.rest", "expand")
     }
+    pivoted = {f"{name}.rest": module for name, module in model.named_modules() if isinstance(module, PivotedLinear)}
 
     def watch(name: str, block: int, module: nn.Module):
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             seen_inputs.append(args[0])
+            source = (id(args[0]), name if name in pivoted else "")
             earlier = next((call for call in calls if call.name == name), None)
-            if earlier is not None and earlier.source != id(args[0]):
+            if earlier is not None and earlier.source != source:
                 raise CompressKitError(
                     f"{name} runs more than once, on different inputs: there is no one thing that it should give",
                     where=type(model).__name__,
@@ -179,9 +182,10 @@ def _trace(model: PreTrainedModel, blocks: tuple[str, ...], *, factors: bool) ->
                 )
             if earlier is not None:  # the first factor of several low-rank layers
                 return
-            calls.append(_Call(name, block, id(args[0]), int(module.in_features), int(module.out_features)))  # type: ignore[arg-type]
+            calls.append(_Call(name, block, source, int(module.in_features), int(module.out_features)))  # type: ignore[arg-type]
 
-        return module.register_forward_pre_hook(hook)
+        # A pivoted factor picks its inputs anew for each layer that shares it: watch what it picks them from.
+        return pivoted.get(name, module).register_forward_pre_hook(hook)
 
     handles = []
     for index, block in enumerate(blocks):
@@ -205,7 +209,7 @@ def _trace(model: PreTrainedModel, blocks: tuple[str, ...], *, factors: bool) ->
 
 
 def _group_by_input(calls: list[_Call]) -> list[list[_Call]]:
-    groups: dict[int, list[_Call]] = {}
+    groups: dict[tuple[int, str], list[_Call]] = {}
     for call in calls:
         groups.setdefault(call.source, []).append(call)
     return list(groups.values())

@@ -8,8 +8,10 @@ from families import FAMILIES, answer, tiny, tiny_student
 from pydantic import ValidationError
 
 from compresskit.errors import CompressKitError
+from compresskit.layerwise.output_pca import solve_output_pca
+from compresskit.layerwise.ranks import break_even_rank, rank_for
 from compresskit.layerwise.weights import dense_weight
-from compresskit.passes.low_rank import LowRank, break_even_rank, low_rank_factors, rank_for
+from compresskit.passes.low_rank import LowRank
 from compresskit.surgery.sites import find_anatomy
 
 
@@ -25,7 +27,8 @@ def problem(outputs: int, inputs: int, *, rank: int | None = None, seed: int = 0
 @pytest.mark.parametrize("rank", [1, 5, 11])
 def test_predicted_error_is_the_measured_one(outputs, inputs, rank):
     weight, x, moment = problem(outputs, inputs)
-    B, A, predicted = low_rank_factors(weight, rank, moment=moment)
+    pca = solve_output_pca(weight, moment=moment)
+    (B, A), predicted = pca.factors(rank), float(pca.tail[rank])
     measured = float((x @ (weight - B @ A).T).square().sum(1).mean())
     assert predicted == pytest.approx(measured, rel=1e-6)
     torch.testing.assert_close(B.T @ B, torch.eye(rank, dtype=B.dtype), atol=1e-12, rtol=0)
@@ -34,7 +37,8 @@ def test_predicted_error_is_the_measured_one(outputs, inputs, rank):
 @pytest.mark.parametrize(("outputs", "inputs"), [(12, 20), (20, 12)])
 def test_full_rank_is_the_dense_layer(outputs, inputs):
     weight, x, moment = problem(outputs, inputs)
-    B, A, predicted = low_rank_factors(weight, 12, moment=moment)
+    pca = solve_output_pca(weight, moment=moment)
+    (B, A), predicted = pca.factors(12), float(pca.tail[12])
     torch.testing.assert_close(x @ (B @ A).T, x @ weight.T, atol=1e-10, rtol=1e-10)
     assert predicted == pytest.approx(0, abs=1e-9)
 
@@ -44,25 +48,26 @@ def test_error_equals_that_of_whitening_with_the_cholesky_factor():
     L = torch.linalg.cholesky(moment)
     U, S, V = torch.linalg.svd(weight @ L, full_matrices=False)
     whitened = U[:, :4] * S[:4] @ V[:4] @ torch.linalg.inv(L)
-    B, A, predicted = low_rank_factors(weight, 4, moment=moment)
+    pca = solve_output_pca(weight, moment=moment)
+    (B, A), predicted = pca.factors(4), float(pca.tail[4])
     torch.testing.assert_close(B @ A, whitened, atol=1e-8, rtol=1e-8)
     assert predicted == pytest.approx(float(S[4:].square().sum()), rel=1e-9)
 
 
 def test_singular_moments_and_dead_inputs_work():
     weight, x, moment = problem(8, 10, rank=3)
-    B, A, _ = low_rank_factors(weight, 3, moment=moment)
+    B, A = solve_output_pca(weight, moment=moment).factors(3)
     torch.testing.assert_close(x @ (B @ A).T, x @ weight.T, atol=1e-8, rtol=1e-8)
-    B, A, _ = low_rank_factors(weight, 3, moment=torch.zeros(10, 10, dtype=torch.float64))
+    B, A = solve_output_pca(weight, moment=torch.zeros(10, 10, dtype=torch.float64)).factors(3)
     assert torch.isfinite(B @ A).all()
 
 
 def test_ranks_out_of_range_and_foreign_moments_are_refused():
     weight, _, moment = problem(8, 10)
     with pytest.raises(ValueError, match="rank 9 is not in"):
-        low_rank_factors(weight, 9, moment=moment)
+        solve_output_pca(weight, moment=moment).factors(9)
     with pytest.raises(ValueError, match="has 10 inputs"):
-        low_rank_factors(weight, 2, moment=moment[:4, :4])
+        solve_output_pca(weight, moment=moment[:4, :4])
 
 
 @pytest.mark.parametrize(("outputs", "inputs", "limit"), [(384, 384, 192), (384, 1536, 307), (1152, 384, 288)])

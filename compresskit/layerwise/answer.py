@@ -1,0 +1,54 @@
+"""What a model answers, how far another answer is from it, and which way the answer moves with its layers' outputs.
+
+Of a model with a head the answer is the distribution of its logits, of any other its last hidden states, seen as means
+of Gaussians of one variance; the distance is the KL divergence of either, in nats.
+"""
+
+# N answers (real tokens or sequences), V vocabulary, classes or width
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from compresskit.data import Batch
+
+
+def has_logits(model: PreTrainedModel) -> bool:
+    """Whether the answer is a distribution: a transformers model with a head is more than its `base_model`."""
+    return model.base_model is not model
+
+
+def read_answer(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """The answers (N, V) at real tokens, or (N, V) for a batch of N where the head answers for whole sequences."""
+    output = model(**batch)[0]
+    return output[batch["attention_mask"].bool()] if output.dim() == 3 else output
+
+
+def divergence(reference: Tensor, answer: Tensor, *, logits: bool) -> float:
+    """The mean over answers of KL(reference ‖ answer), both (N, V).
+
+    Hidden states have the variance of the reference's elements: V ‖a − b‖² / 2 ‖b‖², with the norms over all answers.
+    """
+    if logits:
+        log_p, log_q = reference.log_softmax(-1), answer.log_softmax(-1)
+        return float((log_p.exp() * (log_p - log_q)).sum(-1).double().mean())
+    gap = float((reference - answer).double().square().sum(-1).mean())
+    return gap / (2 * _variance(reference))
+
+
+def sampled_score(answer: Tensor, generator: torch.Generator, *, logits: bool) -> Tensor:
+    """A random scalar whose gradient g has E[g gᵀ] = the Fisher information of the answers (N, V), summed over them.
+
+    The log-likelihood of labels drawn from the answers themselves, or of hidden states with noise added.
+    """
+    if logits:
+        log_p = answer.log_softmax(-1)
+        labels = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+        return log_p.gather(-1, labels).sum()
+    noise = torch.randn(answer.shape, generator=generator, dtype=answer.dtype)
+    return (noise * answer).sum() / _variance(answer.detach()) ** 0.5
+
+
+def _variance(answer: Tensor) -> float:
+    """The mean square of an answer's elements."""
+    return max(float(answer.double().square().mean()), torch.finfo(torch.float32).tiny)

@@ -1,0 +1,142 @@
+"""Which errors of a layer's output matter: the Fisher information of the model's answer.
+
+    KL(answer ‖ answer with y + e) ≈ ½ eᵀ F e        F = E[g gᵀ],  g = ∂ log p(label) / ∂ y,  labels drawn from p
+
+One forward and one backward pass over calibration text give F for every layer: no label, no training. An error that is
+small for F is small in the answer, so layers of all kinds can be compared by it, and ½ of the error in the metric F is
+how many nats a token it costs, as long as it is small.
+Sources: Fisher-weighted low rank (FWSVD, arXiv:2207.00112) takes one number a row; the whole F of a layer's outputs
+is the second factor of K-FAC (arXiv:1503.05671). Departure: of a tall weight only its range is kept, because no other
+error can be made there.
+"""
+
+# T tokens, O out, I in, r min(I, O)
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from compresskit.data import Batch
+from compresskit.layerwise.answer import has_logits, read_answer, sampled_score
+from compresskit.layerwise.output_pca import OutputMetric
+from compresskit.layerwise.weights import stacked_weight
+from compresskit.surgery.sites import find_blocks, without_cache
+
+#: What every direction counts beside what was measured, in units of the mean: few tokens leave some at zero.
+_DAMPING = 1e-2
+#: The same where no gradient at all reaches a layer.
+_NOTHING = 1e-12
+
+Group = tuple[str, ...]
+
+
+def range_basis(weight: Tensor) -> Tensor | None:
+    """Orthonormal columns (O, I) float64 that span the outputs of a tall weight (O, I); None for a wide one."""
+    return torch.linalg.qr(weight.double())[0] if weight.shape[0] > weight.shape[1] else None
+
+
+@dataclass
+class Fisher:
+    """Sums over tokens of a group of layers that read the same input, their outputs stacked.
+
+    Attributes:
+        matrix: Qᵀ (Σ g gᵀ) Q, (r, r) float32, with Q the `range_basis` of the group's weight.
+        power: Σ ‖g‖². count: tokens. outputs: O.
+    """
+
+    matrix: Tensor
+    power: float
+    count: int
+    outputs: int
+
+    def metric(self, weight: Tensor | None = None) -> OutputMetric:
+        """F as a quadratic form for the group's stacked weight (O, I), today's; None for a block."""
+        G = self.matrix.double() / max(self.count, 1)
+        mean = self.power / max(self.count, 1) / self.outputs
+        beyond = self.outputs - len(G)
+        rest = max(self.power / max(self.count, 1) - float(G.trace()), 0.0) / beyond if beyond else mean
+        damping = max(_DAMPING * mean, _NOTHING)
+        G.diagonal().add_(damping)
+        return OutputMetric(None if weight is None else range_basis(weight), G, rest + damping)
+
+
+def collect_fisher(
+    model: PreTrainedModel, batches: Iterable[Batch], groups: Sequence[Group], generator: torch.Generator
+) -> dict[Group, Fisher]:
+    """The Fisher information of the outputs of each group, and of each block's output, on the model as it is.
+
+    Args:
+        model: weights are not changed and get no gradient.
+        batches: a few hundred tokens each: the whole graph of one is in memory.
+        groups: names of linears that read the same input; a linear may be in several groups.
+        generator: draws the labels.
+
+    Cost: a forward and a backward pass, and T (O r + r²) products a group.
+    """
+    sums = {group: _empty(model, group) for group in groups}
+    width = int(model.config.get_text_config().hidden_size)
+    for block in find_blocks(model):
+        sums[block,] = Fisher(torch.zeros(width, width), 0.0, 0, width), None
+    with _frozen(model), without_cache(model), torch.enable_grad():
+        for batch in batches:
+            gradients = _output_gradients(model, batch, {name for group in sums for name in group}, generator)
+            real = batch["attention_mask"].bool().flatten()
+            for group, (fisher, basis) in sums.items():
+                if all(name in gradients for name in group):
+                    _add(fisher, torch.cat([gradients[name][real] for name in group], dim=1), basis)
+    return {group: fisher for group, (fisher, _) in sums.items()}
+
+
+def _empty(model: nn.Module, group: Group) -> tuple[Fisher, Tensor | None]:
+    weight, _ = stacked_weight([model.get_submodule(name) for name in group])
+    size = min(weight.shape)
+    basis = range_basis(weight)
+    return Fisher(torch.zeros(size, size), 0.0, 0, len(weight)), None if basis is None else basis.float()
+
+
+def _add(fisher: Fisher, g: Tensor, basis: Tensor | None) -> None:
+    fisher.power += float(g.double().square().sum())
+    fisher.count += len(g)
+    projected = g if basis is None else g @ basis
+    fisher.matrix.addmm_(projected.T, projected)
+
+
+def _output_gradients(
+    model: PreTrainedModel, batch: Batch, names: Iterable[str], generator: torch.Generator
+) -> dict[str, Tensor]:
+    """∂ score / ∂ y of each named linear or block, (tokens, O), padding included; none for one that was not run."""
+    gradients: dict[str, Tensor] = {}
+
+    def watch(name: str, _module: nn.Module, _args: object, given: Tensor | tuple[Tensor, ...]) -> None:
+        output = given if isinstance(given, Tensor) else given[0]
+        output.register_hook(lambda gradient: gradients.__setitem__(name, gradient.flatten(0, -2)))
+
+    handles = [model.get_submodule(name).register_forward_hook(partial(watch, name)) for name in names]
+    embeddings = model.get_input_embeddings()
+    # A copy, because some models go on to add to it in place.
+    handles.append(embeddings.register_forward_hook(lambda _module, _args, given: given.requires_grad_().clone()))
+    try:
+        answer = read_answer(model, batch)
+        sampled_score(answer, generator, logits=has_logits(model)).backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return gradients
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter takes part in a backward pass inside."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_()

@@ -1,0 +1,179 @@
+"""The survey before ranks are allocated: what every site loses at every rank, measured once and kept on the disk.
+
+Three looks at calibration text, all on the model as it is: a forward and backward pass (`sensitivity`), a walk that
+decomposes every site and changes none, and, where losses are to be measured, two trials a site (`trials`). Ranks for
+any budget follow from it without another look (`ranks`).
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from compresskit.data import Batch, Sequences
+from compresskit.data.cache import read_tensors, write_tensors
+from compresskit.layerwise.moments import MeanMoments
+from compresskit.layerwise.objective import folded_bias
+from compresskit.layerwise.output_pca import OutputPCA, solve_output_pca
+from compresskit.layerwise.ranks import SiteCurve
+from compresskit.layerwise.sensitivity import Fisher, Group, collect_fisher
+from compresskit.layerwise.trials import Trials, trial_weight
+from compresskit.layerwise.walk import SiteMoments, Walk
+from compresskit.layerwise.weights import layer_bias, row_indices, stacked_weight
+from compresskit.models import cache_folder
+from compresskit.progress import track
+from compresskit.student import Student
+from compresskit.surgery.sites import Site
+
+#: Raised by one whenever the same model and text would give another survey.
+VERSION = 1
+#: Calibration tokens that each look reads: gradients, moments, trials.
+FISHER_TOKENS, WALK_TOKENS, TRIAL_TOKENS = 8192, 4096, 512
+_BATCH_TOKENS = 512
+#: Ranks that are tried, as shares of the full rank.
+_TRIED = (0.35, 0.7)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What is known of each site before any is changed.
+
+    Attributes:
+        curves: losses by site.
+        fisher: the sensitivity of each group's outputs, and of each block's; empty where all errors count alike.
+    """
+
+    curves: dict[Group, SiteCurve]
+    fisher: dict[Group, Fisher]
+
+
+def take_survey(
+    student: Student, sites: Sequence[Site], *, weighted: bool, measured: bool, bias: bool, seed: int
+) -> Survey:
+    """The survey of `sites`, read from the cache where the same one was taken before.
+
+    Args:
+        student: not changed.
+        sites: float linears by input site.
+        weighted: measure errors by the Fisher information of the answer, else as shares of the site's output.
+        measured: try two ranks of each site on the model.
+        bias: whether every layer will have a bias; else only those that have one.
+        seed: of the labels that gradients are drawn with.
+    """
+    options = f"{VERSION} {[site.linears for site in sites]} {weighted} {bias} {seed}"
+    name = _fingerprint(student, options)
+    folder = cache_folder() / "surveys"
+    plain, tried = folder / f"{name}.safetensors", folder / f"{name}-tried.safetensors"
+    stored = read_tensors(tried)
+    if stored is None and not measured:
+        stored = read_tensors(plain)
+    if stored is None:
+        stored = _measure(student, sites, weighted=weighted, measured=measured, bias=bias, seed=seed)
+        write_tensors(tried if measured else plain, stored)
+    return _read(student, sites, stored, measured=measured)
+
+
+def site_groups(site: Site) -> list[Group]:
+    """The groups that a site's layers may form: all together, and each alone."""
+    return [site.linears] if len(site.linears) == 1 else [site.linears, *((name,) for name in site.linears)]
+
+
+def _fingerprint(student: Student, options: str) -> str:
+    """sha256 of the weights, the calibration tokens and the options."""
+    digest = hashlib.sha256(options.encode())
+    digest.update(repr(student.corpus.calibration.rows).encode())
+    for name, tensor in student.model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def first_tokens(sequences: Sequences, tokens: int) -> Sequences:
+    """The first sequences that hold about `tokens` tokens; at least two."""
+    longest = max(len(row) for row in sequences.rows)
+    return sequences.limit(max(2, tokens // longest))
+
+
+def _batches(sequences: Sequences, tokens: int) -> list[Batch]:
+    chosen = first_tokens(sequences, tokens)
+    return list(chosen.batches(max(1, _BATCH_TOKENS // max(len(row) for row in chosen.rows))))
+
+
+def _measure(
+    student: Student, sites: Sequence[Site], *, weighted: bool, measured: bool, bias: bool, seed: int
+) -> dict[str, Tensor]:
+    text, model = student.corpus.calibration, student.model
+    groups = [group for site in sites for group in site_groups(site)]
+    fisher: dict[Group, Fisher] = {}
+    if weighted:
+        batches = track(_batches(text, FISHER_TOKENS), "measuring sensitivities")
+        fisher = collect_fisher(model, batches, groups, torch.Generator().manual_seed(seed))
+    trials = Trials(model, _batches(text, TRIAL_TOKENS)) if measured else None
+    stored: dict[str, Tensor] = {}
+
+    def look(site: Site, moments: SiteMoments) -> None:
+        layers = [model.get_submodule(name) for name in site.linears]
+        weight, own_bias = stacked_weight(layers)
+        centred = bias or all(layer_bias(layer) is not None for layer in layers)
+        moments = moments if centred or own_bias is None else moments.without_bias(own_bias)
+        mean = moments.all.mean(centred=centred)
+        for group, rows in zip(site_groups(site), [slice(None), *row_indices(layers)], strict=False):
+            part = weight[rows]
+            metric = fisher[group].metric(part) if weighted else None
+            pca = solve_output_pca(part, moment=mean.C, metric=metric)
+            stored[_key("tail", group)] = pca.tail
+            if trials and group == site.linears:
+                stored[_key("trials", group)] = _try_ranks(trials, site.block, layers, pca, mean, centred=centred)
+
+    part = replace(student, corpus=replace(student.corpus, calibration=first_tokens(text, WALK_TOKENS)))
+    Walk(part, anchor=0).run(sites, look, label="surveying ranks")
+    for group, one in fisher.items():
+        stored[_key("fisher", group)] = one.matrix
+        stored[_key("sums", group)] = torch.tensor([one.power, one.count, one.outputs], dtype=torch.float64)
+    return stored
+
+
+def _try_ranks(
+    trials: Trials, block: int, layers: Sequence[nn.Module], pca: OutputPCA, mean: MeanMoments, *, centred: bool
+) -> Tensor:
+    """(predicted error, measured loss) of each rank tried, (ranks, 2) float64."""
+    _, own_bias = stacked_weight(layers)
+    found = []
+    for share in _TRIED:
+        rank = max(1, round(share * len(pca.right)))
+        B, A = pca.factors(rank)
+        with trial_weight(layers, B @ A, folded_bias(B @ A, mean) if centred else own_bias):
+            found.append((float(pca.tail[rank]), trials.divergence(block)))
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def _key(what: str, group: Group) -> str:
+    return f"{what} {' '.join(group)}"
+
+
+def _read(student: Student, sites: Sequence[Site], stored: dict[str, Tensor], *, measured: bool) -> Survey:
+    curves: dict[Group, SiteCurve] = {}
+    fisher: dict[Group, Fisher] = {}
+    for key in stored:
+        what, *group = key.split(" ")
+        if what == "fisher":
+            power, count, outputs = stored[_key("sums", tuple(group))].tolist()
+            fisher[tuple(group)] = Fisher(stored[key], power, int(count), int(outputs))
+    for site in sites:
+        groups = site_groups(site)
+        tails = [stored[_key("tail", group)] for group in groups]
+        # Without sensitivities a site's errors compare with other sites' as shares of what it gives.
+        scale = 1.0 if fisher else max(float(tails[0][0]), torch.finfo(torch.float64).tiny)
+        layers = [student.model.get_submodule(name) for name in site.linears]
+        trials = stored[_key("trials", site.linears)] if measured else None
+        curves[site.linears] = SiteCurve(
+            site.linears,
+            tuple(int(layer.out_features) for layer in layers),  # type: ignore[arg-type]
+            int(layers[0].in_features),  # type: ignore[arg-type]
+            tuple((tails[0] / scale).tolist()),
+            tuple(tuple((tail / scale).tolist()) for tail in tails[1:]),
+            () if trials is None else tuple((error / scale, loss) for error, loss in trials.tolist()),
+        )
+    return Survey(curves, fisher)

@@ -1,0 +1,78 @@
+"""Trials: what the model's answer loses when one layer is changed and all others are as they were.
+
+The model runs once on a few sequences as it is; a trial in block b starts from what block b − 1 gave then, so it costs
+the blocks from b on and the head.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from compresskit.data import Batch
+from compresskit.layerwise.answer import divergence, has_logits, read_answer
+from compresskit.layerwise.watch import replaced_forwards
+from compresskit.surgery.sites import find_blocks, without_cache
+
+
+class Trials:
+    """The answers of a model on a few sequences, to compare changed ones with.
+
+    Args:
+        model: as it is now; in eval mode.
+        batches: held in memory with every block's output and the answers (a vocabulary wide, for language models).
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: PreTrainedModel, batches: Sequence[Batch]) -> None:
+        self._model, self._batches = model, batches
+        self._blocks = [model.get_submodule(name) for name in find_blocks(model)]
+        self._outputs: list[list[Any]] = []
+        self._answers: list[Tensor] = []
+        with without_cache(model):
+            for batch in batches:
+                outputs: list[Any] = []
+                handles = [
+                    block.register_forward_hook(lambda _module, _args, given, keep=outputs: keep.append(given))
+                    for block in self._blocks
+                ]
+                try:
+                    self._answers.append(read_answer(model, batch))
+                finally:
+                    for handle in handles:
+                        handle.remove()
+                self._outputs.append(outputs)
+
+    @torch.no_grad()
+    def divergence(self, block: int) -> float:
+        """Nats an answer between the model as it was and as it is now, changed in `block` alone (counted from 0)."""
+        logits = has_logits(self._model)
+        total, count = 0.0, 0
+        with without_cache(self._model):
+            for batch, outputs, answer in zip(self._batches, self._outputs, self._answers, strict=True):
+                before = outputs[block - 1] if block else None
+                with replaced_forwards(self._blocks[:block], lambda *args, given=before, **kwargs: given):
+                    now = read_answer(self._model, batch)
+                total += divergence(answer, now, logits=logits) * len(now)
+                count += len(now)
+        return total / count
+
+
+@contextmanager
+def trial_weight(layers: Sequence[nn.Module], weight: Tensor, bias: Tensor | None) -> Iterator[None]:
+    """Linears that read the same input compute the stacked weight (O, I) and bias (O,) inside."""
+    sizes = [int(layer.out_features) for layer in layers]  # type: ignore[arg-type]
+    weights = weight.float().split(sizes)
+    biases = [None] * len(layers) if bias is None else bias.float().split(sizes)
+    with ExitStack() as stack:
+        for layer, w, b in zip(layers, weights, biases, strict=True):
+            stack.enter_context(replaced_forwards([layer], partial(_linear, w, b)))
+        yield
+
+
+def _linear(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    return nn.functional.linear(x, weight, bias)

@@ -1,0 +1,96 @@
+"""Watching a block run: what its linears read and give, and the sums that their outputs are added into."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+_ADDITIONS = {torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__add__, torch.Tensor.__radd__}
+_ADDITIONS.add(torch.Tensor.__iadd__)
+
+
+class AllSeenError(Exception):
+    """Ends a block's forward as soon as everything wanted from it is there."""
+
+
+class Watch(TorchFunctionMode):
+    """Records what named linears of a block read and give, and the sum that a stream writer's output is added into.
+
+    Copies are kept: a block may go on to change its tensors in place.
+
+    Args:
+        linears: modules by name.
+        writers: those of them whose sum is wanted too.
+        read: the one whose input is wanted, if any.
+        stop_early: leave the block once all is seen.
+    """
+
+    def __init__(
+        self, linears: Mapping[str, nn.Module], writers: Collection[str], *, read: str | None, stop_early: bool
+    ) -> None:
+        super().__init__()
+        self.input: Tensor | None = None
+        self.outputs: dict[str, Tensor] = {}
+        self.streams: dict[str, Tensor] = {}
+        self._linears, self._writers, self._read, self._stop_early = linears, writers, read, stop_early
+        self._given: dict[str, Tensor] = {}
+
+    def _saw(self, name: str, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if name == self._read:
+            self.input = args[0].clone()
+        self.outputs[name] = output.clone()
+        if name in self._writers:
+            self._given[name] = output
+        self._stop_if_complete()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run `func`; where it adds the watched output of a writer, keep the sum."""
+        result = func(*args, **(kwargs or {}))
+        if func in _ADDITIONS:
+            for name in self._writers:
+                if name in self._given and name not in self.streams and _one_is(self._given[name], args[:2]):
+                    self.streams[name] = result.clone()
+                    self._stop_if_complete()
+        return result
+
+    def _stop_if_complete(self) -> None:
+        if self._stop_early and len(self.outputs) == len(self._linears) and len(self.streams) == len(self._writers):
+            raise AllSeenError
+
+    def run(self, call: Callable[[], Tensor]) -> Tensor | None:
+        """What the block gives, under watch; None where it was left early."""
+        handles = [module.register_forward_hook(partial(self._saw, name)) for name, module in self._linears.items()]
+        try:
+            with self:
+                return call()
+        except AllSeenError:
+            return None
+        finally:
+            self._given.clear()
+            for handle in handles:
+                handle.remove()
+
+
+def _one_is(output: Tensor, args: Sequence[Any]) -> bool:
+    """Whether an argument is `output`, by address: dropout in eval mode may hand on an alias."""
+    return any(isinstance(a, Tensor) and a.data_ptr() == output.data_ptr() for a in args)
+
+
+@contextmanager
+def replaced_forwards(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+    """Each module computes `forward` for the time of the context."""
+    own = [vars(module).get("forward") for module in modules]
+    try:
+        for module in modules:
+            module.forward = forward
+        yield
+    finally:
+        for module, before in zip(modules, own, strict=True):
+            if before is None:
+                vars(module).pop("forward", None)
+            else:
+                module.forward = before
