@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from compresskit.cache import cache_folder
 from compresskit.data import Batch, Sequences
 from compresskit.data.cache import read_tensors, write_tensors
 from compresskit.layerwise.moments import MeanMoments
@@ -22,7 +23,6 @@ from compresskit.layerwise.sensitivity import Fisher, Group, collect_fisher
 from compresskit.layerwise.trials import Trials, trial_weight
 from compresskit.layerwise.walk import SiteMoments, Walk
 from compresskit.layerwise.weights import layer_bias, row_indices, stacked_weight
-from compresskit.models import cache_folder
 from compresskit.progress import track
 from compresskit.student import Student
 from compresskit.surgery.sites import Site

@@ -196,7 +196,7 @@ def test_embedding_figures_equal_the_textbook_ones():
 
 def test_neighbours_survive_a_rotation_but_cosines_do_not():
     generator = torch.Generator().manual_seed(0)
-    a = torch.randn(20, 5, generator=generator, dtype=torch.float64)
+    a = torch.randn(40, 5, generator=generator, dtype=torch.float64)
     turn = torch.linalg.qr(torch.randn(5, 5, generator=generator, dtype=torch.float64)).Q
     found = compare_embeddings(a, a @ turn)
     assert found["top10_overlap"] == 1
