@@ -8,12 +8,16 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+import torch
 from torch import Tensor
 
+from compresskit.data import Batch
 from compresskit.progress import track
 
 SHAPES = ((1, 16), (1, 64), (8, 64))
 HEADLINE = "1x64"
+#: batches of images and other inputs of one shape
+BATCHES = (1, 8)
 _WARMUP = 5
 
 
@@ -39,26 +43,41 @@ def run_session(session: ort.InferenceSession, inputs: Mapping[str, Tensor | np.
     return np.asarray(session.run(None, feed)[0])
 
 
-def random_inputs(session: ort.InferenceSession, shape: tuple[int, int], vocabulary: int) -> dict[str, np.ndarray]:
-    """Unpadded inputs of random tokens, the same on every call; token types are zero."""
-    ids = np.random.default_rng(0).integers(0, vocabulary, shape)
-    known = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
-    return {value.name: known[value.name] for value in session.get_inputs()}
+def text_cases(vocabulary: int) -> dict[str, Batch]:
+    """Unpadded inputs of random tokens by their shape; token types are zero."""
+    cases: dict[str, Batch] = {}
+    for shape in SHAPES:
+        ids = torch.from_numpy(np.random.default_rng(0).integers(0, vocabulary, shape))
+        cases["x".join(map(str, shape))] = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "token_type_ids": torch.zeros_like(ids),
+        }
+    return cases
+
+
+def repeated_cases(examples: Batch) -> dict[str, Batch]:
+    """The first of some examples, once and in batches, by the shape of the first input."""
+    cases = [{name: tensor[:1].repeat_interleave(size, 0) for name, tensor in examples.items()} for size in BATCHES]
+    return {"x".join(map(str, next(iter(case.values())).shape)): case for case in cases}
 
 
 def compare_latency(
-    sessions: Mapping[str, ort.InferenceSession], *, vocabulary: int, rounds: int
+    sessions: Mapping[str, ort.InferenceSession], cases: Mapping[str, Batch], *, rounds: int
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Latency of each session at each of `SHAPES`, taken in turns, so that a busy moment hits all alike.
+    """Latency of each session on each of `cases`, taken in turns, so that a busy moment hits all alike.
 
     Returns:
-        `{name: {"1x64": {"p50": ms, "p95": ms, "speed": …}}}`; speed is the median over rounds of the first session's
-        time divided by this one's.
+        `{name: {"1x64": {"p50": ms, "p95": ms, "speed": …}}}`, the cases in their order; speed is the median over
+        rounds of the first session's time divided by this one's.
     """
     table: dict[str, dict[str, dict[str, float]]] = {name: {} for name in sessions}
     first = next(iter(sessions))
-    for shape in SHAPES:
-        inputs = {name: random_inputs(session, shape, vocabulary) for name, session in sessions.items()}
+    for shape, case in cases.items():
+        inputs = {
+            name: {value.name: np.asarray(case[value.name]) for value in session.get_inputs()}
+            for name, session in sessions.items()
+        }
         for name, session in sessions.items():
             for _ in range(_WARMUP):
                 session.run(None, inputs[name])
@@ -73,15 +92,16 @@ def compare_latency(
             p50, p95 = np.percentile(taken, [50, 95])
             speed = np.median(np.array(times[first]) / np.array(taken))
             row = {"p50": round(float(p50), 3), "p95": round(float(p95), 3), "speed": round(float(speed), 3)}
-            table[name][f"{shape[0]}x{shape[1]}"] = row
+            table[name][shape] = row
     return table
 
 
 def latency_entry(rows: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """p50 and p95 at the headline shape, and at each shape by its name."""
+    """p50 and p95 at the headline shape (else the first), and at each shape by its name."""
+    headline = rows.get(HEADLINE) or next(iter(rows.values()))
     return {
-        "p50": rows[HEADLINE]["p50"],
-        "p95": rows[HEADLINE]["p95"],
+        "p50": headline["p50"],
+        "p95": headline["p95"],
         **{shape: {"p50": row["p50"], "p95": row["p95"]} for shape, row in rows.items()},
     }
 

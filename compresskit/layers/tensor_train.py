@@ -82,11 +82,11 @@ class TensorTrainEmbedding(nn.Module):
         """(N, dim) for N row numbers."""
         digits = [indices // math.prod(self.rows[k + 1 :]) % count for k, count in enumerate(self.rows)]
         found = F.embedding(digits[0], self.cores[0].flatten(1)).view(-1, self.columns[0], self.cores[0].shape[3])
-        for digit, core in zip(digits[1:], list(self.cores)[1:], strict=True):
-            _, left, width, right = core.shape
+        for k in range(1, len(digits)):
+            _, left, width, right = self.cores[k].shape
             # (N, columns so far, left) times (N, left, d_k · right)
-            found = found @ F.embedding(digit, core.flatten(1)).view(-1, left, width * right)
-            found = found.reshape(len(indices), -1, right)
+            found = found @ F.embedding(digits[k], self.cores[k].flatten(1)).view(-1, left, width * right)
+            found = found.reshape(-1, math.prod(self.columns[: k + 1]), right)
         return found.flatten(1)
 
     def extra_repr(self) -> str:
@@ -114,23 +114,24 @@ class TensorTrainHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape (…, out) for x (…, in)."""
-        states = x.reshape(-1, self.columns[0], self.in_features // self.columns[0])
+        states = x.reshape(-1, 1, 1, self.in_features)
+        first, *others = self.cores
         # One value of the first digit at a time: all of them together would hold v₁ times as much.
-        parts = [self._contract(core.squeeze(0).T @ states) for core in self.cores[0]]
+        parts = [self._contract(states, [first[i : i + 1], *others]) for i in range(self.rows[0])]
         y = torch.cat(parts, dim=1)[:, : self.out_features]
         y = y if self.bias is None else y + self.bias
         return y.reshape(*x.shape[:-1], self.out_features)
 
-    def _contract(self, states: Tensor) -> Tensor:
-        """(N, v₂ ⋯ vₘ) from the input contracted with one row of the first core, (N, r₁, d₂ ⋯ dₘ)."""
-        states = states.unsqueeze(1)  # (N, rows so far, r, columns to come)
-        for core in list(self.cores)[1:]:
+    @staticmethod
+    def _contract(states: Tensor, cores: Sequence[Tensor]) -> Tensor:
+        """(N, rows) from the inputs (N, 1, 1, d₁ ⋯ dₘ): core by core a column digit goes and a row digit comes."""
+        for core in cores:
             number, left, width, right = core.shape
-            before, after = states.shape[1], states.shape[3] // width
-            # (N, before, after, left · width) times (left · width, number · right)
-            states = states.reshape(-1, before, left, width, after).permute(0, 1, 4, 2, 3).flatten(3)
-            states = states @ core.permute(1, 2, 0, 3).reshape(left * width, number * right)
-            states = states.view(-1, before, after, number, right).permute(0, 1, 3, 4, 2)
+            before, after = states.shape[1], states.shape[3] // width  # rows so far, columns to come
+            states = states.reshape(-1, before, left, width, after).permute(0, 1, 4, 2, 3)
+            # Two matrices: how products of more axes are grouped depends on whether gradients are wanted.
+            product = states.reshape(-1, left * width) @ core.permute(1, 2, 0, 3).reshape(left * width, -1)
+            states = product.view(-1, before, after, number, right).permute(0, 1, 3, 4, 2)
             states = states.reshape(-1, before * number, right, after)
         return states.flatten(1)
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from compresskit.data import Batch
+from compresskit.data import Batch, token_rows
 from compresskit.errors import CompressKitError
 from compresskit.layerwise.moments import Moments
 from compresskit.layerwise.weights import stacked_weight
@@ -325,7 +325,7 @@ class Walk:
                 fix=f"use calibration: {LEAST_CALIBRATION} or more (hundreds are better)",
             )
         period = min(4, len(calibration))
-        for batch in calibration.batches(max(1, self._batch_tokens // len(calibration.rows[-1]))):
+        for batch in calibration.batches(max(1, self._batch_tokens // len(token_rows(calibration)[-1]))):
             calls, hidden = _block_calls(student, self._blocks, batch)
             beside = _block_calls(original, self._blocks[:1], batch)[1] if self._anchor else None
             lanes.append(_Lane(calls, hidden, beside, *_split_rows(batch, sequences, period)))

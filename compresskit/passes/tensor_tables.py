@@ -26,6 +26,10 @@ from torch import Tensor
 
 from compresskit.passes.low_rank import low_rank_factors
 
+#: How many times an error of the logits weighs as much as one of the same share at the input. SmolLM2-135M at keep 0.8:
+#: perplexity 51, 41, 32 and 30 with 1, 10, 100 and 1000.
+HEAD_SHARE = 1000.0
+
 
 def row_frequencies(indices: Tensor, rows: int) -> Tensor:
     """How likely each row is looked up next, (rows,) float64, all positive, sum 1.
@@ -57,7 +61,7 @@ def table_metric(table: Tensor, frequencies: Tensor, head_moment: Tensor | None)
     if head_moment is None:
         return metric
     power = (moment * head_moment).sum()
-    return metric + head_moment / power if power > 0 else metric
+    return metric + HEAD_SHARE * head_moment / power if power > 0 else metric
 
 
 def low_rank_table(

@@ -1,10 +1,13 @@
 """Edits that put the factors of a decomposition where an embedding table or a convolution was."""
 
+from abc import abstractmethod
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from compresskit.errors import CompressKitError
+from compresskit.layers.factored_conv import Conv, FactoredConv, cp_chain, is_plain, tucker_chain
 from compresskit.layers.low_rank import LowRankLinear
 from compresskit.layers.low_rank_embedding import LowRankEmbedding
 from compresskit.layers.tensor_train import TensorTrainEmbedding, TensorTrainHead
@@ -92,3 +95,53 @@ class MakeTensorTrain(_ReplacingTable):
             head.bias = bias
         set_module(model, self.head, head)
         self._tie(model, {f"cores.{k}": f"cores.{k}" for k in range(len(self.rows))})
+
+
+class _ReplacingConv(Edit):
+    """Edits that replace a convolution by a chain of smaller ones."""
+
+    target: str
+    #: whether the last factor has a bias (a centred fit adds one)
+    bias: bool
+
+    def apply(self, model: nn.Module) -> None:
+        """Insert zero factors; the pass fills them."""
+        old = get_module(model, self.target)
+        if not is_plain(old):
+            what = f"{self.target} is a {type(old).__name__}, not a convolution without groups"
+            raise CompressKitError(what, where=self.kind)
+        assert isinstance(old, Conv)
+        factors = self._factors(old)
+        with torch.no_grad():
+            for factor in factors:
+                factor.weight.zero_()
+                if factor.bias is not None:
+                    factor.bias.zero_()
+        set_module(model, self.target, FactoredConv(old, factors))
+
+    @abstractmethod
+    def _factors(self, old: Conv) -> list[Conv]:
+        """The chain for `old`."""
+
+
+@EDITS.add
+class MakeTuckerConv(_ReplacingConv):
+    """Hold a convolution as 1×1, a small core, and 1×1; a factor of full rank is left out."""
+
+    kind: Literal["tucker_conv"] = "tucker_conv"
+    in_rank: int
+    out_rank: int
+
+    def _factors(self, old: Conv) -> list[Conv]:
+        return tucker_chain(old, self.in_rank, self.out_rank, bias=self.bias or old.bias is not None)
+
+
+@EDITS.add
+class MakeCPConv(_ReplacingConv):
+    """Hold a convolution as 1×1, taps along each axis in each channel, and 1×1."""
+
+    kind: Literal["cp_conv"] = "cp_conv"
+    rank: int
+
+    def _factors(self, old: Conv) -> list[Conv]:
+        return cp_chain(old, self.rank, bias=self.bias or old.bias is not None)
