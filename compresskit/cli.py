@@ -66,7 +66,7 @@ def check(recipe: RecipePath, settings: Settings = None) -> None:
     ]
     _print_listing(Listing("", ("after", "parameters", "bytes", "of the original"), rows))
     text = job.corpus
-    parts = (len(part.rows) for part in (text.calibration, text.training, text.evaluation))
+    parts = (len(part) for part in (text.calibration, text.training, text.evaluation))
     _print("sequences: {} calibration, {} training, {} evaluation".format(*parts))
     _print(f"memory: at least {forecast.memory_bytes / 1e6:,.0f} MB")
     how = "transformers alone" if forecast.is_stock else "transformers after `import compresskit`"

@@ -21,6 +21,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -41,6 +42,7 @@ TASKS: dict[str, Any] = {
     "text-generation": AutoModelForCausalLM,
     "text-classification": AutoModelForSequenceClassification,
     "token-classification": AutoModelForTokenClassification,
+    "image-classification": AutoModelForImageClassification,
 }
 #: What transformers raises over files that are damaged, contradict themselves or want code of their own.
 _LOADER_ERRORS = (
@@ -244,6 +246,7 @@ _TASK_OF_SUFFIX = {
     "LMHeadModel": "text-generation",
     "ForSequenceClassification": "text-classification",
     "ForTokenClassification": "token-classification",
+    "ForImageClassification": "image-classification",
     "Model": "feature-extraction",
 }
 

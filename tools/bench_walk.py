@@ -22,6 +22,7 @@ import psutil
 import torch
 from bench_anchor import calibration_corpus, chain
 
+from compresskit.data import token_rows
 from compresskit.environment import describe_environment
 from compresskit.models import find_model, load_model, load_tokenizer
 from compresskit.passes.base import Pass
@@ -82,7 +83,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     original = load_model(source, options.task).requires_grad_(False)
     student = Student(copy.deepcopy(original), original, tokenizer, options.task, corpus)
     model_bytes = sum(p.numel() * p.element_size() for p in original.parameters())
-    tokens = sum(len(row) for row in corpus.calibration.rows)
+    tokens = sum(len(row) for row in token_rows(corpus.calibration))
     bound = {
         "models_bytes": 2 * model_bytes,
         "moments_bytes": moments_bytes(student),

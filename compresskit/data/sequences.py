@@ -1,12 +1,32 @@
-"""Token sequences in memory, and the batches made of them."""
+"""Token sequences and other model inputs in memory, and the batches made of them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
-Batch = dict[str, Tensor]  # input_ids and attention_mask, (batch, length) int64; masked positions are padding
+#: What a model is called with. Text: input_ids and attention_mask, (batch, length) int64; masked positions are padding.
+Batch = dict[str, Tensor]
+
+
+class Examples(Protocol):
+    """Inputs of one part: token sequences, or what else a model reads."""
+
+    def __len__(self) -> int: ...
+
+    def limit(self, count: int) -> Self:
+        """The first `count` examples, or all where there are fewer."""
+        ...
+
+    def by_length(self) -> Self:
+        """The same examples, shortest first."""
+        ...
+
+    def batches(self, size: int, *, limit: int | None = None) -> Iterator[Batch]:
+        """Batches in order; `limit` uses only the first examples."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -60,17 +80,66 @@ PARTS = ("calibration", "training", "evaluation")
 
 
 @dataclass(frozen=True)
+class ModelInputs:
+    """Examples that are ready for a model, all of one shape: images as `pixel_values`, say, or audio features.
+
+    Attributes:
+        tensors: by the name of the model's argument; the first axis counts examples.
+        labels: the right class of each example, (examples,) int64, where they are known.
+    """
+
+    tensors: dict[str, Tensor]
+    labels: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        lengths = {len(tensor) for tensor in (*self.tensors.values(), *([] if self.labels is None else [self.labels]))}
+        if len(lengths) != 1:
+            raise ValueError(f"inputs of {sorted(lengths)} examples do not belong together")
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def limit(self, count: int) -> "ModelInputs":
+        """The first `count` examples, or all where there are fewer."""
+        labels = None if self.labels is None else self.labels[:count]
+        return ModelInputs({name: tensor[:count] for name, tensor in self.tensors.items()}, labels)
+
+    def by_length(self) -> "ModelInputs":
+        """Itself: all examples are equally long."""
+        return self
+
+    def batches(self, size: int, *, limit: int | None = None) -> Iterator[Batch]:
+        """Batches in order, the last one smaller where `size` does not divide the count; without labels."""
+        count = len(self) if limit is None else min(limit, len(self))
+        if size < 1 or not count:
+            raise ValueError(f"batches of {size} from {count} examples")
+        starts = range(0, count, size)
+        return ({name: t[first : min(first + size, count)] for name, t in self.tensors.items()} for first in starts)
+
+
+def token_rows(examples: Examples) -> list[list[int]]:
+    """The token sequences of a part of a text.
+
+    Raises:
+        TypeError: examples that are no text.
+    """
+    if not isinstance(examples, Sequences):
+        raise TypeError(f"{type(examples).__name__} holds no token sequences")
+    return examples.rows
+
+
+@dataclass(frozen=True)
 class Corpus:
-    """Three parts of one text that share no sequence; of packed windows, no document either.
+    """Three parts of one text, or of other inputs, that share no sequence; of packed windows, no document either.
 
     Attributes:
         fingerprint: sha256 of everything that decides the sequences: options, text, tokenizer, seed.
         origin: the text in words, for the report ("python-docs of CPython 3.12.3").
     """
 
-    calibration: Sequences
-    training: Sequences
-    evaluation: Sequences
+    calibration: Examples
+    training: Examples
+    evaluation: Examples
     fingerprint: str
     origin: str = ""
 

@@ -2,7 +2,8 @@
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compresskit.evaluate.latency import measure_latency, model_latency
+from compresskit.data import Sequences
+from compresskit.evaluate.latency import batch_latency, measure_latency, model_latency
 from compresskit.evaluate.quality import Fidelity
 from compresskit.evaluate.size import count_parameters, state_dict_bytes
 
@@ -30,7 +31,7 @@ def evaluate(
     Args:
         model: the student so far, or the original itself.
         fidelity: the original on held-out text; its keys say what its task measures.
-        tokenizer: supplies ordinary tokens to time with.
+        tokenizer: supplies ordinary tokens to time text models with; others are timed on held-out examples.
         batch, length: shape of the timed input; `length` is cut to the positions that the model has.
         rounds: timed forwards; 0 leaves latency out.
 
@@ -39,7 +40,9 @@ def evaluate(
         figures of `fidelity.measure`.
     """
     figures: dict[str, int | float] = {"params": count_parameters(model), "size_bytes": state_dict_bytes(model)}
-    if rounds:
+    if rounds and not isinstance(fidelity.sequences, Sequences):
+        figures |= batch_latency(model, next(fidelity.sequences.batches(batch)), rounds=rounds)
+    elif rounds:
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or length
         figures |= model_latency(model, tokenizer, batch=batch, length=min(length, positions), rounds=rounds)
     return figures | fidelity.measure(model)

@@ -83,6 +83,11 @@ def model_latency(
     warmup: int = 5,
 ) -> dict[str, float]:
     """`p50_ms` and `p95_ms` of one forward of `model` in torch on (batch, length) ordinary tokens."""
+    return batch_latency(model, random_batch(tokenizer, batch, length), rounds=rounds, warmup=warmup)
+
+
+def batch_latency(model: PreTrainedModel, inputs: Batch, *, rounds: int = 30, warmup: int = 5) -> dict[str, float]:
+    """`p50_ms` and `p95_ms` of one forward of `model` in torch on `inputs`."""
     with evaluating(model):
-        call = forward_call(model, random_batch(tokenizer, batch, length))
+        call = forward_call(model, inputs)
         return measure_latency({"model": call}, rounds=rounds, warmup=warmup)["model"]

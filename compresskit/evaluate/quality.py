@@ -15,7 +15,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compresskit.data import Batch, Sequences
+from compresskit.data import Batch, Examples, ModelInputs, Sequences
 from compresskit.errors import CompressKitError
 from compresskit.progress import track
 from compresskit.sentence import MEAN_POOLED, SentenceEmbedding
@@ -121,7 +121,7 @@ class LogitComparison:
     def __init__(self) -> None:
         self.positions = 0
         self.kl = self.cosine = self.nll = self.nll_original = 0.0
-        self.flips = 0
+        self.flips = self.right = 0
 
     def add(self, original: Tensor, student: Tensor, targets: Tensor | None = None) -> None:
         """Take in logits (T, V) of both models and, for language models, the tokens (T,) that came next."""
@@ -143,6 +143,10 @@ class LogitComparison:
             self.nll += float(-log_q.gather(-1, targets[:, None]).sum())
             self.nll_original += float(-log_p.gather(-1, targets[:, None]).sum())
 
+    def add_labels(self, student: Tensor, labels: Tensor) -> None:
+        """Count the right answers among logits (N, V) whose classes (N,) are known."""
+        self.right += int((student.argmax(-1) == labels).sum())
+
     def divergence(self) -> dict[str, float]:
         """`kl_to_original`, the mean KL(original ‖ student) in nats, and `top1_flips`, the share of other answers."""
         return {"kl_to_original": self.kl / self.positions, "top1_flips": self.flips / self.positions}
@@ -153,10 +157,10 @@ class Fidelity:
 
     For `feature-extraction`: `mean_cosine`, `top10_overlap` and `spearman` of mean-pooled sentence embeddings; the
     original's are computed once. For `text-generation`: `perplexity` of the text, `kl_to_original` (nats a token) and
-    `top1_flips`. For classification: `kl_to_original`, `top1_flips` and `mean_cosine` of the logits; with several
-    labels at once `kl_to_original` and `label_flips` of each label's yes or no; for scores (one output, rerankers)
-    `relative_error` and `spearman`. The original's logits are computed again beside each student's, so that no (all
-    tokens, vocabulary) matrix is ever kept.
+    `top1_flips`. For classification: `kl_to_original`, `top1_flips` and `mean_cosine` of the logits, and `accuracy`
+    where the examples have labels; with several labels at once `kl_to_original` and `label_flips` of each label's yes
+    or no; for scores (one output, rerankers) `relative_error` and `spearman`. The original's logits are computed again
+    beside each student's, so that no (all tokens, vocabulary) matrix is ever kept.
 
     Args:
         original: the untouched model.
@@ -169,7 +173,7 @@ class Fidelity:
     def __init__(
         self,
         original: PreTrainedModel,
-        sequences: Sequences,
+        sequences: Examples,
         *,
         task: str,
         sentence: SentenceEmbedding = MEAN_POOLED,
@@ -180,11 +184,13 @@ class Fidelity:
             "text-generation": self._language_fidelity,
             "text-classification": self._label_fidelity,
             "token-classification": self._label_fidelity,
+            "image-classification": self._label_fidelity,
         }
         if task not in measures:
             raise ValueError(f"no fidelity is known for task {task!r}")
         self.original, self.sequences, self.task, self.batch_size = original, sequences, task, batch_size
         self.sentence, self._measure = sentence, measures[task]
+        self._labels = sequences.labels if isinstance(sequences, ModelInputs) else None
         if task == "feature-extraction" and len(sequences) < LEAST_COMPARED:
             what = f"{len(sequences)} sequences to measure with; embeddings need {LEAST_COMPARED} or more"
             raise CompressKitError(what, where="data.evaluation", fix="give more text")
@@ -237,11 +243,12 @@ class Fidelity:
 
     def _class_fidelity(self, model: PreTrainedModel) -> dict[str, float]:
         sums = self._compare_logits(model, next_token=False)
-        return {**sums.divergence(), "mean_cosine": sums.cosine / sums.positions}
+        accuracy = {} if self._labels is None else {"accuracy": sums.right / sums.positions}
+        return {**sums.divergence(), "mean_cosine": sums.cosine / sums.positions, **accuracy}
 
     def _compare_logits(self, model: PreTrainedModel, *, next_token: bool) -> LogitComparison:
         sums = LogitComparison()
-        longest = max(len(row) for row in self.sequences.rows)
+        longest = max(map(len, self.sequences.rows)) if isinstance(self.sequences, Sequences) else 1
         config = self.original.config
         classes = config.get_text_config().vocab_size if next_token else config.num_labels or 1
         size = max(1, min(self.batch_size, _LOGITS_AT_A_TIME // (longest * classes)))
@@ -256,6 +263,11 @@ class Fidelity:
     def _add_batch(
         self, sums: LogitComparison, batch: Batch, original: Tensor, student: Tensor, *, next_token: bool
     ) -> None:
+        if "attention_mask" not in batch:
+            if self._labels is not None:
+                sums.add_labels(student, self._labels[sums.positions : sums.positions + len(student)])
+            sums.add(original, student)
+            return
         mask = batch["attention_mask"].bool()
         if next_token:
             counted = mask[:, 1:] & mask[:, :-1]

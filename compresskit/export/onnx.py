@@ -22,14 +22,22 @@ from pydantic import Field
 from transformers import PreTrainedModel
 
 from compresskit.cache import cache_folder
-from compresskit.data import Batch
+from compresskit.data import Batch, Sequences
 from compresskit.evaluate.quality import LEAST_COMPARED
 from compresskit.export import fidelity, parity
 from compresskit.export.base import EXPORTERS, Exporter
 from compresskit.export.baseline import Baseline, export_baseline
 from compresskit.export.files import count_operators, model_bytes, save_graph
 from compresskit.export.fusion import set_accuracy
-from compresskit.export.runtime import compare_latency, default_threads, latency_entry, open_session, speed_entry
+from compresskit.export.runtime import (
+    compare_latency,
+    default_threads,
+    latency_entry,
+    open_session,
+    repeated_cases,
+    speed_entry,
+    text_cases,
+)
 from compresskit.export.trace import OUTPUTS, trace
 from compresskit.student import Student
 from compresskit.surgery.plugin import config_with_edits
@@ -116,10 +124,10 @@ class OnnxExport(Exporter):
             files: Baseline = export_baseline(student.original, batch, output=output, opset=self.opset, cache=cache)
             paths = {"baseline": files.float_model, "stock_int8": files.int8_model, "student": path}
         sessions = {name: open_session(file, threads=threads) for name, file in paths.items()}
+        is_text = isinstance(student.corpus.evaluation, Sequences)
         positions = getattr(student.model.config.get_text_config(), "max_position_embeddings", None)
-        rows = compare_latency(
-            sessions, vocabulary=vocabulary_size(student.model), positions=positions, rounds=self.rounds
-        )
+        cases = text_cases(vocabulary_size(student.model), positions) if is_text else repeated_cases(batch)
+        rows = compare_latency(sessions, cases, rounds=self.rounds)
         entry: dict[str, Any] = {"latency_ms": latency_entry(rows["student"]), "threads": threads}
         if not self.baselines:
             return entry
@@ -127,7 +135,7 @@ class OnnxExport(Exporter):
         for name in ("baseline", "stock_int8"):
             entry[name] = {"size_bytes": model_bytes(paths[name]), "latency_ms": latency_entry(rows[name])}
         entry["stock_int8"]["speed"] = speed_entry(rows["stock_int8"])
-        if student.task == "feature-extraction" and len(student.corpus.evaluation) >= LEAST_COMPARED:
+        if is_text and student.task == "feature-extraction" and len(student.corpus.evaluation) >= LEAST_COMPARED:
             batches = [complete_batch(student, one) for one in student.corpus.evaluation.batches(16, limit=self.texts)]
             output = OUTPUTS[student.task]
             found = fidelity.session_fidelity(
@@ -152,7 +160,10 @@ def complete_batch(student: Student, batch: Batch) -> Batch:
 
 
 def sample_batch(student: Student) -> Batch:
-    """Two texts of six tokens, one of them padded: what the trace runs on."""
+    """What the trace runs on: two texts of six tokens, one of them padded; of other inputs the first two examples."""
+    evaluation = student.corpus.evaluation
+    if not isinstance(evaluation, Sequences):
+        return next(evaluation.batches(2))
     ids = torch.arange(12).view(2, 6) % vocabulary_size(student.model)
     mask = torch.ones_like(ids)
     mask[1, 4:] = 0

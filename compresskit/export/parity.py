@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compresskit.data import Batch, Sequences
+from compresskit.data import Batch, Examples, Sequences
 from compresskit.data.sequences import pad
 from compresskit.errors import RunFailedError
 from compresskit.export.files import save_graph
@@ -40,14 +40,22 @@ _BATCH_SIZES = (1, 3, 8, 4)
 NOISE_RATIO = 2.0
 
 
-def parity_batches(sequences: Sequences, *, texts: int) -> Iterator[Batch]:
-    """Ragged batches of 1, 3, 8 and 4 held-out texts in turn; every second text is cut, one to a single token."""
-    rows = [row if i % 2 else row[: max(1, len(row) * (i % 5) // 5)] for i, row in enumerate(sequences.rows[:texts])]
-    start, turn = 0, 0
-    while start < len(rows):
-        size = _BATCH_SIZES[turn % len(_BATCH_SIZES)]
-        yield pad(rows[start : start + size], sequences.pad_token_id)
-        start, turn = start + size, turn + 1
+def parity_batches(examples: Examples, *, texts: int) -> Iterator[Batch]:
+    """Batches of 1, 3, 8 and 4 held-out examples in turn; of text every second one is cut, one to a single token."""
+    count, start, turn = min(texts, len(examples)), 0, 0
+    while start < count:
+        stop = min(start + _BATCH_SIZES[turn % len(_BATCH_SIZES)], count)
+        yield _cut(examples, start, stop)
+        start, turn = stop, turn + 1
+
+
+def _cut(examples: Examples, start: int, stop: int) -> Batch:
+    """The examples `start` to `stop` as one batch; every second text is cut."""
+    if isinstance(examples, Sequences):
+        rows = examples.rows[start:stop]
+        cut = [row if i % 2 else row[: max(1, len(row) * (i % 5) // 5)] for i, row in enumerate(rows, start)]
+        return pad(cut, examples.pad_token_id)
+    return {name: tensor[start:] for name, tensor in next(examples.batches(stop, limit=stop)).items()}
 
 
 class Difference:
@@ -75,6 +83,8 @@ class Difference:
 
 def _unmasked(values: np.ndarray, batch: Batch) -> np.ndarray:
     """The positions of (batch, length, …) values that are not padding; anything else whole."""
+    if "attention_mask" not in batch:
+        return values
     mask = batch["attention_mask"].numpy().astype(bool)
     return values[mask] if values.shape[:2] == mask.shape else values
 
@@ -205,9 +215,10 @@ def check_parity(
     session = open_model(path)
     expected = model_outputs(model, batches, output=output)
     end_to_end = compare_outputs([run_session(session, batch) for batch in batches], expected, batches)
+    first = next(iter(batches[0]))
     compared = {
-        "texts": sum(len(batch["input_ids"]) for batch in batches),
-        "shapes": ["x".join(map(str, batch["input_ids"].shape)) for batch in batches],
+        "texts": sum(len(batch[first]) for batch in batches),
+        "shapes": ["x".join(map(str, batch[first].shape)) for batch in batches],
     }
     if not _integer_layers(model):
         return end_to_end | compared

@@ -1,5 +1,6 @@
 """ONNX Runtime on this machine's CPU: sessions, batches for them, and latencies that can be compared."""
 
+import math
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -8,11 +9,15 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+import torch
 from torch import Tensor
 
+from compresskit.data import Batch
 from compresskit.progress import track
 
 _SHAPES = ((1, 16), (1, 64), (8, 64))
+#: batches of images and other inputs of one shape
+_BATCHES = (1, 8)
 _WARMUP = 5
 
 
@@ -38,34 +43,51 @@ def run_session(session: ort.InferenceSession, inputs: Mapping[str, Tensor | np.
     return np.asarray(session.run(None, feed)[0])
 
 
-def random_inputs(session: ort.InferenceSession, shape: tuple[int, int], vocabulary: int) -> dict[str, np.ndarray]:
-    """Unpadded inputs of random tokens, the same on every call; token types are zero."""
-    ids = np.random.default_rng(0).integers(0, vocabulary, shape)
-    known = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
-    return {value.name: known[value.name] for value in session.get_inputs()}
+def text_cases(vocabulary: int, positions: int | None) -> dict[str, Batch]:
+    """Unpadded inputs of random tokens by their shape: one text of 16 and of 64 tokens, eight of 64; types are zero.
+
+    Args:
+        vocabulary: token ids are below this.
+        positions: tokens that the model can place, where that has an end; longer shapes are cut to it.
+    """
+    cases: dict[str, Batch] = {}
+    for shape in dict.fromkeys((texts, min(length, positions or length)) for texts, length in _SHAPES):
+        ids = torch.from_numpy(np.random.default_rng(0).integers(0, vocabulary, shape))
+        cases["x".join(map(str, shape))] = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "token_type_ids": torch.zeros_like(ids),
+        }
+    return cases
+
+
+def repeated_cases(examples: Batch) -> dict[str, Batch]:
+    """The first of some examples, once and in batches, by the shape of the first input."""
+    cases = [{name: tensor[:1].repeat_interleave(size, 0) for name, tensor in examples.items()} for size in _BATCHES]
+    return {"x".join(map(str, next(iter(case.values())).shape)): case for case in cases}
 
 
 def compare_latency(
-    sessions: Mapping[str, ort.InferenceSession], *, vocabulary: int, positions: int | None, rounds: int
+    sessions: Mapping[str, ort.InferenceSession], cases: Mapping[str, Batch], *, rounds: int
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Latency of each session at one text of 16 and of 64 tokens and at eight of 64, taken in turns.
-
-    So a busy moment hits all alike.
+    """Latency of each session on each of `cases`, taken in turns, so that a busy moment hits all alike.
 
     Args:
         sessions: the first is what speeds are relative to.
-        vocabulary: token ids below this are ordinary enough to time with.
-        positions: tokens that the models can place, where that has an end; longer shapes are cut to it.
+        cases: inputs by the name of their shape.
         rounds: timed runs of each.
 
     Returns:
-        `{name: {"1x64": {"p50": ms, "p95": ms, "speed": …}}}`; speed is the median over rounds of the first session's
-        time divided by this one's.
+        `{name: {"1x64": {"p50": ms, "p95": ms, "speed": …}}}`, the cases in their order; speed is the median over
+        rounds of the first session's time divided by this one's.
     """
     table: dict[str, dict[str, dict[str, float]]] = {name: {} for name in sessions}
     first = next(iter(sessions))
-    for shape in dict.fromkeys((texts, min(length, positions or length)) for texts, length in _SHAPES):
-        inputs = {name: random_inputs(session, shape, vocabulary) for name, session in sessions.items()}
+    for shape, case in cases.items():
+        inputs = {
+            name: {value.name: np.asarray(case[value.name]) for value in session.get_inputs()}
+            for name, session in sessions.items()
+        }
         for name, session in sessions.items():
             for _ in range(_WARMUP):
                 session.run(None, inputs[name])
@@ -80,14 +102,14 @@ def compare_latency(
             p50, p95 = np.percentile(taken, [50, 95])
             speed = np.median(np.array(times[first]) / np.array(taken))
             row = {"p50": round(float(p50), 3), "p95": round(float(p95), 3), "speed": round(float(speed), 3)}
-            table[name][f"{shape[0]}x{shape[1]}"] = row
+            table[name][shape] = row
     return table
 
 
 def headline(shapes: Iterable[str]) -> str:
-    """The longest timed shape of one text, which stands for all."""
+    """The largest timed shape of one example, which stands for all."""
     single = [shape for shape in shapes if shape.startswith("1x")]
-    return max(single, key=lambda shape: int(shape.partition("x")[2]))
+    return max(single, key=lambda shape: math.prod(map(int, shape.split("x"))))
 
 
 def latency_entry(rows: dict[str, dict[str, float]]) -> dict[str, Any]:

@@ -35,6 +35,7 @@ OUTPUTS = {
     "text-generation": "logits",
     "text-classification": "logits",
     "token-classification": "logits",
+    "image-classification": "logits",
 }
 _NODE_ATTENTION = "compresskit_onnx"
 # The operator set that brought `Attention`.
@@ -131,11 +132,11 @@ def trace(
     fuse: bool,
     opset: int | None = None,
 ) -> ir.Model:
-    """The ONNX graph of `model`, batch and length free, with the one output `output`.
+    """The ONNX graph of `model`, batch and (of text) length free, with the one output `output`.
 
     Args:
         model: in eval mode; left as it was.
-        batch: sample inputs with at least two rows of at least two tokens (a size of 1 would become fixed).
+        batch: sample inputs with at least two rows, of text of at least two tokens (a size of 1 would become fixed).
         output: the name of the wanted output; what only others need is dropped.
         fuse: use ONNX Runtime's fused operators, which compute the same in fewer steps.
         opset: ONNX operator set; None takes the exporter's default, or 23 where attention becomes one node.
@@ -155,7 +156,9 @@ def trace(
     own = model.config._attn_implementation or "eager"
     attention = _NODE_ATTENTION if as_node else "eager" if _looks_both_ways(model) else own
     free = torch.export.Dim.DYNAMIC
-    config = OnnxConfig(opset_version=opset, dynamic_shapes={name: {0: free, 1: free} for name in batch})
+    # Of text the length is free too; images and audio features keep theirs.
+    shapes = {name: {0: free, 1: free} if "input_ids" in batch else {0: free} for name in batch}
+    config = OnnxConfig(opset_version=opset, dynamic_shapes=shapes)
     inputs: dict[str, Any] = dict(batch)
     if hasattr(model.config, "use_cache"):
         inputs["use_cache"] = False
@@ -190,8 +193,9 @@ def _keep_output(model: ir.Model, output: str) -> None:
 
 
 def _name_axes(model: ir.Model, names: list[str]) -> None:
-    """Call the free axes of the inputs `batch` and `sequence`; keep the order of `names`."""
+    """Call the free axes of the inputs `batch` and, of text, `sequence`; keep the order of `names`."""
     by_name = {value.name: value for value in model.graph.inputs}
     for value in by_name.values():
-        value.shape = ir.Shape(["batch", "sequence"])
+        fixed = list(value.shape or ())[1:]
+        value.shape = ir.Shape(["batch", "sequence"] if "input_ids" in by_name else ["batch", *fixed])
     model.graph.inputs[:] = [by_name[name] for name in names if name in by_name]

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from compresskit.data import Batch
+from compresskit.data import Batch, token_rows
 from compresskit.errors import CompressKitError
 from compresskit.layerwise.moments import Moments
 from compresskit.layerwise.watch import AllSeenError, Watch, replaced_forwards
@@ -266,7 +266,7 @@ class Walk:
                 fix=f"use calibration: {LEAST_CALIBRATION} or more (hundreds are better)",
             )
         period = min(4, len(calibration))
-        for batch in calibration.batches(max(1, self._batch_tokens // len(calibration.rows[-1]))):
+        for batch in calibration.batches(max(1, self._batch_tokens // len(token_rows(calibration)[-1]))):
             calls, hidden = _block_calls(student, self._blocks, batch)
             beside = _block_calls(original, self._blocks[:1], batch)[1] if self._anchor or self._finish else None
             lanes.append(_Lane(calls, hidden, beside, *_split_rows(batch, sequences, period)))

@@ -5,5 +5,6 @@ from compresskit.passes.distill import Distill
 from compresskit.passes.low_rank import LowRank
 from compresskit.passes.prune_width import PruneWidth
 from compresskit.passes.quantize import Quantize
+from compresskit.passes.tensor import TensorDecomposition
 
-__all__ = ["PASSES", "Distill", "LowRank", "Pass", "PruneWidth", "Quantize", "Trait"]
+__all__ = ["PASSES", "Distill", "LowRank", "Pass", "PruneWidth", "Quantize", "TensorDecomposition", "Trait"]

@@ -12,7 +12,7 @@ from compresskit.surgery.edits import Edit
 if TYPE_CHECKING:
     from torch import nn
 
-Trait = Literal["low_rank", "pruned", "quantized"]
+Trait = Literal["low_rank", "decomposed", "pruned", "quantized"]
 
 
 class Pass(Config, ABC):

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from pydantic import Field
 from transformers import PreTrainedModel
 
+from compresskit.data import Sequences
 from compresskit.distill.losses import KL, AnyLoss, Hidden, Loss
 from compresskit.distill.outputs import has_head
 from compresskit.distill.teachers import LiveTeacher
@@ -68,6 +69,9 @@ class Distill(TrainingOptions, Pass):
     def plan(self, model: torch.nn.Module) -> list[Edit]:
         """No edit; refuses losses that do not suit the model, and patterns that match nothing."""
         assert isinstance(model, PreTrainedModel)
+        if model.main_input_name != "input_ids":
+            what = f"training needs token sequences, and {type(model).__name__} reads {model.main_input_name!r}"
+            raise CompressKitError(what, where=self.kind, fix="leave distill out")
         if self.teacher is None:
             self._checked_losses(model, model)
         else:
@@ -77,6 +81,8 @@ class Distill(TrainingOptions, Pass):
 
     def apply(self, student: Student, *, generator: torch.Generator) -> dict[str, Any]:
         """Train `student.model` in place against its teacher; eval mode, no gradients afterwards."""
+        training = student.corpus.training
+        assert isinstance(training, Sequences)
         teacher = student.original if self.teacher is None else _load_teacher(self.teacher, student)
         losses = self._checked_losses(student.model, teacher)
         accelerator = Accelerator()
@@ -88,7 +94,7 @@ class Distill(TrainingOptions, Pass):
                 student.model,
                 LiveTeacher(teacher),
                 losses,
-                student.corpus.training,
+                training,
                 self,
                 generator=generator,
                 accelerator=accelerator,

@@ -38,7 +38,7 @@ from compresskit.passes.base import PASSES, Pass, Trait
 from compresskit.progress import working
 from compresskit.student import Student
 from compresskit.surgery.edits import Edit, QuantizeEmbedding, QuantizeLinears
-from compresskit.surgery.sites import Anatomy, Site, find_anatomy, select
+from compresskit.surgery.sites import Anatomy, Site, find_anatomy, select, tied_heads
 
 # Tables with fewer rows, or less than this share of the largest one's (positions, token types), stay float: they hold
 # few bytes, and ONNX Runtime takes five times as long to look up integers.
@@ -114,7 +114,7 @@ class Quantize(Pass):
         """Linears inside blocks, outside them, and those that stay float because nothing divides their columns."""
         inside_names = set(anatomy.linears())
         linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        tied = {name for _, name in _tied_heads(model)}  # type: ignore[arg-type]
+        tied = {name for _, name in tied_heads(model)}  # type: ignore[arg-type]
         names = [name for name in linears if name not in tied]
         chosen = set(select(names, self.targets))
         inside = [name for name in names if name in chosen and name in inside_names]
@@ -135,7 +135,7 @@ class Quantize(Pass):
         """One edit a table, and the names of those that stay float: more than look-ups (Gemma), and misfits."""
         if self.embeddings is None:
             return [], []
-        heads = dict(_tied_heads(model))
+        heads = dict(tied_heads(model))
         edits: list[Edit] = []
         special: list[str] = []
         tables = {name: table for name, table in model.named_modules() if isinstance(table, nn.Embedding)}
@@ -212,16 +212,6 @@ def smoothing_factors(peak: Tensor, power: float) -> Tensor:
         return torch.ones_like(peak, dtype=torch.float32)
     logs = -power * (peak.double() / greatest).clamp_min(1e-4).log()
     return (logs - logs.mean()).exp().float()
-
-
-def _tied_heads(model: PreTrainedModel) -> list[tuple[str, str]]:
-    """(table, head) names of output heads that share the input embedding's weight."""
-    tied = getattr(model, "all_tied_weights_keys", {})
-    return [
-        (source.removesuffix(".weight"), target.removesuffix(".weight"))
-        for target, source in tied.items()
-        if target.endswith(".weight") and isinstance(model.get_submodule(target.removesuffix(".weight")), nn.Linear)
-    ]
 
 
 def _first_that_divides(columns: int, sizes: Sequence[int]) -> int:

@@ -18,10 +18,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compresskit.layers.int8_linear import Int8Linear
 from compresskit.layers.low_rank import LowRankLinear
+from compresskit.layers.low_rank_embedding import LowRankEmbedding
 from compresskit.layers.pivoted_linear import PivotedLinear
 from compresskit.layers.quant_embedding import QuantEmbedding
 from compresskit.layers.quant_linear import QuantLinear
+from compresskit.layers.tensor_train import TensorTrainEmbedding, TensorTrainHead
 from compresskit.models import STUDENT_METHOD
+from compresskit.surgery import tensor_edits  # noqa: F401 # registers its edits
 from compresskit.surgery.edits import EDITS, Edit, PruneHeads, PruneNeurons, read_ranges, replay
 
 METHOD = STUDENT_METHOD
@@ -38,7 +41,8 @@ def dump_edits(edits: list[Edit]) -> list[dict[str, Any]]:
     return [edit.model_dump(mode="json") for edit in edits]
 
 
-_INSERTED = (LowRankLinear, PivotedLinear, QuantLinear, Int8Linear, QuantEmbedding)
+_INSERTED_TABLES = (QuantEmbedding, LowRankEmbedding, TensorTrainEmbedding)
+_INSERTED = (LowRankLinear, PivotedLinear, QuantLinear, Int8Linear, TensorTrainHead, *_INSERTED_TABLES)
 
 
 def _stand_in(module: nn.Module) -> list[str]:
@@ -48,7 +52,7 @@ def _stand_in(module: nn.Module) -> list[str]:
     (ModernBERT: `module.Wqkv.weight`). Marking the layer as initialised does not prevent that, and marking the block
     would leave its buffers unset. The stand-ins take no memory and, as plain attributes, no place among parameters.
     """
-    if isinstance(module, QuantEmbedding):
+    if isinstance(module, _INSERTED_TABLES):
         shape = (module.num_embeddings, module.embedding_dim)
     else:
         shape = (int(module.out_features), int(module.in_features))  # pyright: ignore[reportArgumentType]

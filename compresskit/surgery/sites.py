@@ -276,6 +276,16 @@ def _find_feed_forwards(block: int, groups: list[list[_Call]], taken: set[str]) 
     return found
 
 
+def tied_heads(model: PreTrainedModel) -> list[tuple[str, str]]:
+    """(table, head) names of output heads that share the input embedding's weight."""
+    tied = getattr(model, "all_tied_weights_keys", {})
+    return [
+        (source.removesuffix(".weight"), target.removesuffix(".weight"))
+        for target, source in tied.items()
+        if target.endswith(".weight") and isinstance(model.get_submodule(target.removesuffix(".weight")), nn.Linear)
+    ]
+
+
 def select(names: list[str], pattern: str, *, where: str = "targets") -> list[str]:
     """The names that a glob matches, in order.
 

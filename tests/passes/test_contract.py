@@ -21,6 +21,7 @@ EXAMPLES: dict[str, list[dict[str, object]]] = {
         {"bits": 4, "group_size": 16, "anchor": 0.5},
         {"bits": 8, "group_size": "channel", "act": "int8"},
     ],
+    "tensor": [{"keep": 0.5}, {"keep": 0.5, "embeddings": "tensor_train"}],
     "distill": [{"steps": 2, "batch_size": 4}],
 }
 CASES = [(kind, options, family) for kind, many in EXAMPLES.items() for options in many for family in ("bert", "llama")]
