@@ -41,10 +41,11 @@ from compresskit.layers.low_rank_embedding import LowRankEmbedding
 from compresskit.layers.tensor_train import TensorTrainEmbedding
 from compresskit.layerwise.moments import Moments
 from compresskit.layerwise.objective import fit_weight, folded_bias
+from compresskit.layerwise.output_pca import solve_output_pca
 from compresskit.layerwise.probe import probe
+from compresskit.layerwise.ranks import break_even_rank, rank_for
 from compresskit.layerwise.walk import LEAST_CALIBRATION, SiteMoments
 from compresskit.passes.base import PASSES, Pass, Trait
-from compresskit.passes.low_rank import break_even_rank, low_rank_factors, rank_for
 from compresskit.passes.tensor_convs import (
     components,
     cp_factors,
@@ -232,7 +233,7 @@ class TensorDecomposition(Pass):
         if new.bias is not None:
             new.bias.copy_(folded_bias(found, mean))
         equal = min(weights_in(list(factors_of(new))) // sum(target.shape), *target.shape)
-        plain = low_rank_factors(target, equal, moment=mean.C)[2] if equal else map_error(target, 0 * target, mean.C)
+        plain = float(solve_output_pca(target, moment=mean.C).tail[equal])
         relative = _relative_to(map_error(target, torch.zeros_like(target), mean.C))
         return {
             "method": edit.kind,

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compresskit.layers.factored_conv import Conv
-from compresskit.passes.low_rank import low_rank_factors
+from compresskit.layerwise.output_pca import solve_output_pca
 
 #: Of CP: what a component's energy costs, as a share of the layer's own.
 RIDGE = 1e-4
@@ -114,7 +114,7 @@ def tucker_factors(
         B, core = torch.eye(outputs, dtype=torch.float64), reduced
     else:
         rank = min(out_rank, *reduced.shape)
-        B, core, _ = low_rank_factors(reduced, rank, moment=small)
+        B, core = solve_output_pca(reduced, moment=small).factors(rank)
         B, core = F.pad(B, (0, out_rank - rank)), F.pad(core, (0, 0, 0, out_rank - rank))
     return A, core.reshape(out_rank, in_rank, *kernel), B
 

@@ -24,7 +24,7 @@ from tensorly.backend import BackendManager
 from tensorly.decomposition import tensor_train_matrix
 from torch import Tensor
 
-from compresskit.passes.low_rank import low_rank_factors
+from compresskit.layerwise.output_pca import solve_output_pca
 
 #: How many times an error of the logits weighs as much as one of the same share at the input. SmolLM2-135M at keep 0.8:
 #: perplexity 51, 41, 32 and 30 with 1, 10, 100 and 1000.
@@ -86,12 +86,14 @@ def low_rank_table(
     W = table.double()
     moment = W.T @ (frequencies.double()[:, None] * W)
     if metric is None:
-        B, A, error = low_rank_factors(torch.eye(W.shape[1], dtype=W.dtype), rank, moment=moment)
-        return W @ A.T, B.T, error
+        found = solve_output_pca(torch.eye(W.shape[1], dtype=W.dtype), moment=moment)
+        B, A = found.factors(rank)
+        return W @ A.T, B.T, float(found.tail[rank])
     values, Q = torch.linalg.eigh(metric)
     root, inverse = (Q * values.sqrt()) @ Q.T, (Q / values.sqrt()) @ Q.T
-    B, A, error = low_rank_factors(root, rank, moment=moment)
-    return W @ A.T, B.T @ inverse, error
+    found = solve_output_pca(root, moment=moment)
+    B, A = found.factors(rank)
+    return W @ A.T, B.T @ inverse, float(found.tail[rank])
 
 
 def table_error(difference: Tensor, *, frequencies: Tensor, metric: Tensor) -> float:
