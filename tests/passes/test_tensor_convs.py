@@ -51,7 +51,7 @@ CONVS = {
 def dense_conv(name: str) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return CONVS[name]().double()
+        return CONVS[name]().double().requires_grad_(False)
 
 
 def correlated_inputs(conv: nn.Module, count: int = 8) -> torch.Tensor:
@@ -93,7 +93,7 @@ def in_factors(conv: nn.Module, edit, factors: list[torch.Tensor]) -> nn.Module:
             own.weight.copy_(values.reshape(own.weight.shape))
         if conv.bias is not None:
             model.conv.bias.copy_(conv.bias)
-    return model.conv
+    return model.conv.requires_grad_(False)
 
 
 def tucker(conv, weight, moment, in_rank, out_rank):
@@ -164,12 +164,12 @@ def test_cp_components_stay_bounded_where_no_best_answer_exists():
     weight, moment = tensor.flatten(1), torch.eye(4, dtype=torch.float64)
     power = float(weight.square().sum())
     energies = []
-    for ridge in (1e-1, 1e-4):
+    for ridge in (1e-2, 1e-6):
         A, taps, B = cp_factors(weight, 2, moment=moment, kernel=(2,), ridge=ridge)
         torch.testing.assert_close(components(A, taps).square().sum(1), torch.ones(2, dtype=torch.float64))
         energies.append(float(B.square().sum()))
         assert energies[-1] <= power / ridge
-        assert map_error(weight, B @ components(A, taps), moment) < power
+        assert map_error(weight, B @ components(A, taps), moment) < 0.01 * power
     assert energies[0] < energies[1], "the bound is what holds them"
 
 
@@ -325,7 +325,9 @@ def test_the_onnx_file_agrees_and_holds_convolutions(name, convs, tmp_path):
     assert entry["parity"]["relative_error"] < 1e-4
     assert entry["operators"]["Conv"] > 1
     assert set(entry["latency_ms"]) == {"p50", "p95", "1x3x32x32", "8x3x32x32"}
-    assert entry["baseline"]["size_bytes"] > entry["size_bytes"]
+    weights = 4 * count_parameters(student.model)
+    assert weights < entry["size_bytes"] < weights + 30_000
+    assert entry["stock_int8"]["size_bytes"] > 0
 
 
 def test_groups_and_other_kinds_of_convolutions_are_named_or_kept():
