@@ -2,8 +2,8 @@
 
 Over those k + 1 buckets every divergence is at most what it is over the vocabulary (data processing), and it is no
 longer biased as one over the k alone is. The student's probability of the bucket is a sum over its own logits, never
-1 − Σ, so it does not cancel. With g_j = r_j − q_j Σ r over buckets, a logit among the k gets g_j, any other the bucket's
-g times its share of the bucket's probability.
+1 − Σ, so it does not cancel. With g_j = r_j − q_j Σ r over buckets, a logit among the k gets g_j, any other the
+bucket's g times its share of the bucket's probability.
 """
 
 from dataclasses import dataclass

@@ -155,7 +155,7 @@ def slab_statistics(
             shifted /= temperature
         if entropy:
             weights = shifted.exp()
-            gained = torch.where(weights > 0, weights * shifted, 0).sum(0)
+            gained = (weights * shifted.clamp_min_(torch.finfo(dtype).min / 4)).sum(0)  # 0 · −∞ is no number
             moment = drop.exp() * torch.where(total > 0, moment + drop * total, 0) + gained
             total = total * drop.exp() + weights.sum(0)
         else:

@@ -1,4 +1,4 @@
-"""`slab_loss_` as fused Triton kernels between library products: each logit is read twice, or three times, and never copied.
+"""`slab_loss_` as fused Triton kernels between library products: each logit is read two or three times, never copied.
 
     statistics   running max and Σ exp of student and teacher, for reverse KL Σ q (a − b) too, for entropy Σ p b
     slopes       Σ r, only for the divergences whose gradient needs it and that no running sum gives
@@ -6,12 +6,13 @@
 
 A program takes a block of tokens and one part of the vocabulary, so that a slab of few tokens still fills a GPU; the
 parts' sums are joined by a few operations on (parts, C). Numbers are float32 in registers. Bytes moved per logit in
-bfloat16: 4 in the products that write both slabs, 4 a read of both, 2 to write the gradient, 4 in the products that read
-it: 18 for forward and reverse KL, 22 for the rest.
+bfloat16: 4 in the products that write both slabs, 4 a read of both, 2 to write the gradient, 4 in the products that
+read it: 18 for forward and reverse KL, 22 for the rest.
 """
 
 # Pyright does not know the types inside kernels.
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false, reportOperatorIssue=false
+# pyright: reportPossiblyUnboundVariable=false, reportArgumentType=false
 
 import math
 from dataclasses import dataclass
@@ -114,10 +115,10 @@ def _value_and_slope(lp, lq, mix, log_mix, log_rest, KIND: tl.constexpr):
         lp, lq = tl.maximum(lp, -1.0e37), tl.maximum(lq, -1.0e37)
     p, q = tl.exp(lp), tl.exp(lq)
     if KIND == _FORWARD_KL:
-        value, slope = p * tl.where(p > 0, lp - lq, 0.0), -p
+        value, slope = p * tl.where(p > 0, lp - lq, 0.0) + (q - p), -p
     elif KIND == _REVERSE_KL:
-        value = q * tl.where(q > 0, lq - lp, 0.0)
-        slope = value
+        slope = q * tl.where(q > 0, lq - lp, 0.0)
+        value = slope + (p - q)
     elif KIND == _JENSEN_SHANNON:
         lm = _log_mixture(lp, lq, log_mix, log_rest)
         slope = (1 - mix) * q * (lq - lm)

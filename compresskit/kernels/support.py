@@ -10,7 +10,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def why_not_triton(*tensors: Tensor) -> str | None:
-    """The reason why the Triton kernels cannot take these logits, or the tensors they are made of; None where they can."""
+    """The reason why the Triton kernels cannot take these logits, or what makes them; None where they can."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed (pip install 'compresskit[gpu]')"
     for tensor in tensors:

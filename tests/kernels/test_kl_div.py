@@ -5,7 +5,6 @@ from torch.utils._pytree import tree_leaves
 
 from compresskit.kernels.kl_div import fused, jsd, kl_div, why_not_triton
 
-
 HERE = ("reference", "chunked")  # Triton has its own test, in a process of its own
 
 

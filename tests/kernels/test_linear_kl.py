@@ -1,12 +1,10 @@
-import itertools
 from typing import get_args
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from compresskit.kernels.divergence import Divergence, Kind
-from compresskit.kernels.linear_kl import Head, TiledWeight, TopK, linear_kl
+from compresskit.kernels.linear_kl import Head, TopK, linear_kl
 
 KINDS = get_args(Kind)
 FUSED = "chunked"  # Triton has its own test, in a process of its own
@@ -52,7 +50,7 @@ def value_and_grads(given, impl):
 
 
 def rich(dtype=torch.float64, **changes):
-    """Everything at once: bias, scale and cap on both sides, labels, a masked token, several chunks' worth of options."""
+    """Everything at once: bias, scale and cap on both sides, labels, a masked token."""
     given = arguments(dtype, **changes)
     bias = draw(V, seed=6, dtype=dtype).requires_grad_()
     labels = torch.randint(V, (T,), generator=torch.Generator().manual_seed(7))

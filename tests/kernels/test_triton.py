@@ -1,10 +1,9 @@
-"""The Triton kernels: their numbers under the interpreter, bytes they move, and that they compile for GPUs elsewhere."""
+"""The Triton kernels: their numbers under the interpreter, bytes they move, and that they compile for GPUs."""
 
 import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -62,14 +61,15 @@ for (T, HS, HT, V), dtype, rich in itertools.product(shapes, (torch.float32, tor
         assert error <= theirs + floor * exact.abs().max(), (T, dtype, rich, float(error), float(theirs))
     checked += 1
 
+divergence, ones, eye = Divergence(kind), torch.ones(9), torch.eye(300)[:290]
 student, teacher = (3 * torch.randn(9, 300) for _ in range(2))
 def over_logits(impl, dtype):
-    leaf = student.to(dtype).requires_grad_()
-    loss = divergence_loss(leaf, teacher.to(dtype)[:, :290], token_weight=torch.ones(9), divergence=Divergence(kind), impl=impl)
+    leaf = student.to(dtype, copy=True).requires_grad_()
+    loss = divergence_loss(leaf, teacher.to(dtype)[:, :290], token_weight=ones, divergence=divergence, impl=impl)
     return [loss.detach(), *torch.autograd.grad(loss, leaf)]
 for exact, ours in zip(over_logits("reference", torch.float64), over_logits("triton", torch.float32), strict=True):
     assert (exact - ours).abs().max() <= 1e-5 * exact.abs().max()
-same = linear_kl(student, torch.eye(300)[:290], student, torch.eye(300)[:290], token_weight=torch.ones(9), divergence=Divergence(kind), impl="triton")
+same = linear_kl(student, eye, student, eye, token_weight=ones, divergence=divergence, impl="triton")
 assert same.abs() < 1e-5
 print("checked", checked)
 """
@@ -111,8 +111,9 @@ hidden, head, teacher, teacher_head = (torch.randn(n, H).bfloat16() for n in (T,
 hidden.requires_grad_(), head.requires_grad_()
 from compresskit.kernels.linear_kl import op
 with Products():
-    op._linear_kl._init_fn(hidden.detach(), head.detach(), None, teacher, teacher_head, None, None, torch.ones(T), None, None,
-                           [0, 0], [1.0, 0.0, 1.0, 0.0], sys.argv[1], "none", [0.5, 1.0], V, "triton", 64, [True, True, False])
+    op._linear_kl._init_fn(hidden.detach(), head.detach(), None, teacher, teacher_head, None, None, torch.ones(T), None,
+                           None, [0, 0], [1.0, 0.0, 1.0, 0.0], sys.argv[1], "none", [0.5, 1.0], V, "triton", 64,
+                           [True, True, False])
 print("bytes per logit", (moved["kernels"] + moved["products"]) / (T * V), moved)
 """
 
@@ -137,12 +138,13 @@ def compile(kernel, logits, **flags):
     aligned = [["tt.divisibility", 16]]
     attrs = {(i,): aligned for i, name in enumerate(kernel.arg_names)
              if name in ("s_stride_v", "t_stride_v", "tokens") or signature[name].startswith("*")}
-    source = ASTSource(kernel, signature, constexprs={k: v for k, v in constants.items() if k in kernel.arg_names}, attrs=attrs)
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attrs)
     made = triton.compile(source, target=GPUTarget("cuda", int(capability), 32), options={"num_warps": ours.NUM_WARPS})
     assert f".target sm_{capability}" in made.asm["ptx"]
     Path(cubin).write_bytes(made.asm["cubin"])
-    usage = subprocess.run([cuobjdump, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
-    line = next(line for line in usage.splitlines() if "REG:" in line)
+    usage = subprocess.run([cuobjdump, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True)
+    line = next(line for line in usage.stdout.splitlines() if "REG:" in line)
     found = dict(item.split(":")[:2] for item in line.split() if ":" in item)
     assert int(found["STACK"]) == int(found["LOCAL"]) == 0, (kernel.__name__, flags, line)
     return int(found["REG"])

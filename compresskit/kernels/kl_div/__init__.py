@@ -3,11 +3,11 @@
     kl_div(z_s, z_t, token_weight=w, temperature=τ)
       == τ² · (w · F.kl_div(log_softmax(z_s/τ), log_softmax(z_t/τ), log_target=True, reduction="none").sum(-1)).sum()
 
-The factor τ² keeps the gradient's size independent of the temperature (arXiv:1503.02531). `divergence_loss` takes any of
-`compresskit.kernels.divergence`; `kl_div` and `jsd` are two of them by name. Three implementations of one definition:
-`reference` (plain torch, saves several (T, V) tensors), `chunked` (any device, the gradient is made in the forward pass,
-working memory under a budget) and `triton` (CUDA). Where the logits come from an output head that still has to be
-applied, `compresskit.kernels.linear_kl` never makes them.
+The factor τ² keeps the gradient's size independent of the temperature (arXiv:1503.02531). `divergence_loss` takes any
+of `compresskit.kernels.divergence`; `kl_div` and `jsd` are two of them by name. Three implementations of one
+definition: `reference` (plain torch, saves several (T, V) tensors), `chunked` (any device, the gradient is made in the
+forward pass, working memory under a budget) and `triton` (CUDA). Where the logits come from an output head that still
+has to be applied, `compresskit.kernels.linear_kl` never makes them.
 """
 
 from typing import Literal, get_args
@@ -49,7 +49,7 @@ def divergence_loss(
 
     Returns:
         A scalar in float32, or in float64 where the student's logits are. All weights 0 give 0 with a zero gradient.
-        A column that both give −∞ adds nothing; one that the student alone gives −∞ makes forward KL infinite, as it is.
+        A column that both give −∞ adds nothing; one that the student alone gives −∞ makes forward KL infinite.
 
     Raises:
         ValueError: shapes that do not agree, a teacher that requires grad, negative weights, an unknown `impl`, or

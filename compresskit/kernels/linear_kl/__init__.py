@@ -1,7 +1,8 @@
 """Output head and divergence in one, forward and backward, without the (tokens × vocabulary) logits.
 
     linear_kl(x_s, Head(W_s), x_t, Head(W_t), token_weight=w)
-      == (w · F.kl_div(log_softmax(x_s @ W_s.T), log_softmax(x_t @ W_t.T), log_target=True, reduction="none").sum(-1)).sum()
+      == (w · F.kl_div(log_softmax(x_s @ W_s.T), log_softmax(x_t @ W_t.T), log_target=True, reduction="none").sum(-1))
+         .sum()
 
 The gradients of hidden states, weight and bias are made during the forward pass, chunk by chunk, while a chunk's logits
 are at hand: `reference` is the definition in plain torch, `chunked` runs on any device within a budget of memory, and
@@ -32,7 +33,7 @@ __all__ = ["Divergence", "Head", "Impl", "TiledWeight", "TopK", "linear_kl", "wh
 
 
 def why_not_triton(student_hidden: Tensor, teacher: Tensor | TopK) -> str | None:
-    """The reason why the Triton kernels cannot serve; None where they can. `teacher`: hidden states, logits or cache."""
+    """The reason why Triton cannot serve, None where it can; the teacher is given by hidden states, logits or cache."""
     if isinstance(teacher, TopK):
         return "a cached top-k teacher is served by chunked, on any device"
     return support.why_not_triton(student_hidden, teacher)
@@ -60,7 +61,7 @@ def linear_kl(
         student_head: a `Head`, or its weight (V_s, H_s) of the same dtype. Without requires_grad it is frozen, and the
             product for its gradient is not made.
         teacher_hidden: (T, H_t); with `teacher_head` one of three ways to give the teacher.
-        teacher_head: a `Head`, or its weight (V_t, H_t). The student's own weight (detached) costs one product for both.
+        teacher_head: a `Head`, or its weight (V_t, H_t). The student's own weight, detached, costs one product.
         token_weight: w (T,) ≥ 0, already normalised by the caller: nothing here divides by a count. A token that counts
             for nothing is not read, so it may hold anything, NaN included, and costs no product.
         teacher_logits: (T, V_t), already capped and scaled.

@@ -1,7 +1,7 @@
 """The matrix products around a slab, in the orientation that is fastest on a CPU: vocabulary first.
 
-With W (V, H) and hidden states X (C, H):   slab = W Xᵀ,   ∂X = (Wᵀ slab)ᵀ,   ∂W += slab X.   In float32 each of them runs
-at the speed of the best orientation there is; with tokens first, the first product took 1.1 to 1.2 times as long.
+With W (V, H) and hidden states X (C, H):   slab = W Xᵀ,   ∂X = (Wᵀ slab)ᵀ,   ∂W += slab X.   In float32 each of them
+runs at about the speed of the best orientation; with tokens first, the first product took 1.1 to 1.2 times as long.
 """
 
 from collections.abc import Iterator
