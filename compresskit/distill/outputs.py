@@ -1,6 +1,7 @@
 """What losses compare: the outputs of a model for one batch, only those that are needed."""
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,11 +9,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compresskit.data import Batch
-from compresskit.sentence import MEAN_POOLED
+from compresskit.distill.heads import find_head, head_skipped
+from compresskit.kernels.linear_kl import Head
+from compresskit.sentence import MEAN_POOLED, SentenceEmbedding
 
 # B sequences, L tokens (padded), H hidden size, V classes or vocabulary
 
-Need = Literal["logits", "hidden", "sentence"]
+Need = Literal["predictions", "hidden", "sentence"]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Logits that were not made: what reaches the head, (B, L, H), and the head."""
+
+    hidden: Tensor
+    head: Head
 
 
 @dataclass(frozen=True)
@@ -20,16 +31,17 @@ class Outputs:
     """A model's outputs for one batch.
 
     Attributes:
-        logits: (B, L, V) for heads over tokens, (B, V) for heads over sequences.
+        predictions: logits, (B, L, V) for heads over tokens, (B, V) for heads over sequences; or, where the model
+            exposes its head, what makes them.
         hidden: the embeddings' output and each block's, (B, L, H) each; the last as the model's head sees it.
-        sentence: (B, H), the mean of the last hidden states over real tokens.
+        sentence: (B, H), the last hidden states pooled as the model's folder says.
     """
 
-    logits: Tensor | None = None
+    predictions: Tensor | Projection | None = None
     hidden: tuple[Tensor, ...] | None = None
     sentence: Tensor | None = None
 
-    def get(self, name: Need) -> Tensor | tuple[Tensor, ...]:
+    def get(self, name: Need) -> Tensor | Projection | tuple[Tensor, ...]:
         """The output `name`.
 
         Raises:
@@ -78,19 +90,26 @@ def has_head(model: nn.Module) -> bool:
     return isinstance(model, PreTrainedModel) and model.base_model is not model
 
 
-def observe(model: PreTrainedModel, batch: Batch, needs: frozenset[Need]) -> Outputs:
-    """Run `model` on the batch and return what is needed, in its own grad mode."""
+def observe(
+    model: PreTrainedModel, batch: Batch, needs: frozenset[Need], pooling: SentenceEmbedding = MEAN_POOLED
+) -> Outputs:
+    """Run `model` on the batch and return what is needed, in its own grad mode; `pooling` makes sentence embeddings."""
     body_only = not needs - {"sentence"} and has_head(model)
     runner = model.base_model if body_only else model
-    result = runner(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        output_hidden_states="hidden" in needs or ("sentence" in needs and runner is not runner.base_model),
-        return_dict=True,
-    )
+    head = None if body_only or not has_head(model) else find_head(model)
+    with nullcontext([]) if head is None else head_skipped(model) as reached:
+        result = runner(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            output_hidden_states="hidden" in needs or ("sentence" in needs and runner is not runner.base_model),
+            return_dict=True,
+        )
+    predictions = None
+    if "predictions" in needs:
+        predictions = result.logits if head is None else Projection(reached[0], head)
     hidden = tuple(result.hidden_states) if "hidden" in needs else None
     sentence = None
     if "sentence" in needs:
         last = result.hidden_states[-1] if result.get("hidden_states") is not None else result.last_hidden_state
-        sentence = MEAN_POOLED.pool(last, batch["attention_mask"])
-    return Outputs(result.logits if "logits" in needs else None, hidden, sentence)
+        sentence = pooling.pool(last, batch["attention_mask"])
+    return Outputs(predictions, hidden, sentence)

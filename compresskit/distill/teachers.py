@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from compresskit.data import Batch
 from compresskit.distill.outputs import Need, Outputs, observe
+from compresskit.sentence import MEAN_POOLED, SentenceEmbedding
 
 
 class Teacher(Protocol):
@@ -26,21 +27,22 @@ class LiveTeacher:
 
     Args:
         model: in eval mode on the device of the batches; never modified.
+        pooling: how hidden states become sentence embeddings.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+    def __init__(self, model: PreTrainedModel, pooling: SentenceEmbedding = MEAN_POOLED) -> None:
+        self.model, self.pooling = model, pooling
         self._sentences: dict[int, Tensor] = {}
 
     @torch.no_grad()
     def __call__(self, batch: Batch, rows: list[int], needs: frozenset[Need]) -> Outputs:
         """The original's outputs for this batch."""
         if needs != {"sentence"}:
-            return observe(self.model, batch, needs)
+            return observe(self.model, batch, needs, self.pooling)
         new = [i for i, row in enumerate(rows) if row not in self._sentences]
         if new:
             part = {name: values[new] for name, values in batch.items()}
-            fresh = observe(self.model, part, needs).sentence
+            fresh = observe(self.model, part, needs, self.pooling).sentence
             assert fresh is not None
             self._sentences.update(zip([rows[i] for i in new], fresh, strict=True))
         return Outputs(sentence=torch.stack([self._sentences[row] for row in rows]))

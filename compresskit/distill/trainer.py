@@ -31,6 +31,7 @@ from compresskit.distill.outputs import Need, StepWeights, observe, step_weights
 from compresskit.distill.progress import TrainingBar
 from compresskit.distill.teachers import Teacher
 from compresskit.errors import CompressKitError, RunFailedError
+from compresskit.sentence import MEAN_POOLED, SentenceEmbedding
 
 log = logging.getLogger(__name__)
 
@@ -128,9 +129,10 @@ class _Trainer:
         chosen: Mapping[str, nn.Parameter],
         options: TrainingOptions,
         accelerator: Accelerator,
+        pooling: SentenceEmbedding,
     ) -> None:
         self.student, self.teacher, self.losses, self.chosen = student, teacher, losses, chosen
-        self.options, self.accelerator = options, accelerator
+        self.options, self.accelerator, self.pooling = options, accelerator, pooling
         self.needs: frozenset[Need] = frozenset().union(*(loss.needs for loss in losses))
         self.names = [
             loss.kind if sum(other.kind == loss.kind for other in losses) == 1 else f"{loss.kind}[{i}]"
@@ -148,7 +150,7 @@ class _Trainer:
         batch = {name: values.to(device) for name, values in numbered.batch.items()}
         weights = StepWeights(weights.token.to(device), weights.row.to(device), weights.next_token.to(device))
         target = self.teacher(batch, numbered.rows, self.needs)
-        ours = observe(self.student, batch, self.needs)
+        ours = observe(self.student, batch, self.needs, self.pooling)
         return [loss(ours, target, batch, weights) for loss in self.losses]
 
     def total(self, parts: Iterable[float]) -> float:
@@ -223,6 +225,7 @@ def train(
     *,
     generator: torch.Generator,
     accelerator: Accelerator,
+    pooling: SentenceEmbedding = MEAN_POOLED,
 ) -> TrainingResult:
     """Train `student` in place, in eval mode and without gradients afterwards.
 
@@ -234,6 +237,7 @@ def train(
         options: see there.
         generator: decides the split, the order and the dropout; the only randomness.
         accelerator: one process; more are refused.
+        pooling: how the student's hidden states become sentence embeddings.
 
     Raises:
         CompressKitError: nothing to train, patterns that match nothing, fewer than two sequences, several processes.
@@ -258,7 +262,7 @@ def train(
     )
     seed = int(torch.randint(2**62, (), generator=generator))
     with _only_these_learn(student, chosen, dropout=options.dropout), _seeded(seed, accelerator.device):
-        trainer = _Trainer(student, teacher, losses, chosen, options, accelerator)
+        trainer = _Trainer(student, teacher, losses, chosen, options, accelerator, pooling)
         return _run(trainer, steps, apart)
 
 

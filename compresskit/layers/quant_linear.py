@@ -116,7 +116,13 @@ class QuantLinear(nn.Module):
 
     def dequantize(self) -> Tensor:
         """The weight that the codes stand for, (out, in) float32."""
-        codes, scales, zeros = self.tensors()
+        return self.dequantize_rows(0, self.out_features)
+
+    def dequantize_rows(self, start: int, stop: int) -> Tensor:
+        """The weight of the outputs from `start` to `stop`, (stop − start, in) float32."""
+        codes, scales, zeros = (None if one is None else one[start:stop] for one in self.tensors())
+        assert codes is not None
+        assert scales is not None
         codes = grid.unpack(codes.flatten(1), self.in_features, bits=self.bits)
         zeros = None if zeros is None else grid.unpack(zeros, self.groups, bits=self.bits)
         return grid.decode(codes, scales, zeros, bits=self.bits)

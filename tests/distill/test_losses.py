@@ -7,7 +7,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel
 from compresskit.distill.losses import KL, LOSSES, Embedding, Hidden
 from compresskit.distill.losses.embedding import cosine_distance, similarity_kl
 from compresskit.distill.losses.hidden import even_layer, relative_error
-from compresskit.distill.losses.kl import next_token_cross_entropy
+from compresskit.distill.losses.kl import logits_of, next_token_cross_entropy
 from compresskit.distill.outputs import StepWeights, has_head, observe, step_weights
 from compresskit.errors import CompressKitError
 from compresskit.sentence import MEAN_POOLED
@@ -153,7 +153,7 @@ def test_hidden_averages_over_the_layers_it_is_given(tiny_bert, damaged):
 def test_labels_of_a_language_model_are_its_next_tokens(tiny_llama):
     batch = batch_of([7, 4])
     (weights,) = step_weights([batch["attention_mask"]])
-    logits = observe(tiny_llama, batch, frozenset({"logits"})).logits
+    logits = logits_of(observe(tiny_llama, batch, KL.needs).predictions)
     ours = next_token_cross_entropy(logits, batch["input_ids"], weights.next_token)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     torch.testing.assert_close(ours, tiny_llama(**batch, labels=labels).loss)
@@ -163,7 +163,7 @@ def test_alpha_mixes_divergence_and_labels(tiny_llama, damaged):
     batch, student = batch_of([7, 4]), damaged(tiny_llama)
     (weights,) = step_weights([batch["attention_mask"]])
     outputs = [observe(model, batch, KL.needs) for model in (student, tiny_llama)]
-    labels = next_token_cross_entropy(outputs[0].logits, batch["input_ids"], weights.next_token)
+    labels = next_token_cross_entropy(logits_of(outputs[0].predictions), batch["input_ids"], weights.next_token)
     expected = 0.75 * KL()(*outputs, batch, weights) + 0.25 * labels
     torch.testing.assert_close(KL(alpha=0.25)(*outputs, batch, weights), expected)
 
@@ -175,7 +175,7 @@ def test_kl_of_a_classifier_counts_sequences_not_tokens():
     with torch.no_grad():
         ours, theirs = (observe(model, batch, KL.needs) for model in (student, teacher))
         expected = torch.nn.functional.kl_div(
-            ours.logits.log_softmax(-1), theirs.logits.log_softmax(-1), log_target=True, reduction="batchmean"
+            ours.predictions.log_softmax(-1), theirs.predictions.log_softmax(-1), log_target=True, reduction="batchmean"
         )
         torch.testing.assert_close(KL()(ours, theirs, batch, weights), expected)
 
@@ -188,9 +188,9 @@ def test_a_head_is_what_a_model_has_beside_its_base(tiny_bert, tiny_llama):
 def test_sentences_of_a_model_with_a_head_are_those_of_its_base(tiny_llama):
     batch, needs = batch_of([7, 4]), frozenset({"sentence"})
     alone = observe(tiny_llama, batch, needs)
-    assert alone.logits is None
-    beside = observe(tiny_llama, batch, frozenset({"sentence", "logits"}))
-    assert beside.logits is not None
+    assert alone.predictions is None
+    beside = observe(tiny_llama, batch, frozenset({"sentence", "predictions"}))
+    assert beside.predictions is not None
     torch.testing.assert_close(alone.sentence, beside.sentence)
 
 

@@ -66,6 +66,8 @@ class Hidden(Loss):
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch, weights: StepWeights) -> Tensor:
         """The mean over layers of the weighted sum over tokens."""
         ours, theirs = student.get("hidden"), teacher.get("hidden")
+        assert isinstance(ours, tuple)
+        assert isinstance(theirs, tuple)
         blocks = len(ours) - 1
         layers = range(1, blocks + 1) if self.layers is None else self.layers
         kept = weights.token.flatten().nonzero().flatten()

@@ -7,9 +7,13 @@ no label is read: both models predict at the same place, so nothing is shifted. 
 tokens. KL alone beats every mixture when a pruned language model is recovered (Minitron, arXiv:2407.14679, table 8:
 2.107 against 2.140 with reverse KL); τ = 1 was best there.
 
+Where a model exposes its head over the vocabulary, the logits are never made: `compresskit.kernels.linear_kl` applies
+the head chunk by chunk. Other heads are over few classes and compared as they are.
+
 Not for models without a head (use `embedding`), nor for heads that regress or give several labels at once.
 """
 
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
@@ -19,9 +23,10 @@ from transformers import PreTrainedModel
 
 from compresskit.data import Batch
 from compresskit.distill.losses.base import LOSSES, Loss
-from compresskit.distill.outputs import Need, Outputs, StepWeights, has_head
+from compresskit.distill.outputs import Need, Outputs, Projection, StepWeights, has_head
 from compresskit.errors import CompressKitError
 from compresskit.kernels.kl_div import kl_div
+from compresskit.kernels.linear_kl import Divergence, Head, linear_kl
 
 
 def next_token_cross_entropy(logits: Tensor, input_ids: Tensor, next_token: Tensor) -> Tensor:
@@ -29,6 +34,27 @@ def next_token_cross_entropy(logits: Tensor, input_ids: Tensor, next_token: Tens
     flat = logits[:, :-1].flatten(0, 1).float()
     per_token = nn.functional.cross_entropy(flat, input_ids[:, 1:].flatten(), reduction="none")
     return (per_token * next_token.flatten()).sum()
+
+
+def logits_of(predictions: Tensor | Projection) -> Tensor:
+    """The logits, made where they were not."""
+    if isinstance(predictions, Tensor):
+        return predictions
+    return predictions.head.logits_of_reduced(predictions.head.reduced(predictions.hidden))
+
+
+def _frozen(head: Head) -> Head:
+    """The head as a constant."""
+    parts = {name: value.detach() for name, value in vars(head).items() if isinstance(value, Tensor)}
+    return replace(head, **parts)
+
+
+def gives_classes(model: PreTrainedModel) -> bool:
+    """Whether a model's logits are a distribution over classes or tokens, and not scores or several yes or no."""
+    problem = getattr(model.config, "problem_type", None)
+    if "SequenceClassification" not in type(model).__name__:
+        return True
+    return model.config.num_labels > 1 and problem not in ("regression", "multi_label_classification")
 
 
 @LOSSES.add
@@ -41,7 +67,11 @@ class KL(Loss):
         default=0.0, ge=0, lt=1, description="share of cross-entropy with the next token (language models)"
     )
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"logits"})
+    memory_mb: int = Field(
+        default=512, ge=1, description="working memory of the loss in MiB, for a head over a vocabulary"
+    )
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"predictions"})
 
     def check(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
         """Refuse models without logits, heads whose outputs are no distribution, and labels that there are not."""
@@ -50,12 +80,10 @@ class KL(Loss):
                 f"loss kl compares logits, and {type(student).__name__} has no head",
                 fix="use losses: [{kind: embedding}]",
             )
-        problem = getattr(student.config, "problem_type", None)
-        if "SequenceClassification" in type(student).__name__ and (
-            student.config.num_labels == 1 or problem in ("regression", "multi_label_classification")
-        ):
+        if not gives_classes(student):
+            problem = getattr(student.config, "problem_type", None) or "a single number"
             raise CompressKitError(
-                f"loss kl compares distributions over classes, and this head gives {problem or 'a single number'}",
+                f"loss kl compares distributions over classes, and this head gives {problem}",
                 fix="use losses: [{kind: hidden}]",
             )
         if self.alpha and not student.can_generate():
@@ -67,17 +95,37 @@ class KL(Loss):
 
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch, weights: StepWeights) -> Tensor:
         """(1 − α) KL + α cross-entropy."""
-        student_logits, teacher_logits = student.get("logits"), teacher.get("logits")
-        assert isinstance(student_logits, Tensor)
-        assert isinstance(teacher_logits, Tensor)
-        weight = weights.token.flatten() if student_logits.ndim == 3 else weights.row
+        ours, theirs = student.get("predictions"), teacher.get("predictions")
+        assert isinstance(ours, Tensor | Projection)
+        assert isinstance(theirs, Tensor | Projection)
+        if isinstance(ours, Projection):
+            return self._fused(ours, theirs, batch, weights)
+        teacher_logits = logits_of(theirs)
+        weight = weights.token.flatten() if ours.ndim == 3 else weights.row
         divergence = kl_div(
-            student_logits.flatten(0, -2),
+            ours.flatten(0, -2),
             teacher_logits.flatten(0, -2),
             token_weight=weight,
             temperature=self.temperature,
         )
         if not self.alpha:
             return divergence
-        labels = next_token_cross_entropy(student_logits, batch["input_ids"], weights.next_token)
+        labels = next_token_cross_entropy(ours, batch["input_ids"], weights.next_token)
         return torch.lerp(divergence, labels, self.alpha)
+
+    def _fused(self, student: Projection, teacher: Tensor | Projection, batch: Batch, weights: StepWeights) -> Tensor:
+        """The same from hidden states and head; a token's label is the token after it."""
+        labels = nn.functional.pad(batch["input_ids"][:, 1:], (0, 1)).flatten()
+        label_weight = self.alpha * nn.functional.pad(weights.next_token, (0, 1)).flatten()
+        return linear_kl(
+            student.hidden.flatten(0, 1),
+            student.head,
+            teacher.hidden.flatten(0, 1) if isinstance(teacher, Projection) else None,
+            _frozen(teacher.head) if isinstance(teacher, Projection) else None,
+            teacher_logits=teacher.flatten(0, 1) if isinstance(teacher, Tensor) else None,
+            labels=labels if self.alpha else None,
+            label_weight=label_weight if self.alpha else None,
+            token_weight=(1 - self.alpha) * weights.token.flatten(),
+            divergence=Divergence("forward_kl", temperature=self.temperature),
+            memory_mb=self.memory_mb,
+        )

@@ -1,0 +1,120 @@
+"""The divergences between a teacher's p and a student's q: the one place where each is defined.
+
+A divergence D(p, q) = Σ_v f(p_v, q_v) of a token is given by its summand f and, for the gradient with respect to the
+student's logits a (q = softmax(a)), by its slope r_v = q_v ∂f/∂q_v:
+
+    ∂D/∂a_v = r_v − q_v Σ_u r_u                    (a multiple of q in r drops out)
+
+| kind            | f                                   | r                      | m                |
+| forward_kl      | p (ln p − ln q) − p + q             | −p                     |                  |
+| reverse_kl      | q (ln q − ln p) − q + p             | q (ln q − ln p)        |                  |
+| jsd             | β p (ln p − ln m) + (1−β) q (ln q − ln m) | (1−β) q (ln q − ln m) | β p + (1−β) q |
+| skew_forward_kl | p (ln p − ln m)                     | −(1−α) p q / m         | α p + (1−α) q    |
+| skew_reverse_kl | q (ln q − ln m)                     | q (ln q − ln m − α q / m) | α q + (1−α) p |
+| total_variation | ½ |p − q|                           | ½ q sign(q − p)        |                  |
+
+Sources: generalised JSD as in GKD (arXiv:2306.13649), skew divergences as in DistiLLM (arXiv:2402.03898). ln m is
+always the log of a sum of exponentials with their larger one taken out, so that two probabilities that underflow still
+give a number. The terms q − p sum to 0; with them, the rounding of a token's normaliser leaves D in second order only,
+which near the teacher is most of the error.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Kind = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation"]
+#: What a token's weight is multiplied with: nothing, the teacher's largest probability, or its entropy / ln V.
+WeightRule = Literal["none", "confidence", "entropy"]
+MIXED = frozenset({"jsd", "skew_forward_kl", "skew_reverse_kl"})
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Which divergence, and what the tokens count.
+
+    Attributes:
+        kind: see the table above.
+        mix: β of `jsd` (0.5 is symmetric; the limits 0 and 1, divided by β and 1 − β, are forward and reverse KL), α of
+            the skew divergences (how much of the first distribution is mixed into the second); not read by the rest.
+        temperature: τ > 0; logits are divided by it, the divergence is multiplied with τ².
+        weight_rule: a factor on each token's weight, computed from the teacher's distribution at τ.
+    """
+
+    kind: Kind = "forward_kl"
+    mix: float = 0.5
+    temperature: float = 1.0
+    weight_rule: WeightRule = "none"
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"divergence {self.kind!r} is none of {', '.join(get_args(Kind))}")
+        if self.weight_rule not in get_args(WeightRule):
+            raise ValueError(f"weight_rule {self.weight_rule!r} is none of {', '.join(get_args(WeightRule))}")
+        if self.kind in MIXED and not 0 < self.mix < 1:
+            raise ValueError(f"mix must lie between 0 and 1, got {self.mix} for {self.kind}")
+        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+            raise ValueError(f"temperature must be above 0 and finite, got {self.temperature}")
+
+    @property
+    def slope_sum(self) -> float | None:
+        """Σ_v r_v where it is the same for all distributions; None where it must be summed."""
+        return -1.0 if self.kind == "forward_kl" else None
+
+
+FORWARD_KL = Divergence()
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which divergences of logits of `dtype` are computed: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def summand_and_slope(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """f and r of each element, in the shape of `log_p` and `log_q` (equal, any); neither is modified.
+
+    Autograd through the first gives the gradient that the second stands for. A probability 0 adds nothing, also where
+    both are 0.
+    """
+    mix = divergence.mix
+    if divergence.kind in MIXED:
+        # Every mixture is finite, so a finite stand-in for ln 0 keeps ln m and its derivative numbers where p = q = 0.
+        log_p, log_q = (log.clamp_min(torch.finfo(log.dtype).min / 4) for log in (log_p, log_q))
+    p, q = log_p.exp(), log_q.exp()
+    match divergence.kind:
+        case "forward_kl":
+            return p * _gap(log_p, log_q, p) + (q - p), -p
+        case "reverse_kl":
+            slope = q * _gap(log_q, log_p, q)
+            return slope + (p - q), slope
+        case "jsd":
+            log_m = _log_mixture(log_p, log_q, mix)
+            slope = (1 - mix) * q * (log_q - log_m)
+            return mix * p * (log_p - log_m) + slope, slope
+        case "skew_forward_kl":
+            log_m = _log_mixture(log_p, log_q, mix)
+            return p * (log_p - log_m), (mix - 1) * (log_p + log_q - log_m).exp()
+        case "skew_reverse_kl":
+            gap = log_q - _log_mixture(log_q, log_p, mix)
+            return q * gap, q * (gap - mix * gap.exp())
+        case _:
+            return 0.5 * (p - q).abs(), 0.5 * q * (q - p).sign()
+
+
+def _gap(log_x: Tensor, log_y: Tensor, x: Tensor) -> Tensor:
+    """ln x − ln y where x > 0, else 0 (ln 0 − ln 0 is no number).
+
+    By arithmetic: the bound is 0 where x is 0 and infinite elsewhere. torch.where takes thirty times as long on a CPU.
+    """
+    limits = torch.finfo(x.dtype)
+    return torch.minimum(log_x.clamp_min(limits.min / 4) - log_y, x * limits.max * limits.max)
+
+
+def _log_mixture(log_x: Tensor, log_y: Tensor, share: float) -> Tensor:
+    """ln(share · x + (1 − share) · y)."""
+    log_x, log_y = log_x + math.log(share), log_y + math.log1p(-share)
+    # torch.logaddexp takes several times as long on a CPU.
+    return torch.maximum(log_x, log_y) + (log_x - log_y).abs().neg().exp().log1p()

@@ -1,0 +1,187 @@
+"""`linear_kl` in chunks of tokens, with the gradients made during the forward pass.
+
+    for each chunk:   slabs = products with the heads, (V, C)              library products
+                      loss += slab loss;  student slab ← ∂loss/∂product    a few passes, by divergence
+                      ∂hidden = Wᵀ slab,  ∂W += slab · hidden              library products
+
+The chunk is as many tokens as the memory budget holds, never a share of V or H: small chunks read the head again and
+again (64 tokens took 2.6 times as long as the products alone). Products are stored, not made again: on a CPU they are
+nine tenths of the time. Tokens that count for nothing are dropped before the products. What depends on the device is
+the slab's loss alone.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compresskit.kernels.buckets import TopK, bucket_loss_
+from compresskit.kernels.divergence import working_dtype
+from compresskit.kernels.linear_kl.head import Head, TiledWeight
+from compresskit.kernels.linear_kl.problem import Problem, Projected, Teacher
+from compresskit.kernels.linear_kl.products import WeightGradient, hidden_gradient, product_
+from compresskit.kernels.slab import Readout, TokenTerms, tile_elements
+
+# T tokens, V vocabulary, H hidden, C tokens of a chunk
+#: `slab_loss_`, or another implementation of it.
+SlabLoss = Callable[..., Tensor]
+#: The part of the budget that slabs take; the rest is for tiles.
+_SLAB_SHARE = 0.75
+
+
+@dataclass(frozen=True)
+class Wants:
+    """Which gradients are asked for; none at all means the loss alone."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+    def __bool__(self) -> bool:
+        return self.hidden or self.weight or self.bias
+
+
+@dataclass
+class Gradients:
+    """∂loss of each, in the dtype of what it belongs to; None where it was not asked for."""
+
+    hidden: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+
+def slab_bytes(problem: Problem) -> int:
+    """Bytes of the slabs of one token."""
+    return problem.vocabulary * sum(one.itemsize for one in _slab_dtypes(problem))
+
+
+def _slab_dtypes(problem: Problem) -> list[torch.dtype]:
+    """Of the student's slab, and of the teacher's where it has one."""
+    ours, teacher = problem.hidden.dtype, problem.teacher
+    if isinstance(teacher, TopK):
+        return [ours]
+    return [ours, teacher.hidden.dtype if isinstance(teacher, Projected) else teacher.dtype]
+
+
+def least_memory_mb(problem: Problem) -> int:
+    """The smallest budget in MiB that holds a chunk of one token."""
+    return max(1, -int(-slab_bytes(problem) // (_SLAB_SHARE * 2**20)))
+
+
+def tokens_per_chunk(problem: Problem, tokens: int, memory_mb: int) -> int:
+    """The chunk's tokens: as many as the budget holds, in chunks of about equal size; at least 1."""
+    most = max(1, int(_SLAB_SHARE * memory_mb * 2**20) // slab_bytes(problem))
+    chunks = max(1, -(-tokens // most))
+    return max(1, -(-tokens // chunks))
+
+
+@torch.no_grad()
+def chunked_linear_kl(problem: Problem, wants: Wants, memory_mb: int, slab_loss: SlabLoss) -> tuple[Tensor, Gradients]:
+    """The loss, a scalar, and the gradients that are wanted, within `memory_mb` MiB beside them."""
+    dtype, rows = working_dtype(problem.hidden.dtype), problem.active_rows()
+    every = len(rows) == len(problem.hidden)
+    chunk = tokens_per_chunk(problem, len(rows), memory_mb)
+    tile = tile_elements(int((1 - _SLAB_SHARE) * memory_mb * 2**20), problem.hidden.dtype)
+    loss = torch.zeros((), dtype=dtype, device=problem.hidden.device)
+    gradients = _start(problem, wants)
+    weight = problem.head.weight
+    sums = WeightGradient(weight, -(-len(rows) // chunk)) if wants.weight and isinstance(weight, Tensor) else None
+    slabs = _Slabs(problem, min(chunk, len(rows)))
+    for start in range(0, len(rows), chunk):
+        # A slice where no token is dropped: views, no copies.
+        part = slice(start, min(start + chunk, len(rows))) if every else rows[start : start + chunk]
+        hidden, teacher = problem.hidden[part], _teacher_rows(problem.teacher, part)
+        tokens = _token_terms(problem, part, dtype)
+        student, theirs = slabs.fill(hidden, teacher)
+        readouts, options = slabs.readouts, {"wants_grad": bool(wants), "tile": tile}
+        if isinstance(theirs, TopK):
+            loss += bucket_loss_(student, theirs, tokens, problem.divergence, readouts[0], **options)
+        else:
+            loss += slab_loss(student, theirs, tokens, problem.divergence, readouts, **options)
+        if gradients.hidden is not None:
+            gradients.hidden[part] = hidden_gradient(student, weight).to(gradients.hidden.dtype)
+        if gradients.bias is not None:
+            gradients.bias[: len(student)] += student.sum(1, dtype=gradients.bias.dtype)
+        if sums is not None:
+            sums.add(student, hidden)
+    if sums is not None:
+        gradients.weight = sums.result()
+    if gradients.bias is not None and problem.head.bias is not None:
+        gradients.bias = gradients.bias.to(problem.head.bias.dtype)
+    return loss, gradients
+
+
+def _start(problem: Problem, wants: Wants) -> Gradients:
+    bias = problem.head.bias
+    return Gradients(
+        hidden=torch.zeros_like(problem.hidden) if wants.hidden else None,
+        bias=torch.zeros_like(bias, dtype=working_dtype(bias.dtype)) if wants.bias and bias is not None else None,
+    )
+
+
+def _teacher_rows(teacher: Teacher, part: slice | Tensor) -> Teacher:
+    if isinstance(teacher, TopK):
+        return TopK(teacher.log_probs[part], teacher.indices[part])
+    if isinstance(teacher, Projected):
+        return Projected(teacher.hidden[part], teacher.head)
+    return teacher[part]
+
+
+def _token_terms(problem: Problem, part: slice | Tensor, dtype: torch.dtype) -> TokenTerms:
+    weight = problem.weight[part].to(dtype)
+    if problem.labels is None or problem.label_weight is None:
+        return TokenTerms(weight)
+    label_weight = problem.label_weight[part].to(dtype)
+    # A label that is not read may be any number; entry 0 of weight 0 stands for it.
+    labels = torch.where(label_weight != 0, problem.labels[part], 0)
+    return TokenTerms(weight, labels, label_weight)
+
+
+class _Slabs:
+    """The memory of the slabs, used again for every chunk, and how it is filled."""
+
+    def __init__(self, problem: Problem, tokens: int) -> None:
+        self.width, teacher = problem.vocabulary, problem.teacher
+        self.head, self.shared = problem.head, isinstance(teacher, Projected) and _same_weight(problem.head, teacher)
+        theirs = teacher.head.readout if isinstance(teacher, Projected) else Readout()
+        self.readouts = tuple(
+            Readout(None if one.bias is None else one.bias[: self.width], one.scale, one.softcap)
+            for one in (problem.head.readout, theirs)
+        )
+        dtypes, device = _slab_dtypes(problem), problem.hidden.device
+        if self.shared:
+            self.memory = [torch.empty(2 * self.width * tokens, dtype=dtypes[0], device=device)]
+        else:
+            self.memory = [torch.empty(self.width * tokens, dtype=dtype, device=device) for dtype in dtypes]
+
+    def _slab(self, number: int, tokens: int) -> Tensor:
+        return self.memory[number][: self.width * tokens].view(self.width, tokens)
+
+    def fill(self, hidden: Tensor, teacher: Teacher) -> tuple[Tensor, Tensor | TopK]:
+        """The student's slab of products and the teacher's, (V, C) each, or the cache as it is."""
+        tokens = len(hidden)
+        if self.shared and isinstance(teacher, Projected):
+            both = self._slab(0, 2 * tokens)
+            product_(both, self.head.weight, torch.cat([hidden, teacher.hidden]))
+            return both[:, :tokens], both[:, tokens:]
+        student = self._slab(0, tokens)
+        product_(student, self.head.weight, hidden)
+        if isinstance(teacher, TopK):
+            return student, teacher
+        theirs = self._slab(1, tokens)
+        if isinstance(teacher, Projected):
+            product_(theirs, teacher.head.weight, teacher.hidden)
+        else:
+            theirs.copy_(teacher[:, : self.width].T)
+        return student, theirs
+
+
+def _same_weight(head: Head, teacher: Projected) -> bool:
+    """Whether both project with the very same weight, so that one product serves both."""
+    ours, theirs = head.weight, teacher.head.weight
+    if ours.dtype != theirs.dtype:
+        return False
+    if isinstance(ours, TiledWeight) or isinstance(theirs, TiledWeight):
+        return ours is theirs
+    return ours.data_ptr() == theirs.data_ptr() and ours.shape == theirs.shape and ours.stride() == theirs.stride()

@@ -1,0 +1,74 @@
+"""The matrix products around a slab, in the orientation that is fastest on a CPU: vocabulary first.
+
+With W (V, H) and hidden states X (C, H):   slab = W Xᵀ,   ∂X = (Wᵀ slab)ᵀ,   ∂W += slab X.   In float32 each of them
+runs at about the speed of the best orientation; with tokens first, the first product took 1.1 to 1.2 times as long.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from compresskit.kernels.linear_kl.head import TiledWeight
+
+# V vocabulary, C tokens of a chunk, H hidden
+#: Rows of a weight that are dequantised, or added in another dtype, at once.
+_ROWS = 8192
+
+
+def _row_slices(count: int) -> Iterator[slice]:
+    for start in range(0, count, _ROWS):
+        yield slice(start, min(start + _ROWS, count))
+
+
+def product_(slab: Tensor, weight: Tensor | TiledWeight, hidden: Tensor) -> None:
+    """slab (V, C) ← W Xᵀ, with the first V rows of the weight."""
+    if not isinstance(weight, TiledWeight):
+        torch.mm(weight[: len(slab)], hidden.T, out=slab)
+        return
+    for part in _row_slices(len(slab)):
+        torch.mm(weight.rows(part.start, part.stop).to(hidden.dtype), hidden.T, out=slab[part])
+
+
+def hidden_gradient(slab: Tensor, weight: Tensor | TiledWeight) -> Tensor:
+    """∂X (C, H) of a chunk from the slab of ∂loss/∂product."""
+    if not isinstance(weight, TiledWeight):
+        return torch.mm(weight[: len(slab)].T, slab).T
+    total = slab.new_zeros(weight.shape[1], slab.shape[1], dtype=torch.float32)
+    for part in _row_slices(len(slab)):
+        total += torch.mm(weight.rows(part.start, part.stop).to(slab.dtype).T, slab[part])
+    return total.T
+
+
+class WeightGradient:
+    """Σ over chunks of slab · X, (V, H), summed in float32 (float64 for float64) whatever the weight's dtype.
+
+    Args:
+        weight: whose gradient it is; rows past the slab's get 0.
+        chunks: how many will be added; a single one needs no sum.
+    """
+
+    def __init__(self, weight: Tensor, chunks: int) -> None:
+        self.weight, self.chunks = weight, chunks
+        self.in_place = chunks < 2 or weight.dtype in (torch.float32, torch.float64)
+        self.total: Tensor | None = None
+
+    def add(self, slab: Tensor, hidden: Tensor) -> None:
+        """Add one chunk's slab (V, C) and hidden states (C, H)."""
+        if self.total is None:
+            dtype = self.weight.dtype if self.in_place else torch.float32
+            self.total = torch.empty(self.weight.shape, dtype=dtype, device=self.weight.device)
+            self.total[len(slab) :].zero_()
+            if self.in_place:
+                torch.mm(slab, hidden, out=self.total[: len(slab)])
+                return
+            self.total[: len(slab)].zero_()
+        if self.in_place:
+            self.total[: len(slab)].addmm_(slab, hidden)
+            return
+        for part in _row_slices(len(slab)):
+            self.total[part] += torch.mm(slab[part], hidden)
+
+    def result(self) -> Tensor:
+        """The sum in the weight's dtype."""
+        return torch.zeros_like(self.weight) if self.total is None else self.total.to(self.weight.dtype)

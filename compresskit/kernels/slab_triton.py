@@ -1,0 +1,282 @@
+"""`slab_loss_` as fused Triton kernels between library products: each logit is read two or three times, never copied.
+
+    statistics   running max and Σ exp of student and teacher, for reverse KL Σ q (a − b) too, for entropy Σ p b
+    slopes       Σ r, only for the divergences whose gradient needs it and that no running sum gives
+    gradient     student slab ← ∂loss/∂product in place, and D
+
+A program takes a block of tokens and one part of the vocabulary, so that a slab of few tokens still fills a GPU; the
+parts' sums are joined by a few operations on (parts, C). Numbers are float32 in registers. Bytes moved per logit in
+bfloat16: 4 in the products that write both slabs, 4 a read of both, 2 to write the gradient, 4 in the products that
+read it: 18 for forward and reverse KL, 22 for the rest.
+"""
+
+# Pyright does not know the types inside kernels.
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false, reportOperatorIssue=false
+# pyright: reportPossiblyUnboundVariable=false, reportArgumentType=false
+
+import math
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+import triton
+import triton.language as tl  # pyright: ignore[reportMissingImports]
+from torch import Tensor
+
+from compresskit.kernels.divergence import Divergence, Kind
+from compresskit.kernels.slab import Readout, Statistics, TokenTerms, rule_factor
+
+# V vocabulary, C tokens of the slab, P parts of the vocabulary
+BLOCK_V, BLOCK_C, NUM_WARPS = 32, 64, 8
+#: Programs that a launch has, about, where the vocabulary is long enough to be parted; a part's sums cost as much as
+#: a few dozen of its logits.
+_PROGRAMS, _SHORTEST_PART = 512, 1024
+_FORWARD, _REVERSE, _JSD, _SKEW_FORWARD, _SKEW_REVERSE, _TOTAL_VARIATION = range(6)
+_FORWARD_KL, _REVERSE_KL = tl.constexpr(_FORWARD), tl.constexpr(_REVERSE)
+_JENSEN_SHANNON, _SKEW_P, _SKEW_Q = tl.constexpr(_JSD), tl.constexpr(_SKEW_FORWARD), tl.constexpr(_SKEW_REVERSE)
+
+
+@triton.jit
+def _logits(slab, bias, v, c, inside, stride_v, stride_c, scale, softcap, HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr):
+    """A tile of logits in float32; −∞ outside."""
+    x = tl.load(slab + v.to(tl.int64) * stride_v + c * stride_c, mask=inside, other=float("-inf")).to(tl.float32)
+    if HAS_BIAS:
+        x += tl.load(bias + v, mask=inside, other=0.0).to(tl.float32)
+    x *= scale
+    if CAPPED:
+        x = tl.where(inside, softcap * (1 - 2 / (tl.exp(2 * x / softcap) + 1)), float("-inf"))
+    return x
+
+
+@triton.jit
+def _add_tile(x, peak, total, moment, y, inverse_tau, MOMENT: tl.constexpr):
+    """A running max, Σ e and Σ e·y over axis 0, with e = exp((x − max)/τ)."""
+    higher = tl.maximum(peak, tl.max(x, 0))
+    kept = tl.exp((peak - higher) * inverse_tau)
+    e = tl.exp((x - higher[None, :]) * inverse_tau)
+    total = total * kept + tl.sum(e, 0)
+    if MOMENT:
+        moment = moment * kept + tl.sum(tl.where(e > 0, e * y, 0.0), 0)
+    return higher, total, moment
+
+
+@triton.jit
+def statistics_kernel(
+    student, teacher, student_bias, teacher_bias, out,
+    vocabulary, tokens, span, parts, s_stride_v, s_stride_c, t_stride_v, t_stride_c,
+    inverse_tau, s_scale, s_softcap, t_scale, t_softcap,
+    S_BIAS: tl.constexpr, S_CAPPED: tl.constexpr, T_BIAS: tl.constexpr, T_CAPPED: tl.constexpr,
+    AT_ONE: tl.constexpr, REVERSE: tl.constexpr, ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """out (7, P, C): max and Σ of the student, of the teacher, Σ of the student at τ = 1, Σ e_q (a − b), Σ e_p b."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    part = tl.program_id(1)
+    # A finite least value: −∞ − −∞ is no number, and what is far above float32's range of exponents is 0 anyway.
+    lowest = -3.0e38
+    s_peak, t_peak = tl.full((BLOCK_C,), lowest, tl.float32), tl.full((BLOCK_C,), lowest, tl.float32)
+    s_total, t_total = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
+    one_total, gap, moment = s_total, s_total, s_total
+    for start in range(part * span, min(part * span + span, vocabulary), BLOCK_V):
+        v = start + tl.arange(0, BLOCK_V)[:, None]
+        inside = (v < vocabulary) & (c < tokens)[None, :]
+        a = _logits(
+            student, student_bias, v, c[None, :], inside, s_stride_v, s_stride_c, s_scale, s_softcap, S_BIAS, S_CAPPED
+        )
+        b = _logits(
+            teacher, teacher_bias, v, c[None, :], inside, t_stride_v, t_stride_c, t_scale, t_softcap, T_BIAS, T_CAPPED
+        )
+        if AT_ONE:
+            _, one_total, _ = _add_tile(a, s_peak, one_total, gap, a, 1.0, False)
+        s_peak, s_total, gap = _add_tile(a, s_peak, s_total, gap, (a - b) * inverse_tau, inverse_tau, REVERSE)
+        t_peak, t_total, moment = _add_tile(b, t_peak, t_total, moment, b * inverse_tau, inverse_tau, ENTROPY)
+    at = out + part * tokens + c
+    plane = parts * tokens
+    tl.store(at, s_peak, mask=c < tokens)
+    tl.store(at + plane, s_total, mask=c < tokens)
+    tl.store(at + 2 * plane, t_peak, mask=c < tokens)
+    tl.store(at + 3 * plane, t_total, mask=c < tokens)
+    tl.store(at + 4 * plane, one_total, mask=c < tokens)
+    tl.store(at + 5 * plane, gap, mask=c < tokens)
+    tl.store(at + 6 * plane, moment, mask=c < tokens)
+
+
+@triton.jit
+def _log_mixture(x, y, log_share, log_rest):
+    x += log_share
+    y += log_rest
+    high = tl.maximum(x, y)
+    return high + tl.log(tl.exp(x - high) + tl.exp(y - high))
+
+
+@triton.jit
+def _value_and_slope(lp, lq, mix, log_mix, log_rest, KIND: tl.constexpr):
+    """f, r and q of `compresskit.kernels.divergence.summand_and_slope`."""
+    if KIND >= _JENSEN_SHANNON:
+        lp, lq = tl.maximum(lp, -1.0e37), tl.maximum(lq, -1.0e37)
+    p, q = tl.exp(lp), tl.exp(lq)
+    if KIND == _FORWARD_KL:
+        value, slope = p * tl.where(p > 0, lp - lq, 0.0) + (q - p), -p
+    elif KIND == _REVERSE_KL:
+        slope = q * tl.where(q > 0, lq - lp, 0.0)
+        value = slope + (p - q)
+    elif KIND == _JENSEN_SHANNON:
+        lm = _log_mixture(lp, lq, log_mix, log_rest)
+        slope = (1 - mix) * q * (lq - lm)
+        value = mix * p * (lp - lm) + slope
+    elif KIND == _SKEW_P:
+        lm = _log_mixture(lp, lq, log_mix, log_rest)
+        value, slope = p * (lp - lm), (mix - 1) * tl.exp(lp + lq - lm)
+    elif KIND == _SKEW_Q:
+        gap = lq - _log_mixture(lq, lp, log_mix, log_rest)
+        value, slope = q * gap, q * (gap - mix * tl.exp(gap))
+    else:
+        value = 0.5 * tl.abs(p - q)
+        slope = 0.5 * q * tl.where(q > p, 1.0, tl.where(q < p, -1.0, 0.0))
+    return value, slope, q
+
+
+@triton.jit
+def terms_kernel(
+    student, teacher, student_bias, teacher_bias, token, labels, out,
+    vocabulary, tokens, span, parts, s_stride_v, s_stride_c, t_stride_v, t_stride_c,
+    inverse_tau, s_scale, s_softcap, t_scale, t_softcap, mix, log_mix, log_rest,
+    S_BIAS: tl.constexpr, S_CAPPED: tl.constexpr, T_BIAS: tl.constexpr, T_CAPPED: tl.constexpr,
+    AT_ONE: tl.constexpr, KIND: tl.constexpr, WRITES: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """out (3, P, C): Σ f, Σ r and −ln softmax(z)_y; with WRITES the student's slab becomes ∂loss/∂product.
+
+    token (8, C): peak and log total of the student, of the teacher, log total at τ = 1, Σ r, τ w and c.
+    """
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    here, part = c < tokens, tl.program_id(1)
+    s_peak = tl.load(token + c, mask=here, other=0.0)[None, :]
+    s_log = tl.load(token + tokens + c, mask=here, other=0.0)[None, :]
+    t_peak = tl.load(token + 2 * tokens + c, mask=here, other=0.0)[None, :]
+    t_log = tl.load(token + 3 * tokens + c, mask=here, other=0.0)[None, :]
+    slope_sum = tl.load(token + 5 * tokens + c, mask=here, other=0.0)[None, :]
+    factor = tl.load(token + 6 * tokens + c, mask=here, other=0.0)[None, :]
+    if AT_ONE:
+        one_log = tl.load(token + 4 * tokens + c, mask=here, other=0.0)[None, :]
+        label_weight = tl.load(token + 7 * tokens + c, mask=here, other=0.0)[None, :]
+        label = tl.load(labels + c, mask=here, other=-1)[None, :]
+    values = tl.zeros((BLOCK_C,), tl.float32)
+    slopes, label_loss = values, values
+    for start in range(part * span, min(part * span + span, vocabulary), BLOCK_V):
+        v = start + tl.arange(0, BLOCK_V)[:, None]
+        inside = (v < vocabulary) & here[None, :]
+        a = _logits(
+            student, student_bias, v, c[None, :], inside, s_stride_v, s_stride_c, s_scale, s_softcap, S_BIAS, S_CAPPED
+        )
+        b = _logits(
+            teacher, teacher_bias, v, c[None, :], inside, t_stride_v, t_stride_c, t_scale, t_softcap, T_BIAS, T_CAPPED
+        )
+        lp = (b - t_peak) * inverse_tau - t_log
+        lq = (a - s_peak) * inverse_tau - s_log
+        value, slope, q = _value_and_slope(lp, lq, mix, log_mix, log_rest, KIND)
+        values += tl.sum(value, 0)
+        if not WRITES:
+            slopes += tl.sum(slope, 0)
+        grad = factor * (slope - q * slope_sum)
+        if AT_ONE:
+            log_q_one = a - s_peak - one_log
+            named = v == label
+            label_loss -= tl.sum(tl.where(named & inside, log_q_one, 0.0), 0)
+            grad += label_weight * (tl.exp(log_q_one) - tl.where(named, 1.0, 0.0))
+        if WRITES:
+            grad *= s_scale
+            if S_CAPPED:
+                grad *= 1 - (a / s_softcap) * (a / s_softcap)
+            at = student + v.to(tl.int64) * s_stride_v + c[None, :] * s_stride_c
+            tl.store(at, grad.to(student.dtype.element_ty), mask=inside)
+    at = out + part * tokens + c
+    tl.store(at, values, mask=here)
+    tl.store(at + parts * tokens, slopes, mask=here)
+    tl.store(at + 2 * parts * tokens, label_loss, mask=here)
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """What both kernels are started with: the slabs, how they are parted, and their readouts."""
+
+    student: Tensor
+    teacher: Tensor
+    divergence: Divergence
+    readouts: tuple[Readout, Readout]
+    at_one: bool
+
+    def parts(self) -> tuple[int, int]:
+        """How many parts the vocabulary has, and the length of one."""
+        vocabulary, tokens = self.student.shape
+        wanted = max(1, _PROGRAMS // triton.cdiv(tokens, BLOCK_C))
+        span = triton.cdiv(max(_SHORTEST_PART, triton.cdiv(vocabulary, wanted)), BLOCK_V) * BLOCK_V
+        return triton.cdiv(vocabulary, span), span
+
+    def run(self, kernel: Any, planes: int, *leading: Tensor, numbers: tuple[float, ...] = (), **flags: Any) -> Tensor:
+        """Start `kernel`; its output, (planes, P, C)."""
+        (vocabulary, tokens), (parts, span) = self.student.shape, self.parts()
+        out = torch.empty(planes, parts, tokens, dtype=torch.float32, device=self.student.device)
+        ours, theirs = self.readouts
+        kernel[(triton.cdiv(tokens, BLOCK_C), parts)](
+            self.student, self.teacher,
+            self.student if ours.bias is None else ours.bias, self.teacher if theirs.bias is None else theirs.bias,
+            *leading, out,
+            vocabulary, tokens, span, parts, *self.student.stride(), *self.teacher.stride(),
+            1 / self.divergence.temperature, ours.scale, ours.softcap or 1.0, theirs.scale, theirs.softcap or 1.0,
+            *numbers,
+            S_BIAS=ours.bias is not None, S_CAPPED=ours.softcap is not None,
+            T_BIAS=theirs.bias is not None, T_CAPPED=theirs.softcap is not None,
+            AT_ONE=self.at_one, BLOCK_V=BLOCK_V, BLOCK_C=BLOCK_C, num_warps=NUM_WARPS, **flags,
+        )  # fmt: skip
+        return out
+
+    def statistics(self) -> tuple[Statistics, Statistics, Tensor]:
+        """The student's, the teacher's, and reverse KL's Σ r (meaningless for other divergences), (C,)."""
+        kind, rule, tau = self.divergence.kind, self.divergence.weight_rule, self.divergence.temperature
+        flags = {"REVERSE": kind == "reverse_kl", "ENTROPY": rule == "entropy"}
+        s_peaks, s_totals, t_peaks, t_totals, ones, gaps, moments = self.run(statistics_kernel, 7, **flags)
+        s_peak, t_peak = s_peaks.amax(0), t_peaks.amax(0)
+        s_kept, t_kept = ((s_peaks - s_peak) / tau).exp(), ((t_peaks - t_peak) / tau).exp()
+        s_total, t_total = (s_totals * s_kept).sum(0), (t_totals * t_kept).sum(0)
+        log_one = (ones * (s_peaks - s_peak).exp()).sum(0).log() if self.at_one else None
+        t_log_sum = t_peak / tau + t_total.log()
+        entropy = t_log_sum - (moments * t_kept).sum(0) / t_total
+        ours, theirs = (
+            Statistics(tau, s_peak, s_total.log(), log_one),
+            Statistics(tau, t_peak, t_total.log(), entropy=entropy),
+        )
+        return ours, theirs, (gaps * s_kept).sum(0) / s_total - ours.log_sum() + t_log_sum
+
+
+@torch.no_grad()
+def triton_slab_loss_(
+    student: Tensor,
+    teacher: Tensor,
+    tokens: TokenTerms,
+    divergence: Divergence,
+    readouts: tuple[Readout, Readout],
+    *,
+    wants_grad: bool,
+    tile: int = 0,
+) -> Tensor:
+    """As `slab_loss_`, on a CUDA device or under TRITON_INTERPRET=1; `tile` is not read."""
+    launch = _Launch(student, teacher, divergence, readouts, tokens.labels is not None)
+    ours, theirs, reverse_sum = launch.statistics()
+    weight, known = tokens.weight * rule_factor(divergence, theirs, len(teacher)), divergence.slope_sum
+    share = divergence.mix if 0 < divergence.mix < 1 else 0.5
+    numbers = (share, math.log(share), math.log1p(-share))
+    label_weight = torch.zeros_like(weight) if tokens.label_weight is None else tokens.label_weight
+    labels = weight if tokens.labels is None else tokens.labels
+
+    def terms(slope_sum: Tensor, writes: bool) -> Tensor:
+        one = torch.zeros_like(weight) if ours.log_total_one is None else ours.log_total_one
+        rows = (ours.peak, ours.log_total, theirs.peak, theirs.log_total, one, slope_sum)
+        token = torch.stack([*rows, divergence.temperature * weight, label_weight])
+        kind = get_args(Kind).index(divergence.kind)
+        return launch.run(terms_kernel, 3, token, labels, numbers=numbers, KIND=kind, WRITES=writes).sum(1)
+
+    slope_sum = reverse_sum if divergence.kind == "reverse_kl" else torch.full_like(weight, known or 0.0)
+    if wants_grad and known is None and divergence.kind != "reverse_kl":
+        _, slope_sum, _ = terms(slope_sum, False)
+    value, _, label_loss = terms(slope_sum, wants_grad)
+    loss = divergence.temperature**2 * (weight * value).sum()
+    return loss if tokens.labels is None else loss + (label_weight * label_loss).sum()
