@@ -36,17 +36,17 @@ def divergence(reference: Tensor, answer: Tensor, *, logits: bool) -> float:
     return gap / (2 * _variance(reference))
 
 
-def sampled_score(answer: Tensor, generator: torch.Generator, *, logits: bool) -> Tensor:
-    """A random scalar whose gradient g has E[g gᵀ] = the Fisher information of the answers (N, V), summed over them.
+def sampled_gradient(answer: Tensor, generator: torch.Generator, *, logits: bool) -> Tensor:
+    """∂ log p(label) / ∂ answer, (N, V), for labels drawn from the answers themselves: E[g gᵀ] is their information.
 
-    The log-likelihood of labels drawn from the answers themselves, or of hidden states with noise added.
+    A label of a hidden state is the state with noise of its variance added.
     """
-    if logits:
-        log_p = answer.log_softmax(-1)
-        labels = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
-        return log_p.gather(-1, labels).sum()
-    noise = torch.randn(answer.shape, generator=generator, dtype=answer.dtype)
-    return (noise * answer).sum() / _variance(answer.detach()) ** 0.5
+    if not logits:
+        return torch.randn(answer.shape, generator=generator, dtype=answer.dtype) / _variance(answer) ** 0.5
+    p = answer.softmax(-1)
+    drawn = torch.rand(len(p), 1, generator=generator, dtype=p.dtype)
+    labels = torch.searchsorted(p.cumsum(-1), drawn).clamp_max(p.shape[-1] - 1)
+    return p.neg_().scatter_add_(-1, labels, torch.ones_like(drawn))
 
 
 def _variance(answer: Tensor) -> float:

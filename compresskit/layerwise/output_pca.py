@@ -2,8 +2,8 @@
 
     minimise over B, A   E (M x − B A x)ᵀ F (M x − B A x)     with C = E[x xᵀ]
 
-With H = F^½ the answer is U, the eigenvectors of H M C Mᵀ H with the largest eigenvalues: B = H⁻¹ U and A = Uᵀ H M. The
-sum of the eigenvalues that are cut is the error, exactly. No inverse of C is taken, so a singular moment is no problem
+With F = L Lᵀ the answer is U, the eigenvectors of Lᵀ M C Mᵀ L with the largest eigenvalues: B = L⁻ᵀ U and A = Uᵀ Lᵀ M.
+The sum of the eigenvalues that are cut is the error, exactly. No inverse of C is taken: a singular moment is no problem
 (Swift-SVD, arXiv:2604.01609; for F = I the map equals SVD-LLM's, arXiv:2403.07378, without its Cholesky inverse).
 F says which errors of the output count; `layerwise.sensitivity` measures it.
 """
@@ -14,6 +14,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+#: A basis that misses less than this share of a matrix spans it.
+_SPANNED = 1e-9
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class OutputMetric:
         """Kᵀ F K for orthonormal columns K (O, s), or F itself where they are None: (s, s) float64."""
         if self.basis is None:
             return self.matrix if columns is None else columns.T @ self.matrix @ columns
+        if columns is self.basis:
+            return self.matrix
         overlap = self.basis.T if columns is None else self.basis.T @ columns
         inside = overlap.T @ (self.matrix @ overlap) - self.rest * (overlap.T @ overlap)
         inside.diagonal().add_(self.rest)
@@ -82,21 +87,24 @@ def solve_output_pca(target: Tensor, *, moment: Tensor, metric: OutputMetric | N
         raise ValueError(f"moment is {tuple(moment.shape)}, the target has {inputs} inputs")
     M, C = target.double(), moment.double()
     # M = K R with orthonormal K: only errors within the range of M can be made smaller.
-    K, R = torch.linalg.qr(M) if outputs > inputs else (None, M)
-    H, inverse = (None, None) if metric is None else _roots(metric.within(K))
-    S = R if H is None else H @ R
+    K, R = _range_of(M, metric) if outputs > inputs else (None, M)
+    L = None if metric is None else torch.linalg.cholesky(metric.within(K))
+    S = R if L is None else L.T @ R
     eigenvalues, vectors = torch.linalg.eigh(S @ C @ S.T)
     eigenvalues, U = eigenvalues.flip(0).clamp_min(0), vectors.flip(1)
-    left = U if inverse is None else inverse @ U
+    left = U if L is None else torch.linalg.solve_triangular(L.T, U, upper=True)
     tail = torch.cat([eigenvalues.flip(0).cumsum(0).flip(0), eigenvalues.new_zeros(1)])
     return OutputPCA(left if K is None else K @ left, U.T @ S, tail)
 
 
-def _roots(form: Tensor) -> tuple[Tensor, Tensor]:
-    """F^½ and F^−½ of a positive definite form."""
-    values, vectors = torch.linalg.eigh(form)
-    roots = values.clamp_min(torch.finfo(values.dtype).tiny).sqrt()
-    return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
+def _range_of(M: Tensor, metric: OutputMetric | None) -> tuple[Tensor, Tensor]:
+    """K, R with M = K R and orthonormal K (O, I): the metric's basis where that spans M, as of an anchored target."""
+    if metric is not None and metric.basis is not None and metric.basis.shape == M.shape:
+        K = metric.basis
+        R = K.T @ M
+        if (M - K @ R).norm() <= _SPANNED * M.norm():
+            return K, R
+    return torch.linalg.qr(M)
 
 
 def squared_error(target: Tensor, answer: Tensor, moment: Tensor) -> float:

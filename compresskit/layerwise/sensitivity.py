@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compresskit.data import Batch
-from compresskit.layerwise.answer import has_logits, read_answer, sampled_score
+from compresskit.layerwise.answer import has_logits, read_answer, sampled_gradient
 from compresskit.layerwise.output_pca import OutputMetric
 from compresskit.layerwise.weights import stacked_weight
 from compresskit.surgery.sites import find_blocks, without_cache
@@ -109,7 +109,7 @@ def _add(fisher: Fisher, g: Tensor, basis: Tensor | None) -> None:
 def _output_gradients(
     model: PreTrainedModel, batch: Batch, names: Iterable[str], generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """∂ score / ∂ y of each named linear or block, (tokens, O), padding included; none for one that was not run."""
+    """∂ log p(label) / ∂ y of each named linear or block that was run, (tokens, O), padding included."""
     gradients: dict[str, Tensor] = {}
 
     def watch(name: str, _module: nn.Module, _args: object, given: Tensor | tuple[Tensor, ...]) -> None:
@@ -122,7 +122,7 @@ def _output_gradients(
     handles.append(embeddings.register_forward_hook(lambda _module, _args, given: given.requires_grad_().clone()))
     try:
         answer = read_answer(model, batch)
-        sampled_score(answer, generator, logits=has_logits(model)).backward()
+        answer.backward(sampled_gradient(answer.detach(), generator, logits=has_logits(model)))
     finally:
         for handle in handles:
             handle.remove()

@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from compresskit.cache import cache_folder
 from compresskit.data import Batch, Sequences
 from compresskit.data.cache import read_tensors, write_tensors
-from compresskit.layerwise.moments import MeanMoments
-from compresskit.layerwise.objective import folded_bias
+from compresskit.layerwise.moments import Moments
 from compresskit.layerwise.output_pca import OutputPCA, solve_output_pca
 from compresskit.layerwise.ranks import SiteCurve
 from compresskit.layerwise.sensitivity import Fisher, Group, collect_fisher
 from compresskit.layerwise.trials import Trials, trial_weight
-from compresskit.layerwise.walk import SiteMoments, Walk
+from compresskit.layerwise.walk import Walk
 from compresskit.layerwise.weights import layer_bias, row_indices, stacked_weight
 from compresskit.progress import track
 from compresskit.student import Student
@@ -30,7 +29,7 @@ from compresskit.surgery.sites import Site
 #: Raised by one whenever the same model and text would give another survey.
 VERSION = 1
 #: Calibration tokens that each look reads: gradients, moments, trials.
-FISHER_TOKENS, WALK_TOKENS, TRIAL_TOKENS = 8192, 4096, 512
+FISHER_TOKENS, WALK_TOKENS, TRIAL_TOKENS = 4096, 4096, 512
 _BATCH_TOKENS = 512
 #: Ranks that are tried, as shares of the full rank.
 _TRIED = (0.35, 0.7)
@@ -113,38 +112,36 @@ def _measure(
     trials = Trials(model, _batches(text, TRIAL_TOKENS)) if measured else None
     stored: dict[str, Tensor] = {}
 
-    def look(site: Site, moments: SiteMoments) -> None:
+    def look(site: Site, moments: Moments) -> None:
         layers = [model.get_submodule(name) for name in site.linears]
-        weight, own_bias = stacked_weight(layers)
+        weight, _ = stacked_weight(layers)
         centred = bias or all(layer_bias(layer) is not None for layer in layers)
-        moments = moments if centred or own_bias is None else moments.without_bias(own_bias)
-        mean = moments.all.mean(centred=centred)
+        mean = moments.mean(centred=centred)
         for group, rows in zip(site_groups(site), [slice(None), *row_indices(layers)], strict=False):
             part = weight[rows]
             metric = fisher[group].metric(part) if weighted else None
             pca = solve_output_pca(part, moment=mean.C, metric=metric)
             stored[_key("tail", group)] = pca.tail
             if trials and group == site.linears:
-                stored[_key("trials", group)] = _try_ranks(trials, site.block, layers, pca, mean, centred=centred)
+                stored[_key("trials", group)] = _try_ranks(trials, site.block, layers, pca, mean.mu)
 
     part = replace(student, corpus=replace(student.corpus, calibration=first_tokens(text, WALK_TOKENS)))
-    Walk(part, anchor=0).run(sites, look, label="surveying ranks")
+    Walk(part, anchor=0).observe(sites, look, label="surveying ranks")
     for group, one in fisher.items():
         stored[_key("fisher", group)] = one.matrix
         stored[_key("sums", group)] = torch.tensor([one.power, one.count, one.outputs], dtype=torch.float64)
     return stored
 
 
-def _try_ranks(
-    trials: Trials, block: int, layers: Sequence[nn.Module], pca: OutputPCA, mean: MeanMoments, *, centred: bool
-) -> Tensor:
-    """(predicted error, measured loss) of each rank tried, (ranks, 2) float64."""
-    _, own_bias = stacked_weight(layers)
+def _try_ranks(trials: Trials, block: int, layers: Sequence[nn.Module], pca: OutputPCA, mu: Tensor) -> Tensor:
+    """(predicted error, measured loss) of each rank tried, (ranks, 2) float64; the layers stay exact at the input μ."""
+    weight, bias = stacked_weight(layers)
+    at_mean = weight.double() @ mu if bias is None else weight.double() @ mu + bias.double()
     found = []
     for share in _TRIED:
         rank = max(1, round(share * len(pca.right)))
         B, A = pca.factors(rank)
-        with trial_weight(layers, B @ A, folded_bias(B @ A, mean) if centred else own_bias):
+        with trial_weight(layers, B @ A, at_mean - B @ (A @ mu)):
             found.append((float(pca.tail[rank]), trials.divergence(block)))
     return torch.tensor(found, dtype=torch.float64)
 

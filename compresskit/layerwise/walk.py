@@ -13,7 +13,7 @@ tokens the hidden states at one depth and, where anchored, the original's output
 still to be visited.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -240,6 +240,35 @@ class Walk:
             solve: called once a site.
             label: shown beside the progress bar.
         """
+        for index, here, lanes in self._visits(sites, label):
+            self._advance_original(index, here, lanes)
+            for site in here:
+                solve(site, self._collect(site, lanes))
+            if here and self._finish:
+                self._finish(self._blocks[index], self._block_batches(index, lanes))
+            self._advance_student(index, lanes)
+
+    @torch.no_grad()
+    def observe(self, sites: Iterable[Site], look: Callable[[Site, Moments], None], *, label: str) -> None:
+        """The moments of the inputs of `sites` alone, on a model that stays as it is: a block runs once for all."""
+        for index, here, lanes in self._visits(sites, label):
+            block = self._student.model.get_submodule(self._blocks[index])
+            modules = {site.linears[0]: self._student.model.get_submodule(site.linears[0]) for site in here}
+            sums = {name: Moments.zeros(int(module.in_features), 0) for name, module in modules.items()}  # type: ignore[arg-type]
+            for lane in lanes:
+                watch = Watch(modules, (), read=modules, stop_early=False)
+                given = watch.run(partial(lane.run, block, index, lane.student))
+                assert given is not None
+                lane.student = given
+                for name, x in watch.inputs.items():
+                    for rows in torch.cat([lane.fit_rows, lane.held_out_rows]).split(_TOKENS_IN_DOUBLE):
+                        sums[name].update_input(_flat(x)[rows])
+            for site in here:
+                self._check_reached(site, sums[site.linears[0]].count)
+                look(site, sums[site.linears[0]])
+
+    def _visits(self, sites: Iterable[Site], label: str) -> Iterator[tuple[int, list[Site], list[_Lane]]]:
+        """Each block's index and sites, up to the last that has any, and the batches on their way."""
         by_block: dict[int, list[Site]] = {}
         for site in sites:
             by_block.setdefault(site.block, []).append(site)
@@ -247,13 +276,16 @@ class Walk:
             check_chain(self._student.model, next(self._student.corpus.calibration.batches(2)))
             lanes = self._open_lanes()
             for index in track(range(max(by_block) + 1), label):
-                here = by_block.get(index, [])
-                self._advance_original(index, here, lanes)
-                for site in here:
-                    solve(site, self._collect(site, lanes))
-                if here and self._finish:
-                    self._finish(self._blocks[index], self._block_batches(index, lanes))
-                self._advance_student(index, lanes)
+                yield index, by_block.get(index, []), lanes
+
+    def _check_reached(self, site: Site, tokens: int) -> None:
+        """Refuse a site whose inputs no token showed."""
+        if not tokens:
+            raise CompressKitError(
+                "no token of the calibration text reaches this layer: there is nothing to fit it to",
+                where=site.linears[0],
+                fix="leave it out of targets, or calibrate on text that uses it",
+            )
 
     def _open_lanes(self) -> list[_Lane]:
         student, original = self._student.model, self._student.original
@@ -283,7 +315,7 @@ class Walk:
         for lane in lanes:
             if lane.original is None:
                 return
-            watch = Watch(linears, writers, read=None, stop_early=False)
+            watch = Watch(linears, writers, read=(), stop_early=False)
             lane.original = watch.run(partial(lane.run, block, index, lane.original))
             lane.beside = {name: _flat(output) for name, output in watch.outputs.items()}
             lane.beside |= {f"{name}+": _flat(stream) for name, stream in watch.streams.items()}
@@ -313,10 +345,11 @@ class Walk:
         block = self._student.model.get_submodule(self._blocks[site.block])
         for lane in lanes:
             writers = site.linears if anchored and site.writes_stream else ()
-            watch = Watch(linears, writers, read=site.linears[0], stop_early=True)
+            watch = Watch(linears, writers, read=site.linears[:1], stop_early=True)
             watch.run(partial(lane.run, block, site.block, lane.student))
-            assert watch.input is not None
-            x = _flat(watch.input)
+            if site.linears[0] not in watch.inputs:
+                continue
+            x = _flat(watch.inputs[site.linears[0]])
             for moments, all_rows in ((fit, lane.fit_rows), (held_out, lane.held_out_rows)):
                 for rows in all_rows.split(_TOKENS_IN_DOUBLE):
                     if anchored:
@@ -324,6 +357,7 @@ class Walk:
                     else:
                         moments.update_input(x[rows])
             lane.forget([self._original_name(name) for name in site.linears])
+        self._check_reached(site, fit.count + held_out.count)
         if not anchored:
             fit, held_out = fit.with_linear_target(weight, bias), held_out.with_linear_target(weight, bias)
         return SiteMoments(fit, held_out)

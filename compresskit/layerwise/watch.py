@@ -25,23 +25,23 @@ class Watch(TorchFunctionMode):
     Args:
         linears: modules by name.
         writers: those of them whose sum is wanted too.
-        read: the one whose input is wanted, if any.
+        read: those whose input is wanted.
         stop_early: leave the block once all is seen.
     """
 
     def __init__(
-        self, linears: Mapping[str, nn.Module], writers: Collection[str], *, read: str | None, stop_early: bool
+        self, linears: Mapping[str, nn.Module], writers: Collection[str], *, read: Collection[str], stop_early: bool
     ) -> None:
         super().__init__()
-        self.input: Tensor | None = None
+        self.inputs: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
         self.streams: dict[str, Tensor] = {}
         self._linears, self._writers, self._read, self._stop_early = linears, writers, read, stop_early
         self._given: dict[str, Tensor] = {}
 
     def _saw(self, name: str, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if name == self._read:
-            self.input = args[0].clone()
+        if name in self._read:
+            self.inputs[name] = args[0].clone()
         self.outputs[name] = output.clone()
         if name in self._writers:
             self._given[name] = output

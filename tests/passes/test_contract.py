@@ -14,7 +14,10 @@ from compresskit.student import load_student_model, save_student
 from compresskit.surgery.edits import replay
 
 EXAMPLES: dict[str, list[dict[str, object]]] = {
-    "low_rank": [{"keep": 0.6, "round_to": 16, "on_misfit": "keep"}, {"rank": 8, "anchor": 0.5, "share": False}],
+    "low_rank": [
+        {"keep": 0.6, "round_to": 16, "on_misfit": "keep", "allocation": "uniform", "share": True},
+        {"rank": 8, "anchor": 0.5, "share": False, "pivot": False, "metric": "output"},
+    ],
     "prune_width": [{"keep": {"ffn": 0.5, "heads": 0.5}}, {"keep": 0.75, "anchor": 1.0, "round_to": 16}],
     "quantize": [
         {"bits": 8, "group_size": 16},

@@ -90,7 +90,7 @@ def test_query_key_and_value_share_one_factor_and_more_rank_loses_less(family):
     lost = []
     for keep in (0.3, 0.6, 0.9):
         student = tiny_student(family, original=original)
-        LowRank(keep=keep, round_to=2).apply(student, generator=torch.Generator())
+        LowRank(keep=keep, round_to=2, share=True).apply(student, generator=torch.Generator())
         lost.append(float((answer(student.model) - answer(original)).norm()))
     assert 0 < lost[2] < lost[1] < lost[0]
     attention = find_anatomy(student.model).attentions[0]
@@ -123,7 +123,7 @@ def test_bias_false_adds_none():
 
 def test_a_rank_above_break_even_lists_every_layer():
     with pytest.raises(CompressKitError, match="saves nothing above 15") as caught:
-        LowRank(rank=31).plan(tiny("bert"))
+        LowRank(rank=31, pivot=False).plan(tiny("bert"))
     message = str(caught.value)
     assert "encoder.layer.1.attention.output.dense (32x32)" in message
     assert "on_misfit: keep" in message
@@ -131,7 +131,7 @@ def test_a_rank_above_break_even_lists_every_layer():
 
 def test_misfits_stay_dense_and_are_listed_on_request():
     student = tiny_student("bert")
-    notes = LowRank(rank=20, on_misfit="keep").apply(student, generator=torch.Generator())
+    notes = LowRank(rank=20, on_misfit="keep", pivot=False).apply(student, generator=torch.Generator())
     assert "encoder.layer.0.attention.output.dense" in notes["kept_dense"]
     assert isinstance(student.model.get_submodule("encoder.layer.0.attention.output.dense"), torch.nn.Linear)
 
