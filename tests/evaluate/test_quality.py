@@ -221,8 +221,8 @@ def test_rank_correlation_without_variance_is_one_or_nothing():
 def test_too_few_texts_and_unknown_tasks_are_programming_errors(tiny_bert_folder, texts):
     with pytest.raises(ValueError):
         compare_embeddings(torch.ones(2, 3), torch.ones(2, 3))
-    with pytest.raises(ValueError, match="image"):
-        Fidelity(AutoModel.from_pretrained(tiny_bert_folder), texts, task="image-classification")
+    with pytest.raises(ValueError, match="translation"):
+        Fidelity(AutoModel.from_pretrained(tiny_bert_folder), texts, task="translation")
 
 
 def test_a_flat_model_has_the_perplexity_of_the_vocabulary(tiny_llama_folder, texts):
