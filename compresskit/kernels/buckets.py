@@ -47,9 +47,10 @@ class TopK:
 
 
 def with_tail(log_probs: Tensor) -> Tensor:
-    """ln p of the K entries and the tail, (…, K + 1), the tail −∞ where nothing is left."""
-    tail = torch.log1p(-log_probs.exp().sum(-1, keepdim=True).clamp(max=1))
-    return torch.cat([log_probs, tail], -1)
+    """ln p of the K entries and the tail, (…, K + 1), the tail −∞ where rounding alone is left of it."""
+    tail = 1 - log_probs.exp().sum(-1, keepdim=True)
+    tail = tail * (tail > 4 * torch.finfo(tail.dtype).eps)
+    return torch.cat([log_probs, tail.log()], -1)
 
 
 @torch.no_grad()
@@ -76,8 +77,8 @@ def bucket_loss_(
     logits = logits.to(dtype)
     log_q = torch.cat([logits / tau, rest.log_sum()[None]])
     log_q -= log_q.logsumexp(0)
-    f, slope = summand_and_slope(divergence, log_p, log_q)
-    g = slope - log_q.exp() * slope.sum(0)
+    f, slope, q = summand_and_slope(divergence, log_p, log_q)
+    g = slope - q * slope.sum(0)
     weight = tokens.weight * rule_factor(divergence, _bucket_statistics(log_p, tau), len(student))
     outward = Outward(readout, tau * weight, tokens.label_weight, _whole(rest, logits))
     loss = tau**2 * (weight * f.sum(0)).sum()

@@ -73,8 +73,8 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def summand_and_slope(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """f and r of each element, in the shape of `log_p` and `log_q` (equal, any); neither is modified.
+def summand_and_slope(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """f, r and q of each element, in the shape of `log_p` and `log_q` (equal, any); neither is modified.
 
     Autograd through the first gives the gradient that the second stands for. A probability 0 adds nothing, also where
     both are 0.
@@ -86,22 +86,22 @@ def summand_and_slope(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> t
     p, q = log_p.exp(), log_q.exp()
     match divergence.kind:
         case "forward_kl":
-            return p * _gap(log_p, log_q, p) + (q - p), -p
+            return p * _gap(log_p, log_q, p) + (q - p), -p, q
         case "reverse_kl":
             slope = q * _gap(log_q, log_p, q)
-            return slope + (p - q), slope
+            return slope + (p - q), slope, q
         case "jsd":
             log_m = _log_mixture(log_p, log_q, mix)
             slope = (1 - mix) * q * (log_q - log_m)
-            return mix * p * (log_p - log_m) + slope, slope
+            return mix * p * (log_p - log_m) + slope, slope, q
         case "skew_forward_kl":
             log_m = _log_mixture(log_p, log_q, mix)
-            return p * (log_p - log_m), (mix - 1) * (log_p + log_q - log_m).exp()
+            return p * (log_p - log_m), (mix - 1) * (log_p + log_q - log_m).exp(), q
         case "skew_reverse_kl":
             gap = log_q - _log_mixture(log_q, log_p, mix)
-            return q * gap, q * (gap - mix * gap.exp())
+            return q * gap, q * (gap - mix * gap.exp()), q
         case _:
-            return 0.5 * (p - q).abs(), 0.5 * q * (q - p).sign()
+            return 0.5 * (p - q).abs(), 0.5 * q * (q - p).sign(), q
 
 
 def _gap(log_x: Tensor, log_y: Tensor, x: Tensor) -> Tensor:

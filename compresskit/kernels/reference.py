@@ -27,7 +27,7 @@ def reference_loss(student: Tensor, teacher: Tensor | TopK, tokens: TokenTerms, 
         log_p, log_q = with_tail(teacher.log_probs.to(dtype)), _bucketed(log_q, teacher.indices)
     else:
         log_p = (teacher.to(dtype) / tau).log_softmax(-1)
-    value, _ = summand_and_slope(divergence, log_p, log_q)
+    value, _, _ = summand_and_slope(divergence, log_p, log_q)
     weight = tokens.weight.to(dtype) * _rule(divergence, log_p, teacher, student.shape[-1])
     loss = tau**2 * (weight * value.sum(-1)).sum()
     if tokens.labels is None or tokens.label_weight is None:

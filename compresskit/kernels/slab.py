@@ -246,8 +246,7 @@ class _DensePair:
             logits = self.readouts[0].picked(self.student, part, self.dtype)
             teacher = self.readouts[1].picked(self.teacher, part, self.dtype)
         log_q = self.ours.log_softmax(logits)
-        f, slope = summand_and_slope(self.divergence, self.theirs.log_softmax(teacher), log_q)
-        return logits, f, slope, log_q.exp_()
+        return logits, *summand_and_slope(self.divergence, self.theirs.log_softmax(teacher), log_q)
 
     def sums(self) -> tuple[Tensor, Tensor]:
         """D = Σ f and Σ r of each token, (C,)."""

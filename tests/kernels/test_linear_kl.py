@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from compresskit.kernels.divergence import Divergence, Kind
-from compresskit.kernels.linear_kl import Head, TopK, linear_kl
+from compresskit.kernels.linear_kl import Head, TiledWeight, TopK, linear_kl
 
 KINDS = get_args(Kind)
 FUSED = "chunked"  # Triton has its own test, in a process of its own
@@ -100,3 +100,209 @@ def test_the_gradient_is_the_derivative_of_the_value(impl, kind):
         return linear_kl(**given | {"student_hidden": hidden, "student_head": changed}, impl=impl)
 
     assert torch.autograd.gradcheck(loss, (given["student_hidden"], head.weight, head.bias))
+
+
+def test_low_rank_and_tiled_heads_give_what_their_whole_weights_give():
+    given = arguments()
+    thin, wide = draw(3, HS, seed=9).requires_grad_(), draw(V, 3, seed=10).requires_grad_()
+    given["student_head"] = Head(wide, reduce=thin)
+    weight = given["teacher_head"]
+    tiled = given | {"teacher_head": Head(TiledWeight((V, HT), lambda start, stop: weight[start:stop], weight.dtype))}
+    torch.testing.assert_close(value_and_grads(tiled, FUSED), value_and_grads(given, "reference"))
+
+
+def test_a_shared_head_needs_one_product_and_a_frozen_one_no_gradient(monkeypatch):
+    given = arguments()
+    head = given["student_head"].weight
+    given |= {"teacher_hidden": draw(T, HS, seed=11), "teacher_head": head.detach()}
+    calls = []
+    real = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *args, **options: calls.append(args[0].shape) or real(*args, **options))
+    shared = value_and_grads(given, FUSED)
+    with_gradient = len(calls)
+    frozen = given | {"student_head": Head(head.detach())}
+    hidden_grad = value_and_grads(frozen, FUSED)[1][0]
+    monkeypatch.undo()
+    assert (with_gradient, len(calls) - with_gradient) == (3, 2)
+    torch.testing.assert_close(shared, value_and_grads(given, "reference"))
+    torch.testing.assert_close(hidden_grad, shared[1][0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunks_change_nothing_but_rounding(dtype):
+    """3 MiB hold few tokens of this vocabulary, 64 MiB all of them."""
+    given = arguments(dtype, tokens=40, vocabulary=20_000)
+    given["token_weight"] = given["token_weight"].float()
+    whole = value_and_grads(given | {"memory_mb": 64}, FUSED)
+    parts = value_and_grads(given | {"memory_mb": 3}, FUSED)
+    for one, other in zip((whole[0], *whole[1]), (parts[0], *parts[1]), strict=True):
+        assert (one - other).abs().max() <= 2 * torch.finfo(one.dtype).eps ** (1 if dtype != torch.float32 else 0.8) * (
+            one.abs().max()
+        )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_teacher_and_student_give_zero_with_no_gradient(kind):
+    given = arguments()
+    head = given["student_head"].weight
+    given |= {"teacher_hidden": given["student_hidden"].detach(), "teacher_head": head.detach()}
+    value, grads = value_and_grads(given | {"divergence": Divergence(kind)}, FUSED)
+    assert value.abs() < 1e-15
+    assert max(grad.abs().max() for grad in grads) < 1e-15
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("impl", [FUSED, "reference"])
+def test_a_token_that_counts_for_nothing_is_not_read(kind, impl):
+    given = rich(divergence=Divergence(kind))
+    given["label_weight"][3] = 0
+    clean = value_and_grads(given, impl)
+    with torch.no_grad():
+        given["student_hidden"][3], given["teacher_hidden"][3] = float("nan"), float("inf")
+    given["labels"][3] = -100
+    spoilt = value_and_grads(given, impl)
+    assert torch.equal(clean[0], spoilt[0])
+    assert all(torch.equal(one, other) for one, other in zip(clean[1], spoilt[1], strict=True))
+    assert torch.count_nonzero(spoilt[1][0][3]) == 0
+
+
+@pytest.mark.parametrize("impl", [FUSED, "reference"])
+def test_all_weights_zero_give_zero_with_zero_gradients(impl):
+    value, grads = value_and_grads(rich() | {"token_weight": torch.zeros(T), "label_weight": torch.zeros(T)}, impl)
+    assert value == 0
+    assert len(grads) == 3
+    assert all(torch.count_nonzero(grad) == 0 for grad in grads)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("impl", [FUSED, "reference"])
+def test_peaked_rows_and_absent_columns_stay_finite(kind, impl):
+    given = arguments(torch.float32, divergence=Divergence(kind))
+    bias = torch.zeros(V)
+    bias[5:8] = float("-inf")
+    with torch.no_grad():
+        given["student_hidden"].mul_(60)
+        given["teacher_hidden"].mul_(60)
+    given["student_head"] = Head(given["student_head"].weight, bias)
+    given["teacher_head"] = Head(given["teacher_head"], bias)
+    value, grads = value_and_grads(given, impl)
+    assert torch.isfinite(value)
+    assert all(torch.isfinite(grad).all() for grad in grads)
+    assert torch.count_nonzero(grads[1][5:8]) == 0
+
+
+def test_a_column_that_the_student_alone_lacks_makes_forward_kl_infinite():
+    given = arguments()
+    bias = torch.zeros(V, dtype=torch.float64)
+    bias[2] = float("-inf")
+    given["student_head"] = Head(given["student_head"].weight, bias)
+    assert value_and_grads(given, FUSED)[0] == value_and_grads(given, "reference")[0] == float("inf")
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(V - 3, V), (V, V - 3)])
+@pytest.mark.parametrize("impl", [FUSED, "reference"])
+def test_padded_vocabularies_are_cut_to_the_shorter(ours, theirs, impl):
+    given = arguments()
+    weight = given["student_head"].weight
+    cut = given | {"student_head": Head(weight[: V - 3].detach().requires_grad_())}
+    cut["teacher_head"] = given["teacher_head"][: V - 3]
+    padded = given | {"student_head": Head(weight[:ours].detach().requires_grad_())}
+    padded["teacher_head"] = given["teacher_head"][:theirs]
+    value, (hidden_grad, weight_grad) = value_and_grads(padded, impl)
+    expected, (hidden_expected, weight_expected) = value_and_grads(cut, impl)
+    torch.testing.assert_close((value, hidden_grad), (expected, hidden_expected))
+    torch.testing.assert_close(weight_grad[: V - 3], weight_expected)
+    assert torch.count_nonzero(weight_grad[V - 3 :]) == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("k", [1, 4, V])
+def test_a_cache_gives_a_lower_bound_and_the_whole_of_it_the_divergence(kind, k):
+    divergence = Divergence(kind, 0.3, 2.0)
+    given = arguments(divergence=divergence)
+    logits = given["teacher_hidden"] @ given["teacher_head"].T
+    rest = {name: one for name, one in given.items() if not name.startswith("teacher")}
+    whole = linear_kl(**rest, teacher_logits=logits)
+    cached = linear_kl(**rest, teacher_topk=TopK.of(logits, k, temperature=2.0))
+    assert -1e-12 <= cached <= whole + 1e-9
+    if k == V:
+        torch.testing.assert_close(cached, whole, rtol=1e-6, atol=0)
+
+
+def test_autocast_runs_the_products_in_its_dtype():
+    given = arguments(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        value, grads = value_and_grads(given, FUSED)
+    exact, exact_grads = value_and_grads(given, "reference")
+    assert value.dtype == torch.float32
+    assert [grad.dtype for grad in grads] == [torch.float32, torch.float32]
+    assert 0 < (value - exact).abs() <= 2e-2 * exact
+    for grad, truth in zip(grads, exact_grads, strict=True):
+        assert (grad - truth).norm() <= 2e-2 * truth.norm()
+
+
+def test_the_operator_is_one_node_of_a_compiled_graph():
+    given = rich(torch.float32)
+
+    def loss(hidden, weight):
+        head = Head(weight, given["student_head"].bias, scale=0.7, softcap=4.0)
+        return 2 * linear_kl(**given | {"student_hidden": hidden, "student_head": head})
+
+    leaves = given["student_hidden"], given["student_head"].weight
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    results = [(function(*leaves), leaves) for function in (loss, compiled)]
+    results = [(value, torch.autograd.grad(value, wanted)) for value, wanted in results]
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_a_second_derivative_is_refused():
+    given = arguments()
+    with pytest.raises(RuntimeError, match="use impl='reference'"):
+        torch.autograd.grad(linear_kl(**given), given["student_hidden"], create_graph=True)
+
+
+def bad(**changes):
+    return changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (bad(student_hidden=torch.ones(T, HS + 1).double()), rf"student_hidden must be \({T}, {HS}\), got"),
+        (bad(student_hidden=torch.ones(T, HS)), "hidden states are torch.float32 and its head torch.float64"),
+        (bad(student_hidden=torch.ones(T, HS).long()), "student_hidden must be floating point, got torch.int64"),
+        (bad(teacher_hidden=torch.ones(T + 1, HT).double()), rf"teacher_hidden must be \({T}, {HT}\)"),
+        (bad(teacher_hidden=torch.ones(T, HT).double().requires_grad_()), "teacher_hidden requires grad"),
+        (bad(teacher_head=None), "belong together"),
+        (bad(teacher_logits=torch.ones(T, V)), "exactly one of .* got teacher_hidden, teacher_logits"),
+        (bad(teacher_hidden=None, teacher_head=None), "got none"),
+        (bad(teacher_head=torch.ones(V, HT, device="meta").double()), "on one device"),
+        (bad(token_weight=torch.ones(T + 1)), rf"token_weight must be \({T},\)"),
+        (bad(token_weight=-torch.ones(T)), "at least 0 everywhere, got -1"),
+        (bad(labels=torch.zeros(T).long()), "label_weight is missing"),
+        (bad(labels=torch.full((T,), V), label_weight=torch.ones(T)), rf"0…{V - 1} where they count, got {V}"),
+        (bad(labels=torch.zeros(T), label_weight=torch.ones(T)), "labels must be int64"),
+        (bad(student_head=Head(torch.ones(V, HS).double(), softcap=-1.0)), "softcap must be above 0, got -1"),
+        (bad(memory_mb=0), "memory_mb=0 does not hold the logits of one token; at least 1 are needed"),
+        (bad(impl="cuda"), "none of auto"),
+        (bad(impl="triton"), "cannot run here"),
+    ],
+)
+def test_wrong_arguments_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        linear_kl(**arguments() | changes)
+
+
+def test_more_cached_entries_than_the_vocabulary_are_refused():
+    with pytest.raises(ValueError, match=f"between 1 and the vocabulary's {V}, got {V + 1}"):
+        TopK.of(torch.ones(T, V), V + 1)
+    given = {name: one for name, one in arguments().items() if not name.startswith("teacher")}
+    cache = TopK(torch.zeros(T, V + 1), torch.zeros(T, V + 1).long())
+    with pytest.raises(ValueError, match=f"keeps {V + 1} entries; expected 1 to the vocabulary's {V}"):
+        linear_kl(**given, teacher_topk=cache)
+
+
+@pytest.mark.parametrize("options", [{"kind": "kl"}, {"kind": "jsd", "mix": 1.0}, {"temperature": 0.0}])
+def test_divergences_that_are_none_are_refused(options):
+    with pytest.raises(ValueError, match=r"none of forward_kl|between 0 and 1, got 1|above 0"):
+        Divergence(**options)
