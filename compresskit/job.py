@@ -11,7 +11,7 @@ from compresskit.errors import CompressKitError, ManyErrors
 from compresskit.evaluate.quality import LEAST_COMPARED
 from compresskit.forecast import Forecast, foretell
 from compresskit.layerwise.walk import LEAST_CALIBRATION
-from compresskit.models import ModelSource, find_model, guess_task, load_config, load_tokenizer
+from compresskit.models import ModelSource, check_weights, find_model, guess_task, load_config, load_tokenizer
 from compresskit.recipe import Recipe
 from compresskit.sentence import SentenceEmbedding, read_sentence_embedding
 from compresskit.store import chain, digest
@@ -52,6 +52,7 @@ def prepare(recipe: Recipe) -> Job:
     task = recipe.task or guess_task(source)
     check_max_length(load_config(source), recipe.data.max_length)
     forecast = foretell(recipe, source, task)
+    check_weights(source, task)
     # Cutting text leaves its mark in a tokenizer, so the one that is saved with the student reads none.
     corpus = prepare_corpus(recipe.data, load_tokenizer(source), pack=task == "text-generation", seed=recipe.seed)
     _check_amounts(recipe, task, corpus)
@@ -95,7 +96,7 @@ def _more_text(part: str, asked: int, least: int) -> str:
 def take_prints(job: Job) -> Prints:
     """The fingerprints of a job; the model's files are read for it."""
     recipe = job.recipe
-    start = digest([job.source.fingerprint(), job.task, job.corpus.fingerprint, recipe.seed])
+    start = digest([job.source.fingerprint, job.task, job.corpus.fingerprint, recipe.seed])
     steps = (start, *chain(start, recipe.passes))
     written = [[one.version, one.model_dump(mode="json", serialize_as_any=True)] for one in recipe.export]
     result = digest([steps[-1], written, recipe.evaluate])
