@@ -202,6 +202,11 @@ def test_words_mean_what_yaml_1_2_says(text: str, value: Any) -> None:
         ("", "the recipe is empty"),
         ("a: b\n---\nc: d\n", "bad.yaml:2: "),
         ("? [a]\n: b\n", "a key must be a word"),
+        (
+            f"seed: {'9' * 5000}\n",
+            "bad.yaml:1: seed: a whole number of more than 40 digits\n  fix: write a smaller number",
+        ),
+        (f"seed: 0x{'f' * 5000}\n", "bad.yaml:1: seed: a whole number of more than 40 digits"),
     ],
 )
 def test_text_that_is_no_recipe_is_one_clear_message(tmp_path: Path, text: str, said: str) -> None:
@@ -242,6 +247,9 @@ def test_settings_replace_values_and_keep_their_types(tmp_path: Path) -> None:
         ("dta.path=x", "--set dta.path=x: unknown key\n  fix: did you mean 'data'?"),
         ("seed", "--set seed: no 'key=value'\n  fix: --set passes.0.keep=0.8"),
         ("seed=[1", "--set seed=[1: "),
+        ("passes.².keep=1", "passes has 1 entries and no '²'"),
+        (f"passes.{'9' * 5000}.keep=1", "passes has 1 entries and no '999"),
+        (f"seed={'9' * 5000}", "a whole number of more than 40 digits\n  fix: "),
         ("passes.0={kind: shake, scal: 1}", "--set passes.0={kind: shake, scal: 1}: passes[0].scal: unknown key"),
     ],
 )

@@ -21,7 +21,7 @@ from compresskit.layers.low_rank import LowRankLinear
 from compresskit.layerwise.objective import fit_weight, folded_bias
 from compresskit.layerwise.walk import SiteMoments, Walk
 from compresskit.layerwise.weights import layer_bias, stacked_weight
-from compresskit.passes.base import PASSES, Pass, Trait
+from compresskit.passes.base import PASSES, Part, Pass, Trait
 from compresskit.student import Student
 from compresskit.surgery.edits import Edit, MakeLowRank
 from compresskit.surgery.sites import Site, find_anatomy, select
@@ -107,6 +107,7 @@ class LowRank(Pass):
 
     adds: ClassVar[frozenset[Trait]] = frozenset({"low_rank"})
     refuses: ClassVar[frozenset[Trait]] = frozenset({"quantized"})
+    needs: ClassVar[frozenset[Part]] = frozenset({"calibration"})
 
     @model_validator(mode="after")
     def _one_size(self) -> "LowRank":
