@@ -138,7 +138,7 @@ def measure(
         raise CompressKitError(f"nothing beside {student} says what it was made from", fix="add --original MODEL")
     name, gguf_file = (original, None) if original else (facts["model"], facts.get("gguf_file"))
     source = find_model(str(name), gguf_file=gguf_file)
-    task = task or facts.get("task") or guess_task(source)
+    task = str(task or facts.get("task") or guess_task(source))
     text = data or DataSource.model_validate(facts.get("data", {}))
     tokenizer = load_tokenizer(source)
     corpus = prepare_corpus(text, tokenizer, pack=task == "text-generation", seed=facts.get("seed", 0))
