@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskit.data import DataSource, prepare_corpus
-from compresskit.engine import LOG, Progress, run
+from compresskit.engine import LOG, REPORT_SCHEMA, Progress, run
 from compresskit.errors import CompressKitError, ManyErrors
 from compresskit.evaluate import Fidelity
 from compresskit.evaluate import evaluate as evaluate_model
@@ -61,6 +61,10 @@ def compress(
     Raises:
         CompressKitError: all mistakes of the arguments at once. RunFailedError: anything else.
     """
+    if not isinstance(model, str | Path):
+        what = f"model is a {type(model).__name__}; it must be a folder, a hub id or package:NAME/SUBFOLDER"
+        fix = "save it first, model.save_pretrained(folder) and tokenizer.save_pretrained(folder), and give the folder"
+        raise CompressKitError(what, where="model", fix=fix)
     said = {
         "model": str(model),
         "gguf_file": gguf_file,
@@ -76,14 +80,18 @@ def compress(
 
 
 def _taught_by(passes: Sequence[Pass], teacher: str | None) -> tuple[Pass, ...]:
+    """The passes, those that learn with this teacher."""
     if teacher is None:
         return tuple(passes)
-    learners = [one for one in passes if "teacher" in type(one).model_fields]
-    if not learners:
+    if not any(one.learns for one in passes):
         raise CompressKitError(
             "no pass learns from a teacher", where="teacher", fix="leave it out, or add a distill pass"
         )
-    return tuple(one.model_copy(update={"teacher": teacher}) if one in learners else one for one in passes)
+    named = [index for index, one in enumerate(passes) if one.learns and one.model_dump()["teacher"] is not None]
+    if named:
+        what = f"passes[{named[0]}] ({passes[named[0]].kind}) names a teacher of its own"
+        raise CompressKitError(what, where="teacher", fix="say it once: here, or in each pass that learns")
+    return tuple(one.model_copy(update={"teacher": teacher}) if one.learns else one for one in passes)
 
 
 def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -110,7 +118,7 @@ def _student_folder(folder: Path) -> Path:
 
 
 def measure(
-    folder: str | Path, *, data: DataSource | None = None, original: str | None = None
+    folder: str | Path, *, data: DataSource | None = None, original: str | None = None, task: str | None = None
 ) -> dict[str, dict[str, int | float]]:
     """Figures of a student and of its original on held-out text: `{"original": {…}, "student": {…}}`.
 
@@ -118,18 +126,19 @@ def measure(
         folder: the output of a run, or its `student` folder.
         data: other text than the run's.
         original: the model to compare with, for a student that lies outside its run's folder.
+        task: what both do; without it what the run says, else the original's config.json.
 
     Raises:
-        CompressKitError: no student there, or nothing says what it was made from.
+        CompressKitError: no student there, nothing says what it was made from, or a task that they lack.
     """
     student = _student_folder(Path(folder))
     beside = student.parent
     facts = Store(beside).read_run() if (beside / RUN_FILE).is_file() else {}
     if original is None and not facts:
         raise CompressKitError(f"nothing beside {student} says what it was made from", fix="add --original MODEL")
-    name, gguf_file = (original, None) if original else (facts["model"], facts["gguf_file"])
+    name, gguf_file = (original, None) if original else (facts["model"], facts.get("gguf_file"))
     source = find_model(str(name), gguf_file=gguf_file)
-    task = facts.get("task") or guess_task(source)
+    task = str(task or facts.get("task") or guess_task(source))
     text = data or DataSource.model_validate(facts.get("data", {}))
     tokenizer = load_tokenizer(source)
     corpus = prepare_corpus(text, tokenizer, pack=task == "text-generation", seed=facts.get("seed", 0))
@@ -164,9 +173,13 @@ def read_report(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / "report.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        report = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         fix = "a run writes it when it is finished: give its `compresskit run` command again"
         raise CompressKitError(f"no {path}", fix=fix) from error
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:  # not JSON, or not text
         raise CompressKitError(f"cannot be read: {error}", where=str(path), fix="run the recipe again") from error
+    if not isinstance(report, dict) or report.get("schema_version") != REPORT_SCHEMA:
+        what = f"is no report of schema {REPORT_SCHEMA}, which this compresskit reads"
+        raise CompressKitError(what, where=str(path), fix="run the recipe again")
+    return report

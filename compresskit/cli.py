@@ -3,6 +3,7 @@
 Exit status: 0 done, 2 the user's mistake (where, what, fix on standard error), 130 interrupted, 1 anything else.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -18,9 +19,12 @@ from compresskit.engine import run as run_recipe
 from compresskit.errors import CompressKitError
 from compresskit.job import prepare
 from compresskit.listing import Listing, Row, describe_pass, list_modules, list_passes
-from compresskit.models import find_model, guess_task, load_empty
+from compresskit.models import TASKS, find_model, guess_task, load_empty
 from compresskit.recipe import load_recipe
 from compresskit.report import render_table
+
+#: Environment variable: any value lets unforeseen errors through with their traceback.
+DEBUG_SWITCH = "COMPRESSKIT_DEBUG"
 
 app = typer.Typer(
     help="Make a Hugging Face model small and fast: one recipe, every step proven.",
@@ -33,6 +37,9 @@ RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="a YAML recip
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="override a value: --set passes.0.keep=0.8 (may be repeated)"),
+]
+Task = Annotated[
+    str | None, typer.Option(help=f"{', '.join(TASKS)}; without it what the model's config.json says", metavar="TASK")
 ]
 
 
@@ -84,9 +91,10 @@ def evaluate(
         str | None, typer.Option(help="other text, as a recipe says it: '{source: text, path: a.txt}'")
     ] = None,
     original: Annotated[str | None, typer.Option(help="the model to compare with, where no run says it")] = None,
+    task: Task = None,
 ) -> None:
     """Measure a student against its original on held-out text."""
-    figures = measure(folder, data=read_data_option(data), original=original)
+    figures = measure(folder, data=read_data_option(data), original=original, task=task)
     columns = ("figure", *figures)
     names = list(dict.fromkeys(name for entry in figures.values() for name in entry))
     rows: list[Row] = [(name, *(_figure(entry.get(name)) for entry in figures.values())) for name in names]
@@ -111,10 +119,11 @@ def passes(
 def modules(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="as a recipe names it", show_default=False)],
     gguf_file: Annotated[str | None, typer.Option(help="the GGUF file in that folder")] = None,
+    task: Task = None,
 ) -> None:
     """List the matrices of a model that `targets` may name."""
     source = find_model(model, gguf_file=gguf_file)
-    _print_listing(list_modules(load_empty(source, guess_task(source))))
+    _print_listing(list_modules(load_empty(source, task or guess_task(source))))
 
 
 def _figure(value: object) -> str:
@@ -158,7 +167,10 @@ def _quiet_libraries() -> None:
 
 
 def main() -> None:
-    """Run the command and end the process with its status."""
+    """Run the command and end the process with its status.
+
+    `COMPRESSKIT_DEBUG=1` shows the traceback of what nobody foresaw; without it, that is one message too.
+    """
     _quiet_libraries()
     try:
         status = app(standalone_mode=False)
@@ -168,6 +180,12 @@ def main() -> None:
     except typer.TyperException as error:
         _say(f"compresskit: {error.format_message()}\n  fix: `compresskit --help` shows how it is called")
         sys.exit(2)
+    except Exception as error:
+        if os.environ.get(DEBUG_SWITCH):
+            raise
+        _say(f"compresskit: {type(error).__name__}: {error}")
+        _say(f"  fix: {DEBUG_SWITCH}=1 shows the traceback; please report it together with the command")
+        sys.exit(1)
     sys.exit(status or 0)
 
 

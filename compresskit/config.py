@@ -4,16 +4,25 @@ import difflib
 from collections.abc import Iterable, Iterator
 from typing import Any, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 T = TypeVar("T", bound=BaseModel)
 C = TypeVar("C", bound=BaseModel)
 
 
 class Config(BaseModel):
-    """Base of everything a recipe can say. Instances are frozen; unknown keys, NaN and infinity are errors."""
+    """Base of everything a recipe can say. Instances are frozen; unknown keys, NaN and infinity are errors.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    Types are meant as they are said: `true` is no number and `"12"` no integer. Only an integer may stand for a float,
+    and a list for a tuple, which YAML does not have.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _list_as_tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str | None:
@@ -62,7 +71,7 @@ class Registry(Generic[T]):
         if not isinstance(raw, dict):
             raise ValueError(f"expected a mapping with 'kind', got {type(raw).__name__}")
         kind = raw.get("kind")
-        if kind not in self._classes:
+        if not isinstance(kind, str) or kind not in self._classes:
             what = f"unknown {self.noun} {kind!r}" if "kind" in raw else f"the {self.noun} has no 'kind'"
             near = did_you_mean(str(kind), self._classes) if "kind" in raw else None
             hint = f"did you mean {near!r}?" if near else f"one of: {', '.join(sorted(self._classes))}"

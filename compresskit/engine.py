@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from compresskit.data.sequences import PARTS
-from compresskit.environment import describe_environment
+from compresskit.environment import computing_versions, describe_environment
 from compresskit.errors import CompressKitError, RunFailedError
 from compresskit.evaluate import Fidelity, count_parameters, evaluate, state_dict_bytes
 from compresskit.export import EXPORTERS
@@ -107,7 +107,21 @@ class _Run:
             self.progress(f"[{index}/{len(self.kinds) - 1}] {kind}: kept from an earlier run")
             self.records.append(step.read("record.json"))
             found.append(step)
+        self._warn_of_other_versions()
         return found
+
+    def _warn_of_other_versions(self) -> None:
+        """Say which kept steps other versions of the libraries made; none is made again for it."""
+        now = computing_versions()
+        for index, record in enumerate(self.records):
+            then = record.get("versions", {})
+            told = ", ".join(
+                f"{name} {then[name]} then, {now.get(name)} now" for name in then if then[name] != now.get(name)
+            )
+            if told:
+                self.progress(
+                    f"warning: [{index}/{len(self.kinds) - 1}] {record['kind']}: {told} (--fresh makes it again)"
+                )
 
     def _measures(self, index: int) -> bool:
         ends = index in (0, len(self.kinds) - 1)
@@ -163,6 +177,7 @@ class _Run:
                 "size_bytes": state_dict_bytes(self.student.model),
                 "metrics": self._figures(self.student.model) if self._measures(index) else {},
                 "elapsed_s": round(elapsed_s, 3),
+                "versions": computing_versions(),
                 "notes": notes,
             }
             self.store.save(index, kind, self.prints.steps[index], lambda folder: self._write_step(folder, record))

@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ import psutil
 import torch
 
 _PACKAGES = ("compresskit", "torch", "transformers", "onnxruntime", "onnx", "numpy", "datasets", "tokenizers")
+
+#: Another version of one of these may give other weights from the same options.
+_COMPUTING = ("compresskit", "torch", "transformers")
 
 
 def describe_environment() -> dict[str, Any]:
@@ -22,8 +26,17 @@ def describe_environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "memory_bytes": psutil.virtual_memory().total,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "versions": {name: found for name in _PACKAGES if (found := _version(name)) is not None},
+        "versions": _versions(_PACKAGES),
     }
+
+
+def computing_versions() -> dict[str, str]:
+    """The versions of what computes a step's weights, by package."""
+    return _versions(_COMPUTING)
+
+
+def _versions(packages: Iterable[str]) -> dict[str, str]:
+    return {name: found for name in packages if (found := _version(name)) is not None}
 
 
 def _version(package: str) -> str | None:

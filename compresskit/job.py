@@ -6,12 +6,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from compresskit.data import Corpus, check_max_length, prepare_corpus
-from compresskit.distill.trainer import TrainingOptions
 from compresskit.errors import CompressKitError, ManyErrors
 from compresskit.evaluate.quality import LEAST_COMPARED
 from compresskit.forecast import Forecast, foretell
 from compresskit.layerwise.walk import LEAST_CALIBRATION
-from compresskit.models import ModelSource, find_model, guess_task, load_config, load_tokenizer
+from compresskit.models import ModelSource, check_weights, find_model, guess_task, load_config, load_tokenizer
 from compresskit.recipe import Recipe
 from compresskit.sentence import SentenceEmbedding, read_sentence_embedding
 from compresskit.store import chain, digest
@@ -52,6 +51,7 @@ def prepare(recipe: Recipe) -> Job:
     task = recipe.task or guess_task(source)
     check_max_length(load_config(source), recipe.data.max_length)
     forecast = foretell(recipe, source, task)
+    check_weights(source, task)
     # Cutting text leaves its mark in a tokenizer, so the one that is saved with the student reads none.
     corpus = prepare_corpus(recipe.data, load_tokenizer(source), pack=task == "text-generation", seed=recipe.seed)
     _check_amounts(recipe, task, corpus)
@@ -66,7 +66,7 @@ def _check_amounts(recipe: Recipe, task: str, corpus: Corpus) -> None:
             embeddings than can be compared.
     """
     found: list[CompressKitError] = []
-    learner = next((i for i, one in enumerate(recipe.passes) if isinstance(one, TrainingOptions)), None)
+    learner = next((i for i, one in enumerate(recipe.passes) if "training" in one.needs), None)
     if learner is not None and len(corpus.training) < LEAST_TRAINING:
         what = (
             f"{len(corpus.training)} sequences to train on; passes[{learner}] ({recipe.passes[learner].kind}) needs "
@@ -74,7 +74,7 @@ def _check_amounts(recipe: Recipe, task: str, corpus: Corpus) -> None:
         )
         fix = _more_text("training", recipe.data.training, LEAST_TRAINING)
         found.append(CompressKitError(what, where="data.training", fix=fix))
-    fitted = any(not isinstance(one, TrainingOptions) and "anchor" in type(one).model_fields for one in recipe.passes)
+    fitted = any("calibration" in one.needs for one in recipe.passes)
     if fitted and len(corpus.calibration) < LEAST_CALIBRATION:
         what = f"{len(corpus.calibration)} calibration sequence: some are fitted on, others judge the fit"
         fix = _more_text("calibration", recipe.data.calibration, LEAST_CALIBRATION) + " (hundreds are better)"
@@ -95,8 +95,9 @@ def _more_text(part: str, asked: int, least: int) -> str:
 def take_prints(job: Job) -> Prints:
     """The fingerprints of a job; the model's files are read for it."""
     recipe = job.recipe
-    start = digest([job.source.fingerprint(), job.task, job.corpus.fingerprint, recipe.seed])
-    steps = (start, *chain(start, recipe.passes))
+    start = digest([job.source.fingerprint, job.task, job.corpus.fingerprint, recipe.seed])
+    read = [[find_model(name).fingerprint for name in one.models_read()] for one in recipe.passes]
+    steps = (start, *chain(start, recipe.passes, read))
     written = [[one.version, one.model_dump(mode="json", serialize_as_any=True)] for one in recipe.export]
     result = digest([steps[-1], written, recipe.evaluate])
     said = recipe.model_dump(mode="json", include={"model", "gguf_file", "data", "seed"})

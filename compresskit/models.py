@@ -6,17 +6,17 @@ that bring their own code are refused.
 
 import hashlib
 import importlib.util
-import json
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
-from safetensors import SafetensorError
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -29,12 +29,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.quantization_config import GgufConfig
 
 from compresskit.cache import cache_folder, writing_to_cache
 from compresskit.config import did_you_mean
 from compresskit.errors import CompressKitError
+from compresskit.model_folder import STUDENT_METHOD, find_folder, only_gguf, quant_method, refuse_unsafe, shortened
 from compresskit.whole import whole_folder
 
 TASKS: dict[str, Any] = {
@@ -58,11 +58,9 @@ _LOADER_ERRORS = (
     ImportError,
     RuntimeError,
 )
-_MAX_SAID = 300
-#: `quant_method` of a student that only our plug-in can rebuild
-STUDENT_METHOD = "compresskit"
+_WEIGHTS_FIX = "fetch or save it anew: config.json and *.safetensors of one model"
 _TOKENIZER_FIX = "put the tokenizer's files beside config.json: tokenizer.save_pretrained(folder)"
-_HASHED = ("*.safetensors", "*.json", "*/config.json", "vocab.txt", "merges.txt", "*.model", "*.gguf")
+_HASHED = ("*.json", "*/config.json", "vocab.txt", "merges.txt", "*.model")
 
 
 @dataclass(frozen=True)
@@ -79,10 +77,12 @@ class ModelSource:
     folder: Path
     gguf_file: str | None = None
 
+    @cached_property
     def fingerprint(self) -> str:
-        """sha256 over the names and contents of weights, config and tokenizer files."""
+        """sha256 over the names and contents of the weights that are used, config and tokenizer files; read once."""
         digest = hashlib.sha256()
-        for path in sorted({p for pattern in _HASHED for p in self.folder.glob(pattern)}):
+        weights = [self.folder / self.gguf_file] if self.gguf_file else self.folder.glob("*.safetensors")
+        for path in sorted({*weights, *(p for pattern in _HASHED for p in self.folder.glob(pattern))}):
             digest.update(path.relative_to(self.folder).as_posix().encode() + b"\0")
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -95,115 +95,10 @@ def find_model(name: str | Path, *, gguf_file: str | None = None) -> ModelSource
     Raises:
         CompressKitError: nothing there, pickled weights only, or a model that needs its own code.
     """
-    text = str(name)
-    if text.startswith("package:"):
-        folder = _package_folder(text.removeprefix("package:"))
-    elif Path(text).expanduser().is_dir():
-        folder = Path(text).expanduser().resolve()
-    else:
-        folder = _hub_folder(text)
-    source = ModelSource(text, folder, gguf_file or _only_gguf(folder))
-    _refuse_unsafe(source)
+    folder = find_folder(str(name))
+    source = ModelSource(str(name), folder, gguf_file or only_gguf(folder))
+    refuse_unsafe(folder, source.gguf_file)
     return source
-
-
-def _package_folder(text: str) -> Path:
-    package, _, subfolder = text.partition("/")
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        raise CompressKitError(
-            f"no installed Python package {package!r}", where="model", fix=f"pip install {package.replace('_', '-')}"
-        )
-    root = Path(next(iter(spec.submodule_search_locations))).resolve()
-    folder = (root / subfolder).resolve()
-    if not folder.is_relative_to(root):
-        raise CompressKitError(
-            f"'package:{text}' leaves the package's folder", where="model", fix="name a folder inside the package"
-        )
-    if not folder.is_dir():
-        inside = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("__"))
-        raise CompressKitError(
-            f"package {package!r} has no folder {subfolder!r}", where="model", fix=f"it has: {', '.join(inside)}"
-        )
-    return folder
-
-
-def _hub_folder(text: str) -> Path:
-    fix = "give an existing folder, 'package:NAME/SUBFOLDER', or a hub id such as 'owner/name'"
-    if text.startswith((".", "/", "~")) or text.count("/") > 1:
-        parent = Path(text).expanduser().parent
-        near = did_you_mean(Path(text).name, (p.name for p in parent.iterdir())) if parent.is_dir() else None
-        raise CompressKitError(
-            f"no folder {text!r}", where="model", fix=f"did you mean '{parent / near}'?" if near else fix
-        )
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "tokenizer*"]
-    try:
-        return Path(snapshot_download(text, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        what = f"{text!r} is no folder here, and the hub did not give it ({type(error).__name__})"
-        raise CompressKitError(what, where="model", fix=fix) from error
-
-
-def _only_gguf(folder: Path) -> str | None:
-    files = sorted(folder.glob("*.gguf"))
-    return files[0].name if len(files) == 1 and not (folder / "config.json").is_file() else None
-
-
-def _refuse_unsafe(source: ModelSource) -> None:
-    folder = source.folder
-    if source.gguf_file:
-        path = (folder / source.gguf_file).resolve()
-        if not path.is_relative_to(folder.resolve()):
-            raise CompressKitError(f"{source.gguf_file!r} leaves {folder}", where="gguf_file", fix="name a file in it")
-        if not path.is_file():
-            files = ", ".join(p.name for p in folder.glob("*.gguf")) or "none"
-            raise CompressKitError(f"no file {path}", where="gguf_file", fix=f"GGUF files there: {files}")
-        return
-    if not (folder / "config.json").is_file():
-        raise CompressKitError(f"{folder} has no config.json", where="model", fix="name the folder that holds it")
-    if not any(folder.glob("*.safetensors")):
-        pickled = [p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl") for p in folder.glob(pattern)]
-        what = f"pickled weights ({pickled[0]}) can run code when loaded" if pickled else "no *.safetensors"
-        raise CompressKitError(
-            f"{folder}: {what}", where="model", fix="save the model with safetensors: model.save_pretrained(folder)"
-        )
-    config = _config_json(folder)
-    kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        what = f"model_type {kind!r} is not built into transformers"
-        if config.get("auto_map"):
-            what += "; the folder wants trust_remote_code, and code from a model folder is never run"
-        raise CompressKitError(what, where=str(folder), fix="use an architecture that transformers carries")
-    _refuse_quantized(config, folder)
-
-
-def _quant_method(said: Any) -> str | None:
-    """The method of a `quantization_config`, in its JSON form or transformers'; None where there is none."""
-    if said is None:
-        return None
-    method = said.get("quant_method") if isinstance(said, dict) else getattr(said, "quant_method", None)
-    return str(getattr(method, "value", method))
-
-
-def _refuse_quantized(config: dict[str, Any], folder: Path) -> None:
-    """Refuse weights that are integers already, our own students' apart."""
-    for said in [one for one in (config, config.get("text_config")) if isinstance(one, dict)]:
-        for key in ("quantization_config", "compression_config"):
-            method = _quant_method(said.get(key))
-            if method not in (None, STUDENT_METHOD):
-                what = f"its weights are quantised already ({key} of method {method!r})"
-                raise CompressKitError(what, where=str(folder), fix="use the float model that it was made from")
-
-
-def _config_json(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not text
-        raise CompressKitError(f"config.json is not JSON: {error}", where=str(folder), fix="restore it") from error
-    if not isinstance(config, dict):
-        what = f"config.json holds a {type(config).__name__}, not a mapping"
-        raise CompressKitError(what, where=str(folder), fix="restore it")
-    return config
 
 
 def _task_class(task: str, config: PretrainedConfig) -> Any:
@@ -234,8 +129,7 @@ def _explained(source: ModelSource, what: str, fix: str) -> Iterator[None]:
     try:
         yield
     except _LOADER_ERRORS as error:
-        said = " ".join(str(error).split())
-        said = said if len(said) <= _MAX_SAID else said[:_MAX_SAID] + "…"
+        said = shortened(" ".join(str(error).split()))
         raise CompressKitError(
             f"{what} cannot be read ({type(error).__name__}: {said})", where=source.name, fix=fix
         ) from error
@@ -247,6 +141,9 @@ _TASK_OF_SUFFIX = {
     "ForSequenceClassification": "text-classification",
     "ForTokenClassification": "token-classification",
     "ForImageClassification": "image-classification",
+    # Their heads only serve pretraining; who shrinks such an encoder wants its hidden states.
+    "ForMaskedLM": "feature-extraction",
+    "ForPreTraining": "feature-extraction",
     "Model": "feature-extraction",
 }
 
@@ -274,7 +171,7 @@ def safetensors_source(source: ModelSource) -> ModelSource:
         return source
     if importlib.util.find_spec("gguf") is None:
         raise CompressKitError("reading GGUF needs the package gguf", where="model", fix="pip install gguf")
-    target = cache_folder() / "converted" / source.fingerprint()[:16]
+    target = cache_folder() / "converted" / source.fingerprint[:16]
     if not (target / "config.json").is_file():
         said: dict[str, Any] = {"gguf_file": source.gguf_file, "trust_remote_code": False}
         with _explained(source, source.gguf_file, "use a GGUF file of an architecture that transformers converts"):
@@ -307,35 +204,80 @@ def load_empty(source: ModelSource, task: str) -> PreTrainedModel:
             shapes only its edits say (passes cannot go on from those).
     """
     config = load_config(source)
-    if _quant_method(getattr(config, "quantization_config", None)) == STUDENT_METHOD:
+    if quant_method(getattr(config, "quantization_config", None)) == STUDENT_METHOD:
         raise CompressKitError(
             f"{source.name} is a student that compresskit made, and passes cannot start from its edited layers",
             where="model",
             fix="compress its original, with all passes in one recipe",
         )
     auto = _task_class(task, config)
+    options = _pooler_option(source, auto, config)
     with _explained(source, "config.json", "restore the model's own config.json"), torch.device("meta"):
-        return auto.from_config(config, trust_remote_code=False).eval()
+        return auto.from_config(config, trust_remote_code=False, **options).eval()
+
+
+def _pooler_option(source: ModelSource, auto: Any, config: PretrainedConfig) -> dict[str, bool]:
+    """What leaves out a pooler without weights: encoders saved with another head have none, and no task reads it.
+
+    Raises:
+        CompressKitError: weights whose header cannot be read.
+    """
+    cls = auto._model_mapping[type(config)]
+    if (
+        auto is not AutoModel
+        or not inspect.isclass(cls)
+        or "add_pooling_layer" not in inspect.signature(cls).parameters
+    ):
+        return {}
+    names: set[str] = set()
+    with _explained(source, "the model", _WEIGHTS_FIX):
+        for path in safetensors_source(source).folder.glob("*.safetensors"):
+            with safe_open(path, framework="pt") as stored:
+                names |= set(stored.keys())
+    return {} if any("pooler" in name.split(".") for name in names) else {"add_pooling_layer": False}
 
 
 def load_model(source: ModelSource, task: str) -> PreTrainedModel:
-    """The model in float32 on the CPU, in eval mode.
+    """The model in float32 on the CPU, in eval mode; an encoder whose files hold no pooler has none.
 
     Raises:
         CompressKitError: a task that the architecture lacks, files that are damaged or disagree, or weights that lack
             what the task needs (a head that would be random).
     """
-    auto = _task_class(task, load_config(source))
+    return _read_model(source, task, device="cpu")
+
+
+def check_weights(source: ModelSource, task: str) -> None:
+    """Refuse what `load_model` would refuse, from the headers of the weights alone.
+
+    Raises:
+        CompressKitError: as `load_model`.
+    """
+    _read_model(source, task, device="meta")
+
+
+def _read_model(source: ModelSource, task: str, *, device: str) -> PreTrainedModel:
+    config = load_config(source)
+    auto = _task_class(task, config)
+    options = _pooler_option(source, auto, config)
     folder = safetensors_source(source).folder
-    with _explained(source, "the model", "fetch or save it anew: config.json and *.safetensors of one model"):
+    with _explained(source, "the model", _WEIGHTS_FIX):
         model, info = auto.from_pretrained(
             folder,
             dtype=torch.float32,
+            device_map=None if device == "cpu" else device,
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, by name
             trust_remote_code=False,
+            **options,
         )
+    _refuse_misfits(source, task, info)
+    return model.eval()
+
+
+def _refuse_misfits(source: ModelSource, task: str, info: dict[str, Any]) -> None:
+    """Refuse weights of other shapes than the config's, or that are not there, as transformers found them."""
     if info["mismatched_keys"]:
         name, stored, wanted = min(info["mismatched_keys"])
         raise CompressKitError(
@@ -348,7 +290,6 @@ def load_model(source: ModelSource, task: str) -> PreTrainedModel:
         raise CompressKitError(
             f"{source.name} has no weights for {names}", where="model", fix=f"task {task!r} may be the wrong one"
         )
-    return model.eval()
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:

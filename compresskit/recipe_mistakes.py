@@ -77,8 +77,10 @@ def _join(group: list[_Complaint], value: Any, where: str) -> CompressKitError:
 
 
 def _translate(detail: dict[str, Any], root: type[BaseModel], value: Any) -> _Complaint:
-    kind, given, context = detail["type"], detail["input"], detail.get("ctx") or {}
+    kind, context = detail["type"], detail.get("ctx") or {}
     path, in_branch = _real_path(detail["loc"], value, missing=kind == "missing")
+    # As it was written: pydantic's "input" may be what a validator made of it.
+    given = _at(value, path) if _reachable(value, path) else detail["input"]
     noun: str | None = None
     if kind == "extra_forbidden":
         what, fix = "unknown key", _known_keys(root, path, value)

@@ -14,6 +14,7 @@ from yaml.composer import ComposerError
 from compresskit.errors import CompressKitError
 
 Path = tuple[str | int, ...]
+_MAX_DIGITS = 40
 
 
 class _Loader(yaml.SafeLoader):
@@ -33,6 +34,8 @@ def _boolean(text: str) -> bool:
 
 
 def _integer(text: str) -> int:
+    if len(text) > _MAX_DIGITS:  # Python itself refuses thousands of decimal digits, and prints no hexadecimal ones
+        raise ValueError(f"a whole number of more than {_MAX_DIGITS} digits")
     return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
 
 
@@ -131,7 +134,12 @@ def _value(node: yaml.Node, path: Path, result: RecipeText) -> Any:
     if isinstance(node, yaml.ScalarNode) and node.tag in _SCALARS:
         pattern, _, read = _SCALARS[node.tag]
         if re.match(pattern, node.value):
-            return read(node.value)
+            try:
+                return read(node.value)
+            except ValueError as error:
+                fix = "write a smaller number, or put digits that are text in quotes"
+                result.mistakes.append(CompressKitError(str(error), where=result.where(path), fix=fix))
+                return None
     what = f"{node.tag} is no type that recipes use"
     result.mistakes.append(CompressKitError(what, where=result.where(path), fix="write the value without a '!' tag"))
     return None
@@ -166,7 +174,7 @@ def override(text: RecipeText, setting: str) -> None:
         what = parsed.mistakes[0].what
         text.mistakes.append(CompressKitError(what, where=origin, fix="quote the value: --set 'key=\"value\"'"))
         return
-    path = tuple(int(part) if part.isdigit() else part for part in dotted.split("."))
+    path = tuple(int(part) if re.fullmatch(r"[0-9]{1,9}", part) else part for part in dotted.split("."))
     try:
         _put(text.value, path, parsed.value)
     except CompressKitError as error:

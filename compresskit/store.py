@@ -33,6 +33,8 @@ RUN_FILE = "run.json"
 LOCK_FILE = ".lock"
 FAILURE_LOG = "failure.log"
 _REPORTS = ("report.json", "report.html")
+#: what run.json says of a finished run
+_FINISHED = ("fingerprint", "results", "files")
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _NO_SPACE_WORDS = ("No space left on device", "Disk quota exceeded")
 
@@ -43,11 +45,17 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def chain(start: str, passes: Sequence[Pass]) -> list[str]:
-    """The fingerprint after each pass, over that of its predecessor; `start` itself is not among them."""
+def chain(start: str, passes: Sequence[Pass], read: Sequence[Sequence[str]] | None = None) -> list[str]:
+    """The fingerprint after each pass, over that of its predecessor; `start` itself is not among them.
+
+    Args:
+        start: what the first pass builds on.
+        passes: in order.
+        read: for each pass, the fingerprints of the models that it reads besides the original.
+    """
     prints: list[str] = []
-    for one in passes:
-        start = digest([start, one.kind, one.version, one.model_dump(mode="json", serialize_as_any=True)])
+    for one, models in zip(passes, read or [()] * len(passes), strict=True):
+        start = digest([start, one.kind, one.version, one.model_dump(mode="json", serialize_as_any=True), *models])
         prints.append(start)
     return prints
 
@@ -153,12 +161,17 @@ class Store:
         path = self.folder / RUN_FILE
         try:
             known = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, ValueError) as error:  # not JSON, or not text
             what = f"cannot be read ({error})"
             raise CompressKitError(what, where=str(path), fix="add --fresh to delete that run") from error
+        fix = "name another folder, or add --fresh to delete that run"
         if not isinstance(known, dict) or known.get("schema_version") != SCHEMA:
             what = f"is not of schema {SCHEMA}, which this compresskit reads"
-            raise CompressKitError(what, where=str(path), fix="name another folder, or add --fresh to delete that run")
+            raise CompressKitError(what, where=str(path), fix=fix)
+        finished = known.get("finished")
+        if "finished" in known and not (isinstance(finished, dict) and finished.keys() >= set(_FINISHED)):
+            what = f"'finished' must hold {', '.join(_FINISHED)}, and is {finished!r}"
+            raise CompressKitError(what, where=str(path), fix=fix)
         return known
 
     def wipe(self, exports: Sequence[str]) -> None:
@@ -200,7 +213,7 @@ class Store:
             )
         except FileNotFoundError as error:
             wrong = f"{Path(str(error.filename)).name} is missing"
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             wrong = f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
         if wrong:
             fix = f"delete {folder} (earlier steps stay usable), or run with --fresh"
@@ -267,8 +280,8 @@ class Store:
 
     def finish(self, fingerprint: str, results: Sequence[str]) -> None:
         """Note in run.json that the result with this fingerprint is complete, with the manifest of its files."""
-        finished = {"fingerprint": fingerprint, "results": list(results), "files": self._results(results)}
-        write_json(self.folder / RUN_FILE, self.read_run() | {"finished": finished})
+        values = (fingerprint, list(results), self._results(results))
+        write_json(self.folder / RUN_FILE, self.read_run() | {"finished": dict(zip(_FINISHED, values, strict=True))})
 
     def is_finished(self, fingerprint: str) -> bool:
         """Whether exactly this result is here, with every file as it was written."""

@@ -1,4 +1,6 @@
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -132,6 +134,77 @@ def test_modules_shows_names_shapes_and_parts(call: Any, tiny_llama_folder: Path
     assert "model.layers.1.self_attn.k_proj 16 × 32 block 1 attention key, 2 heads of 8" in lines
     assert "model.layers.0.mlp.gate_proj 64 × 32 block 0 FFN input, 64 neurons" in lines
     assert any(line.startswith("model.embed_tokens") and line.endswith("outside the blocks") for line in lines)
+
+
+@pytest.fixture
+def unclear_folder(tiny_bert_folder: Path, tmp_path: Path) -> Path:
+    """The tiny BERT, its config naming a class whose task is not clear."""
+    folder = Path(shutil.copytree(tiny_bert_folder, tmp_path / "choice"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["BertForMultipleChoice"]}))
+    return folder
+
+
+def test_a_task_that_is_not_clear_can_be_said(
+    call: Any, unclear_folder: Path, tiny_bert_folder: Path, tiny_text_file: Path
+) -> None:
+    text = f"{{source: text, path: {tiny_text_file}, evaluation: 8, max_length: 32}}"
+    for arguments in (
+        ["modules", unclear_folder],
+        ["eval", tiny_bert_folder, "--original", unclear_folder, "--data", text],
+    ):
+        status, _, err = call(*arguments)
+        assert status == 2
+        assert "what the model does is not clear" in err
+        assert "say one of feature-extraction" in err
+        status, out, err = call(*arguments, "--task", "feature-extraction")
+        assert status == 0, err
+        assert "block 0 FFN output, 64 neurons" in out or "mean_cosine" in out
+    assert "unknown task 'sing'" in call("modules", unclear_folder, "--task", "sing")[2]
+
+
+@pytest.mark.parametrize("text", [b"[]", b"{}", b"\xff", b"{"])
+def test_a_report_that_is_none_is_one_message(call: Any, tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "report.json").write_bytes(text)
+    status, out, err = call("report", tmp_path)
+    assert (status, out) == (2, "")
+    assert err.startswith(f"{tmp_path / 'report.json'}: ")
+    assert "fix: run the recipe again" in err
+
+
+def test_check_finds_weights_that_are_cut_off(call: Any, recipe: Path, tiny_bert_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_bert_folder, tmp_path / "cut"))
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:-4])
+    status, _, err = call("check", recipe, "--set", f"model={folder}")
+    assert status == 2
+    assert "the model cannot be read (SafetensorError" in err
+
+
+def test_what_nobody_foresaw_is_one_message_and_a_traceback_when_asked_for(
+    call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise KeyError("lost")
+
+    monkeypatch.setattr(cli, "list_passes", fail)
+    status, out, err = call("passes")
+    assert (status, out) == (1, "")
+    assert err.splitlines()[0] == "compresskit: KeyError: 'lost'"
+    assert "COMPRESSKIT_DEBUG=1 shows the traceback" in err
+    monkeypatch.setenv("COMPRESSKIT_DEBUG", "1")
+    with pytest.raises(KeyError, match="lost"):
+        cli.main()
+
+
+def test_an_interrupted_command_ends_with_130(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "list_passes", interrupt)
+    status, _, err = call("passes")
+    assert status == 130
+    assert "Traceback" not in err
 
 
 def test_an_interrupted_run_says_how_to_go_on(recipe: Path, tmp_path: Path) -> None:

@@ -27,8 +27,10 @@ from compresskit import (
     run,
 )
 from compresskit.engine import seeded
+from compresskit.environment import computing_versions
 from compresskit.export import OnnxExport
-from compresskit.passes import PASSES, LowRank
+from compresskit.job import prepare, take_prints
+from compresskit.passes import PASSES, Distill, LowRank
 from compresskit.recipe import dump_recipe, parse_recipe
 from tests.small_passes import ALL, Fail, Halve, Quantized, Shake
 
@@ -72,7 +74,7 @@ def test_a_run_writes_steps_student_and_report(make: Any, tmp_path: Path) -> Non
     assert report["schema_version"] == 1
     original, shaken, halved = report["passes"]
     assert [entry["kind"] for entry in report["passes"]] == ["original", "shake", "halve"]
-    assert {"kind", "options", "params", "size_bytes", "metrics", "elapsed_s", "notes"} == set(halved)
+    assert {"kind", "options", "params", "size_bytes", "metrics", "elapsed_s", "versions", "notes"} == set(halved)
     assert shaken["options"] == {"scale": 0.01, "target": "encoder.layer.0.output.dense"}
     assert shaken["notes"] == {"noise": 0.01}
     assert original["params"] - halved["params"] == 32 * (32 + 1 + 32)
@@ -186,6 +188,48 @@ def test_compress_reports_all_mistakes_of_its_arguments(tiny_bert_folder: Path, 
         "compress: seed",
         "compress: passes[1]",
     ]
+
+
+def test_a_step_that_other_versions_made_is_kept_with_a_warning(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(make(Shake()), tmp_path / "out")
+    said: list[str] = []
+    run(make(Shake(), Halve()), tmp_path / "out", progress=said.append)
+    assert not any("warning" in line for line in said)
+    now = computing_versions()
+    assert now["torch"] == torch.__version__
+    monkeypatch.setattr(engine, "computing_versions", lambda: {**now, "torch": "99.0"})
+    report = run(make(Shake(), Halve(), Shake()), tmp_path / "out", progress=said.append)
+    told = f"torch {now['torch']} then, 99.0 now (--fresh makes it again)"
+    assert [line for line in said if "warning" in line] == [
+        f"warning: [{index}/3] {kind}: {told}" for index, kind in enumerate(("original", "shake", "halve"))
+    ]
+    assert [entry["versions"]["torch"] for entry in report["passes"]] == [now["torch"]] * 3 + ["99.0"]
+
+
+def test_a_model_in_memory_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    model: Any = torch.nn.Linear(2, 2)
+    with pytest.raises(CompressKitError, match=r"model is a Linear; it must be a folder[\s\S]*save_pretrained"):
+        compresskit.compress(model, passes=[Shake()], output=tmp_path)
+
+
+def test_a_teacher_said_twice_is_an_error(tiny_bert_folder: Path, tmp_path: Path) -> None:
+    passes = [Distill(), Distill(teacher="mine")]
+    with pytest.raises(CompressKitError, match=r"passes\[1\] \(distill\) names a teacher of its own") as caught:
+        compresskit.compress(tiny_bert_folder, passes=passes, teacher="other", output=tmp_path)
+    assert caught.value.fix
+    assert caught.value.exit_code == 2
+
+
+def test_a_steps_fingerprint_knows_its_teachers_files(make: Any, tiny_bert_folder: Path, tmp_path: Path) -> None:
+    teacher = Path(shutil.copytree(tiny_bert_folder, tmp_path / "teacher"))
+    recipe = make(Shake(), Distill(teacher=str(teacher)), Shake())
+    before = take_prints(prepare(recipe)).steps
+    config = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps({**config, "layer_norm_eps": 1e-6}))
+    after = take_prints(prepare(recipe)).steps
+    assert [a == b for a, b in zip(after, before, strict=True)] == [True, True, False, False]
 
 
 def test_a_teacher_without_a_pass_that_learns_is_an_error(tiny_bert_folder: Path, tmp_path: Path) -> None:

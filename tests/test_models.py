@@ -1,13 +1,33 @@
 import json
+import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from tiny_tokenizer import make_tokenizer
+from transformers import AutoModel, BertConfig, BertModel, RobertaConfig, RobertaForMaskedLM
 
+import compresskit
+from compresskit import run
 from compresskit.errors import CompressKitError
-from compresskit.models import find_model, guess_task, load_empty, load_model, load_tokenizer
+from compresskit.models import (
+    check_weights,
+    find_model,
+    guess_task,
+    load_config,
+    load_empty,
+    load_model,
+    load_tokenizer,
+    safetensors_source,
+)
+from compresskit.recipe import parse_recipe
 from compresskit.surgery.edits import get_module
 
 
@@ -26,10 +46,10 @@ def refused(name: str | Path, **said: str) -> str:
 
 
 def test_a_folder_is_found_and_fingerprinted_by_its_contents(folder: Path, tiny_bert_folder: Path) -> None:
-    assert find_model(folder).fingerprint() == find_model(tiny_bert_folder).fingerprint()
+    assert find_model(folder).fingerprint == find_model(tiny_bert_folder).fingerprint
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "layer_norm_eps": 1e-6}))
-    assert find_model(folder).fingerprint() != find_model(tiny_bert_folder).fingerprint()
+    assert find_model(folder).fingerprint != find_model(tiny_bert_folder).fingerprint
 
 
 def test_pickled_weights_are_refused(folder: Path) -> None:
@@ -159,13 +179,17 @@ def test_architectures_that_name_nothing_leave_the_task_open(folder: Path, archi
 def test_truncated_weights_are_named(folder: Path, keep: float) -> None:
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[: int(keep * len(weights)) if keep < 1 else int(keep)])
-    said = not_read(lambda: load_model(find_model(folder), "feature-extraction"))
-    assert f"{folder}: the model cannot be read (SafetensorError" in said
+    for read in (load_model, check_weights, load_empty):
+        said = not_read(lambda read=read: read(find_model(folder), "feature-extraction"))
+        assert f"{folder}: the model cannot be read (SafetensorError" in said
 
 
 def test_a_config_that_disagrees_with_the_weights_is_named(folder: Path) -> None:
     source = find_model(change_config(folder, intermediate_size=48))
-    said = not_read(lambda: load_model(source, "feature-extraction"))
+    assert not_read(lambda: check_weights(source, "feature-extraction")) == not_read(
+        lambda: load_model(source, "feature-extraction")
+    )
+    said = not_read(lambda: check_weights(source, "feature-extraction"))
     assert "encoder.layer.0.intermediate.dense.bias is stored as (64,), and config.json says (48,)" in said
 
 
@@ -255,15 +279,165 @@ def test_an_empty_model_holds_no_weight(tiny_llama_folder: Path) -> None:
 def test_the_task_is_read_from_the_config(tiny_bert_folder: Path, tiny_llama_folder: Path, folder: Path) -> None:
     assert guess_task(find_model(tiny_bert_folder)) == "feature-extraction"
     assert guess_task(find_model(tiny_llama_folder)) == "text-generation"
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["BertForMaskedLM"]}))
-    with pytest.raises(CompressKitError, match=r"its config\.json names BertForMaskedLM"):
+    change_config(folder, architectures=["BertForMultipleChoice"])
+    with pytest.raises(CompressKitError, match=r"its config\.json names BertForMultipleChoice"):
         guess_task(find_model(folder))
 
 
-def test_a_task_whose_head_has_no_weights_is_refused(tiny_bert_folder: Path) -> None:
+@pytest.mark.parametrize("read", [load_model, check_weights])
+def test_a_task_whose_head_has_no_weights_is_refused(tiny_bert_folder: Path, read: Any) -> None:
     with pytest.raises(CompressKitError, match="has no weights for classifier"):
-        load_model(find_model(tiny_bert_folder), "text-classification")
+        read(find_model(tiny_bert_folder), "text-classification")
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process held since its peak was reset."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1]) * 1024
+
+
+def test_the_headers_of_weights_are_checked_without_reading_them(tiny_bert_folder: Path, tmp_path: Path) -> None:
+    """A gigabyte of zeros that take no place on the disk; read, and made float32, they would be resident memory."""
+    config = BertConfig.from_pretrained(tiny_bert_folder, vocab_size=2**24)
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        shapes = {name: list(tensor.shape) for name, tensor in BertModel(config).named_parameters()}
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [begin, end]}
+    written = json.dumps(header).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(written).to_bytes(8, "little") + written)
+        file.truncate(8 + len(written) + end)
+    source = find_model(tmp_path)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is held now
+    before = peak_rss_bytes()
+    check_weights(source, "feature-extraction")
+    assert peak_rss_bytes() - before < end / 4
+
+
+@pytest.fixture
+def roberta_folder(tmp_path: Path) -> Path:
+    """A random RoBERTa with the head that it is pretrained with, and so without a pooler."""
+    tokenizer = make_tokenizer()
+    config = RobertaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=128,  # they are counted from the padding token's id on
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        RobertaForMaskedLM(config).save_pretrained(tmp_path / "roberta")
+    tokenizer.save_pretrained(tmp_path / "roberta")
+    return tmp_path / "roberta"
+
+
+def test_an_encoder_saved_without_a_pooler_is_read_without_one(roberta_folder: Path, tiny_bert_folder: Path) -> None:
+    source = find_model(roberta_folder)
+    task = guess_task(source)
+    assert task == "feature-extraction"
+    check_weights(source, task)
+    model, empty = load_model(source, task), load_empty(source, task)
+    assert model.state_dict().keys() == empty.state_dict().keys()
+    assert not any("pooler" in name for name in model.state_dict())
+    assert any("pooler" in name for name in load_empty(find_model(tiny_bert_folder), task).state_dict())
+
+
+def test_a_run_on_an_encoder_without_a_pooler_ships_none(
+    roberta_folder: Path, tiny_data: dict[str, object], tmp_path: Path
+) -> None:
+    said = {"model": str(roberta_folder), "data": tiny_data, "passes": [{"kind": "low_rank", "keep": 0.5}]}
+    run(parse_recipe(said), tmp_path / "out")
+    student, _ = compresskit.load(tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "student" / "model.safetensors")
+    assert stored.keys() == student.state_dict().keys()
+    assert not any("pooler" in name for name in stored)
+    tokens = {"input_ids": torch.arange(5, 15)[None], "attention_mask": torch.ones(1, 10, dtype=torch.int64)}
+    # What a user's own AutoModel adds is no part of the hidden states.
+    own = AutoModel.from_pretrained(tmp_path / "out" / "student").eval()
+    with torch.no_grad():
+        assert torch.equal(own(**tokens).last_hidden_state, student(**tokens).last_hidden_state)
+
+
+@pytest.mark.parametrize("head", ["BertForMaskedLM", "BertForPreTraining"])
+def test_what_is_only_pretrained_is_a_feature_extractor(folder: Path, head: str) -> None:
+    assert guess_task(find_model(change_config(folder, architectures=[head]))) == "feature-extraction"
+
+
+def write_gguf(path: Path, seed: int) -> None:
+    """A random Llama of one layer as a GGUF file, with a tokenizer of single characters."""
+    draw = np.random.default_rng(seed)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(32)
+    writer.add_embedding_length(16)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(32)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(8)
+    words = ["<unk>", "<s>", "</s>", *"abcdefghijkl", "ab"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(words)
+    writer.add_token_types([3, 3, 3, *[1] * 13])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    shapes = {"token_embd": (16, 16), "output_norm": (16,), "output": (16, 16)}
+    block = {"attn_norm": (16,), "ffn_norm": (16,), "ffn_gate": (32, 16), "ffn_up": (32, 16), "ffn_down": (16, 32)}
+    block |= {f"attn_{role}": (16, 16) for role in ("q", "k", "v", "output")}
+    shapes |= {f"blk.0.{name}": shape for name, shape in block.items()}
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", draw.standard_normal(shape, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_each_gguf_file_of_a_folder_is_a_model_of_its_own(tmp_path: Path) -> None:
+    for seed, name in enumerate(("a.gguf", "b.gguf")):
+        write_gguf(tmp_path / name, seed)
+    a, b = (find_model(tmp_path, gguf_file=name) for name in ("a.gguf", "b.gguf"))
+    assert a.fingerprint != b.fingerprint
+    assert safetensors_source(a).folder != safetensors_source(b).folder
+    tables = [load_model(one, "text-generation").get_input_embeddings().weight for one in (a, b)]
+    assert not torch.equal(*tables)
+
+
+def test_only_the_chosen_weights_are_part_of_a_fingerprint(folder: Path) -> None:
+    (folder / "a.gguf").write_bytes(b"GGUF a")
+    (folder / "b.gguf").write_bytes(b"GGUF a")
+    stored, a, b = (find_model(folder, gguf_file=name).fingerprint for name in (None, "a.gguf", "b.gguf"))
+    assert len({stored, a, b}) == 3
+    (folder / "b.gguf").write_bytes(b"GGUF b")
+    assert find_model(folder).fingerprint == stored
+    assert find_model(folder, gguf_file="a.gguf").fingerprint == a
+    assert find_model(folder, gguf_file="b.gguf").fingerprint != b
+    (folder / "model.safetensors").write_bytes(b"other")
+    assert find_model(folder, gguf_file="a.gguf").fingerprint == a
+
+
+def test_a_models_files_are_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_gguf(tmp_path / "a.gguf", 0)
+    source = find_model(tmp_path)
+    assert load_empty(source, "text-generation")
+    monkeypatch.setattr("hashlib.file_digest", None)
+    assert load_config(source)
+    assert load_tokenizer(source)
+    assert load_model(source, "text-generation")
+
+
+def test_a_name_that_is_too_long_for_a_file_is_one_message() -> None:
+    assert "no folder '/mmm" in refused("/" + "m" * 5000)
+    assert "is no folder here, and the hub did not give it" in refused("m" * 5000)
+    assert len(refused("m" * 5000)) < 800
 
 
 def test_a_tokenizer_can_always_pad(tiny_llama_folder: Path) -> None:

@@ -83,6 +83,39 @@ def test_a_wrong_type_says_what_is_expected_and_what_came(tmp_path: Path, text: 
     assert expected in only(tmp_path, text + START + "- kind: shake\n")
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("{kind: low_rank, keep: true}", "passes[0].keep: expected a number, got True"),
+        ("{kind: low_rank, keep: '0.5'}", "passes[0].keep: expected a number, got '0.5'"),
+        ("{kind: low_rank, rank: true}", "passes[0].rank: expected a whole number, got True"),
+        ("{kind: low_rank, rank: 8.5}", "passes[0].rank: expected a whole number, got 8.5"),
+        ("{kind: prune_width, keep: true}", "passes[0].keep: expected"),
+        ("{kind: prune_width, keep: {ffn: true}}", "passes[0].keep.ffn: expected a number, got True"),
+        ("{kind: distill, steps: '12'}", "passes[0].steps: expected a whole number, got '12'"),
+        ("{kind: distill, dropout: 'yes'}", "passes[0].dropout: expected true or false, got 'yes'"),
+        ("{kind: distill, dropout: 1}", "passes[0].dropout: expected true or false, got 1"),
+        ("{kind: distill, train: [1]}", "passes[0].train[0]: expected text, got 1"),
+        (
+            "{kind: distill, losses: [{kind: kl, weight: true}]}",
+            "passes[0].losses[0].weight: expected a number, got True",
+        ),
+        ("{kind: [a]}", "passes[0]: unknown pass ['a']"),
+        ("{kind: distill, losses: [{kind: {a: 1}}]}", "passes[0].losses[0]: unknown loss {'a': 1}"),
+    ],
+)
+def test_a_value_of_another_type_is_never_read_as_the_right_one(tmp_path: Path, text: str, expected: str) -> None:
+    said = only(tmp_path, START + f"- {text}\n")
+    assert expected in said
+    assert "\n  fix: " in said
+
+
+def test_an_integer_may_stand_for_a_float_and_a_list_for_a_tuple() -> None:
+    assert LowRank(keep=1).keep == 1.0
+    said = {"kind": "distill", "train": ["*bias"], "learning_rate": 1}
+    assert parse_recipe({"model": "m", "passes": [said]}).passes[0].model_dump()["train"] == ("*bias",)
+
+
 def test_an_unknown_exporter_is_an_error(tmp_path: Path) -> None:
     assert "export[0]: unknown exporter 'onyx'" in only(
         tmp_path, "export: [{kind: onyx}]\n" + START + "- kind: shake\n"
@@ -169,6 +202,11 @@ def test_words_mean_what_yaml_1_2_says(text: str, value: Any) -> None:
         ("", "the recipe is empty"),
         ("a: b\n---\nc: d\n", "bad.yaml:2: "),
         ("? [a]\n: b\n", "a key must be a word"),
+        (
+            f"seed: {'9' * 5000}\n",
+            "bad.yaml:1: seed: a whole number of more than 40 digits\n  fix: write a smaller number",
+        ),
+        (f"seed: 0x{'f' * 5000}\n", "bad.yaml:1: seed: a whole number of more than 40 digits"),
     ],
 )
 def test_text_that_is_no_recipe_is_one_clear_message(tmp_path: Path, text: str, said: str) -> None:
@@ -209,6 +247,9 @@ def test_settings_replace_values_and_keep_their_types(tmp_path: Path) -> None:
         ("dta.path=x", "--set dta.path=x: unknown key\n  fix: did you mean 'data'?"),
         ("seed", "--set seed: no 'key=value'\n  fix: --set passes.0.keep=0.8"),
         ("seed=[1", "--set seed=[1: "),
+        ("passes.².keep=1", "passes has 1 entries and no '²'"),
+        (f"passes.{'9' * 5000}.keep=1", "passes has 1 entries and no '999"),
+        (f"seed={'9' * 5000}", "a whole number of more than 40 digits\n  fix: "),
         ("passes.0={kind: shake, scal: 1}", "--set passes.0={kind: shake, scal: 1}: passes[0].scal: unknown key"),
     ],
 )

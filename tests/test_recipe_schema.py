@@ -1,4 +1,8 @@
 import importlib.util
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +68,13 @@ def test_a_right_recipe_fits(recipe: dict[str, Any], validator: Any) -> None:
 )
 def test_a_wrong_recipe_does_not_fit(recipe: dict[str, Any], validator: Any) -> None:
     assert not validator.is_valid(recipe)
+
+
+def test_the_script_prints_the_schema_when_it_is_called_as_the_readme_says(schema: dict[str, Any]) -> None:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
+    printed = subprocess.run(["tools/recipe_schema.py"], cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True)
+    assert json.loads(printed.stdout) == schema
 
 
 def test_every_registered_kind_is_a_branch_with_a_description(schema: dict[str, Any]) -> None:

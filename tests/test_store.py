@@ -52,6 +52,7 @@ def test_a_saved_step_is_found_by_its_fingerprint_alone(store: Store) -> None:
         (lambda folder: (folder / MANIFEST).unlink(), f"{MANIFEST} is missing"),
         (lambda folder: (folder / MANIFEST).write_text('{"files": {'), f"{MANIFEST} cannot be read"),
         (lambda folder: (folder / MANIFEST).write_text("[]"), f"{MANIFEST} cannot be read"),
+        (lambda folder: (folder / MANIFEST).write_bytes(b"\xff"), f"{MANIFEST} cannot be read"),
         (
             lambda folder: (folder / "student/extra.bin").write_bytes(b""),
             "student/extra.bin was not written by the run",
@@ -135,6 +136,25 @@ def test_another_runs_folder_is_refused_with_what_differs(store: Store) -> None:
         store.claim({**IDENTITY, "seed": 1, "fingerprint": "f1"})
     with pytest.raises(CompressKitError, match="its model or text has changed since"):
         store.claim({**IDENTITY, "fingerprint": "f2"})
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"\xff{}", "cannot be read"),
+        (b"{", "cannot be read"),
+        (b"[]", "is not of schema 1"),
+        (b'{"schema_version": 1, "finished": true}', "'finished' must hold fingerprint, results, files, and is True"),
+        (b'{"schema_version": 1, "finished": {"fingerprint": "f"}}', "'finished' must hold"),
+    ],
+)
+def test_a_damaged_run_file_is_one_message(store: Store, text: bytes, said: str) -> None:
+    (store.folder / RUN_FILE).write_bytes(text)
+    for ask in (lambda: store.claim(IDENTITY), lambda: store.is_finished("f")):
+        with pytest.raises(CompressKitError, match=said) as caught:
+            ask()
+        assert caught.value.exit_code == 2
+        assert "--fresh" in str(caught.value.fix)
 
 
 def test_a_folder_that_is_no_run_is_refused_and_left_alone(tmp_path: Path) -> None:

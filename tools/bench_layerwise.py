@@ -4,8 +4,8 @@
 
 `svd` and `asvd` truncate W and W diag(√mean|x|); `pca` is output PCA on W, the optimum of SVD-LLM, `pca-0.5` and
 `pca-1` the same on the anchored target M (at anchor 0, M is W). All of these give every linear the same share. The
-others add one thing each: `pivot` the identity in A, `fisher` the metric, `energy` and `kl` the allocation, `refine` the
-training of blocks. Every seed takes other calibration windows. Rows are independent: split a grid with --methods,
+others add one thing each: `pivot` the identity in A, `fisher` the metric, `energy` and `kl` the allocation, `refine`
+the training of blocks. Every seed takes other calibration windows. Rows are independent: split a grid with --methods,
 --keeps and --seeds. They appear on standard error as they come; the JSON object with all of them ends the run. Linux
 only.
 """

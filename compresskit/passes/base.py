@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 Trait = Literal["low_rank", "decomposed", "pruned", "quantized"]
+Part = Literal["calibration", "training"]
 
 
 class Pass(Config, ABC):
@@ -23,6 +24,10 @@ class Pass(Config, ABC):
     #: What the model is after this pass, and what it must not be before it.
     adds: ClassVar[frozenset[Trait]] = frozenset()
     refuses: ClassVar[frozenset[Trait]] = frozenset()
+    #: The parts of the corpus that this pass cannot do without.
+    needs: ClassVar[frozenset[Part]] = frozenset()
+    #: Whether it learns from a teacher, and so has an option `teacher`: None, or the name of a model.
+    learns: ClassVar[bool] = False
     #: Raised by one whenever the same options would give other weights; part of every step's fingerprint.
     version: ClassVar[int] = 1
 
@@ -33,6 +38,10 @@ class Pass(Config, ABC):
         Raises:
             CompressKitError: options that do not fit this model; every misfit is listed at once.
         """
+
+    def models_read(self) -> tuple[str, ...]:
+        """Models that it reads besides the original, as the user names them: their files count as options."""
+        return ()
 
     @abstractmethod
     def apply(self, student: Student, *, generator: torch.Generator) -> dict[str, Any]:

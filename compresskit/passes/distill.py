@@ -24,7 +24,7 @@ from compresskit.distill.teachers import LiveTeacher
 from compresskit.distill.trainer import TrainingOptions, choose_parameters, train
 from compresskit.errors import CompressKitError, ManyErrors
 from compresskit.models import find_model, load_model
-from compresskit.passes.base import PASSES, Pass, Trait
+from compresskit.passes.base import PASSES, Part, Pass, Trait
 from compresskit.student import Student
 from compresskit.surgery.edits import Edit
 
@@ -66,6 +66,8 @@ class Distill(TrainingOptions, Pass):
     )
 
     refuses: ClassVar[frozenset[Trait]] = frozenset({"quantized"})
+    needs: ClassVar[frozenset[Part]] = frozenset({"training"})
+    learns: ClassVar[bool] = True
 
     def plan(self, model: torch.nn.Module) -> list[Edit]:
         """No edit; refuses losses that do not suit the model, and patterns that match nothing."""
@@ -79,6 +81,10 @@ class Distill(TrainingOptions, Pass):
             find_model(self.teacher)
         choose_parameters(model, self.train, self.freeze)
         return []
+
+    def models_read(self) -> tuple[str, ...]:
+        """The teacher, where it is not the original."""
+        return () if self.teacher is None else (self.teacher,)
 
     def apply(self, student: Student, *, generator: torch.Generator) -> dict[str, Any]:
         """Train `student.model` in place against its teacher; eval mode, no gradients afterwards."""

@@ -42,7 +42,7 @@ from compresskit.layerwise.sensitivity import Group
 from compresskit.layerwise.survey import Survey, take_survey
 from compresskit.layerwise.walk import BlockBatch, SiteMoments, Walk
 from compresskit.layerwise.weights import layer_bias, row_indices, set_bias, set_factors, stacked_weight
-from compresskit.passes.base import PASSES, Pass, Trait
+from compresskit.passes.base import PASSES, Part, Pass, Trait
 from compresskit.student import Student
 from compresskit.surgery.edits import Edit, MakeLowRank
 from compresskit.surgery.sites import Site, find_anatomy, select
@@ -94,6 +94,7 @@ class LowRank(Pass):
     adds: ClassVar[frozenset[Trait]] = frozenset({"low_rank"})
     refuses: ClassVar[frozenset[Trait]] = frozenset({"quantized"})
     version: ClassVar[int] = 2
+    needs: ClassVar[frozenset[Part]] = frozenset({"calibration"})
 
     @model_validator(mode="after")
     def _one_size(self) -> "LowRank":

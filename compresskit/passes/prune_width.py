@@ -25,7 +25,7 @@ from compresskit.layerwise.moments import MeanMoments
 from compresskit.layerwise.objective import fit_weight, folded_bias
 from compresskit.layerwise.walk import SiteMoments, Walk
 from compresskit.layerwise.weights import dense_weight, layer_bias, set_bias, set_weight
-from compresskit.passes.base import PASSES, Pass, Trait
+from compresskit.passes.base import PASSES, Part, Pass, Trait
 from compresskit.student import Student
 from compresskit.surgery.edits import Edit, PruneHeads, PruneNeurons, write_ranges
 from compresskit.surgery.sites import Anatomy, Attention, FeedForward, Site, find_anatomy
@@ -67,6 +67,7 @@ class PruneWidth(Pass):
 
     adds: ClassVar[frozenset[Trait]] = frozenset({"pruned"})
     refuses: ClassVar[frozenset[Trait]] = frozenset({"quantized"})
+    needs: ClassVar[frozenset[Part]] = frozenset({"calibration"})
 
     @field_validator("keep", mode="before", json_schema_input_type=float | Widths)
     @classmethod

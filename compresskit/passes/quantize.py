@@ -34,7 +34,7 @@ from compresskit.layerwise.moments import MeanMoments
 from compresskit.layerwise.objective import fit_weight, folded_bias
 from compresskit.layerwise.walk import SiteMoments, Walk
 from compresskit.layerwise.weights import layer_bias, stacked_weight
-from compresskit.passes.base import PASSES, Pass, Trait
+from compresskit.passes.base import PASSES, Part, Pass, Trait
 from compresskit.progress import working
 from compresskit.student import Student
 from compresskit.surgery.edits import Edit, QuantizeEmbedding, QuantizeLinears
@@ -78,6 +78,7 @@ class Quantize(Pass):
 
     adds: ClassVar[frozenset[Trait]] = frozenset({"quantized"})
     refuses: ClassVar[frozenset[Trait]] = frozenset({"quantized"})
+    needs: ClassVar[frozenset[Part]] = frozenset({"calibration"})
 
     @model_validator(mode="after")
     def _consistent(self) -> "Quantize":

@@ -45,7 +45,7 @@ from compresskit.layerwise.output_pca import solve_output_pca
 from compresskit.layerwise.probe import probe
 from compresskit.layerwise.ranks import break_even_rank, rank_for
 from compresskit.layerwise.walk import LEAST_CALIBRATION, SiteMoments
-from compresskit.passes.base import PASSES, Pass, Trait
+from compresskit.passes.base import PASSES, Part, Pass, Trait
 from compresskit.passes.tensor_convs import (
     components,
     cp_factors,
@@ -111,6 +111,7 @@ class TensorDecomposition(Pass):
 
     adds: ClassVar[frozenset[Trait]] = frozenset({"decomposed"})
     refuses: ClassVar[frozenset[Trait]] = frozenset({"quantized"})
+    needs: ClassVar[frozenset[Part]] = frozenset({"calibration"})
 
     def plan(self, model: nn.Module) -> list[Edit]:
         """One edit for the token table and one for each convolution."""
