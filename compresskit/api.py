@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskit.data import DataSource, prepare_corpus
-from compresskit.engine import LOG, REPORT_SCHEMA, Progress, run
+from compresskit.engine import LOG, Progress, run
 from compresskit.errors import CompressKitError, ManyErrors
 from compresskit.evaluate import Fidelity
 from compresskit.evaluate import evaluate as evaluate_model
@@ -19,6 +19,7 @@ from compresskit.passes import Pass
 from compresskit.recipe import parse_recipe
 from compresskit.recipe_mistakes import explain
 from compresskit.recipe_text import parse_yaml
+from compresskit.report import SCHEMA_VERSION
 from compresskit.sentence import read_sentence_embedding
 from compresskit.store import RUN_FILE, Store
 from compresskit.student import load_student_model
@@ -179,7 +180,7 @@ def read_report(folder: str | Path) -> dict[str, Any]:
         raise CompressKitError(f"no {path}", fix=fix) from error
     except (OSError, ValueError) as error:  # not JSON, or not text
         raise CompressKitError(f"cannot be read: {error}", where=str(path), fix="run the recipe again") from error
-    if not isinstance(report, dict) or report.get("schema_version") != REPORT_SCHEMA:
-        what = f"is no report of schema {REPORT_SCHEMA}, which this compresskit reads"
+    if not isinstance(report, dict) or report.get("schema_version") != SCHEMA_VERSION:
+        what = f"is no report of schema {SCHEMA_VERSION}, which this compresskit reads"
         raise CompressKitError(what, where=str(path), fix="run the recipe again")
     return report

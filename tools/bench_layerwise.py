@@ -24,7 +24,7 @@ from bench_anchor import calibration_corpus, keep_blocks, windows
 from bench_walk import peak_rss, reset_peak
 from torch import Tensor, nn
 
-from compresskit.data import DataSource, Sequences, prepare_corpus
+from compresskit.data import DataSource, Examples, prepare_corpus, token_rows
 from compresskit.environment import describe_environment
 from compresskit.evaluate import Fidelity, count_parameters
 from compresskit.layers.low_rank import LowRankLinear
@@ -110,7 +110,7 @@ def compress(student: Student, method: str, keep: float, seed: int) -> dict[str,
     return options
 
 
-def scored_text(options: argparse.Namespace, tokenizer: Any, path: Path) -> Sequences:
+def scored_text(options: argparse.Namespace, tokenizer: Any, path: Path) -> Examples:
     """The first windows of a text, or for encoders the first of its lines in the order of their hashes."""
     if options.task == "text-generation":
         return windows(path, tokenizer, count=options.windows, length=options.window_tokens)
@@ -136,7 +136,7 @@ def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         name: Fidelity(original, scored_text(options, tokenizer, Path(path)), task=options.task)
         for name, path in texts.items()
     }
-    linears = [original.get_submodule(name) for name in find_anatomy(original).linears()]
+    linears: list[Any] = [original.get_submodule(name) for name in find_anatomy(original).linears()]
     dense = sum(linear.weight.numel() for linear in linears)
     shared = {"model": options.model, "blocks": options.blocks or "all"}
     for name, fidelity in fidelities.items():
@@ -144,7 +144,7 @@ def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield shared | whole | {"text": name, **fidelity.measure(original)}
     for seed in options.seeds:
         corpus = calibration_corpus(options, tokenizer, task=options.task, seed=seed)
-        tokens = sum(len(row) for row in corpus.calibration.rows)
+        tokens = sum(map(len, token_rows(corpus.calibration)))
         for keep in options.keeps:
             for method in options.methods:
                 student = Student(copy.deepcopy(original), original, tokenizer, options.task, corpus)

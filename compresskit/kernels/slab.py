@@ -11,7 +11,7 @@ All numbers are float32 (float64 for float64 slabs), whatever the slab's dtype. 
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -305,12 +305,3 @@ def slab_loss_(
     if wants_grad and label_row is not None and label_grad is not None:
         student.scatter_(0, label_row, label_grad.to(student.dtype))
     return loss + divergence.temperature**2 * (weight * value).sum()
-
-
-def choose_slab_loss(impl: str) -> Callable[..., Tensor]:
-    """`slab_loss_`, or its Triton form for `impl="triton"`."""
-    if impl != "triton":
-        return slab_loss_
-    from compresskit.kernels.slab_triton import triton_slab_loss_
-
-    return triton_slab_loss_

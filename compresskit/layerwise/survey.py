@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from compresskit.cache import cache_folder
 from compresskit.data import Batch, Sequences
 from compresskit.data.cache import read_tensors, write_tensors
+from compresskit.errors import CompressKitError
 from compresskit.layerwise.moments import Moments
 from compresskit.layerwise.output_pca import OutputPCA, solve_output_pca
 from compresskit.layerwise.ranks import SiteCurve
@@ -79,10 +80,22 @@ def site_groups(site: Site) -> list[Group]:
     return [site.linears] if len(site.linears) == 1 else [site.linears, *((name,) for name in site.linears)]
 
 
+def token_sequences(student: Student) -> Sequences:
+    """The calibration text.
+
+    Raises:
+        CompressKitError: a model that reads something else, images say.
+    """
+    text = student.corpus.calibration
+    if not isinstance(text, Sequences):
+        raise CompressKitError("ranks are chosen on text, and this model reads none", fix="say allocation: uniform")
+    return text
+
+
 def _fingerprint(student: Student, options: str) -> str:
     """sha256 of the weights, the calibration tokens and the options."""
     digest = hashlib.sha256(options.encode())
-    digest.update(repr(student.corpus.calibration.rows).encode())
+    digest.update(repr(token_sequences(student).rows).encode())
     for name, tensor in student.model.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
@@ -103,7 +116,7 @@ def _batches(sequences: Sequences, tokens: int) -> list[Batch]:
 def _measure(
     student: Student, sites: Sequence[Site], *, weighted: bool, measured: bool, bias: bool, seed: int
 ) -> dict[str, Tensor]:
-    text, model = student.corpus.calibration, student.model
+    text, model = token_sequences(student), student.model
     groups = [group for site in sites for group in site_groups(site)]
     fisher: dict[Group, Fisher] = {}
     if weighted:

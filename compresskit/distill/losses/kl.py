@@ -54,7 +54,7 @@ def gives_classes(model: PreTrainedModel) -> bool:
     problem = getattr(model.config, "problem_type", None)
     if "SequenceClassification" not in type(model).__name__:
         return True
-    return model.config.num_labels > 1 and problem not in ("regression", "multi_label_classification")
+    return (model.config.num_labels or 0) > 1 and problem not in ("regression", "multi_label_classification")
 
 
 @LOSSES.add

@@ -7,9 +7,10 @@ tokens at a time are copied into a slab, which their loss turns into their gradi
 import torch
 from torch import Tensor
 
+from compresskit.kernels.choice import choose_slab_loss
 from compresskit.kernels.divergence import Divergence, working_dtype
 from compresskit.kernels.gradients import register_scalar_loss
-from compresskit.kernels.slab import TILE_ELEMENTS, Readout, TokenTerms, choose_slab_loss, tile_elements
+from compresskit.kernels.slab import TILE_ELEMENTS, Readout, TokenTerms, tile_elements
 
 # T tokens, V vocabulary
 _PLAIN = (Readout(), Readout())

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from compresskit.kernels.buckets import TopK
+from compresskit.kernels.choice import choose_slab_loss
 from compresskit.kernels.divergence import Divergence, working_dtype
 from compresskit.kernels.gradients import register_scalar_loss
 from compresskit.kernels.linear_kl.chunked import Wants, chunked_linear_kl
 from compresskit.kernels.linear_kl.head import Head, TiledWeight
 from compresskit.kernels.linear_kl.problem import Problem, Projected, Teacher
-from compresskit.kernels.slab import choose_slab_loss
 
 
 @torch.library.custom_op("compresskit::linear_kl", mutates_args=())
