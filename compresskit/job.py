@@ -3,14 +3,13 @@
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
-from compresskit.data import Corpus, check_max_length, prepare_corpus
+from compresskit.data import Corpus, check_max_length, prepare_examples
 from compresskit.distill.trainer import TrainingOptions
 from compresskit.errors import CompressKitError, ManyErrors
 from compresskit.forecast import Forecast, foretell
 from compresskit.layerwise.walk import LEAST_CALIBRATION
-from compresskit.models import ModelSource, find_model, guess_task, load_config, load_tokenizer
+from compresskit.models import ModelSource, find_model, guess_task, load_config
+from compresskit.processors import Processor, load_processor
 from compresskit.recipe import Recipe
 from compresskit.store import chain, digest
 
@@ -26,7 +25,7 @@ class Job:
     recipe: Recipe
     source: ModelSource
     task: str
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Processor
     corpus: Corpus
     forecast: Forecast
 
@@ -51,9 +50,10 @@ def prepare(recipe: Recipe) -> Job:
     check_max_length(load_config(source), recipe.data.max_length)
     forecast = foretell(recipe, source, task)
     # Cutting text leaves its mark in a tokenizer, so the one that is saved with the student reads none.
-    corpus = prepare_corpus(recipe.data, load_tokenizer(source), pack=task == "text-generation", seed=recipe.seed)
+    processor, config = load_processor(source, task), load_config(source)
+    corpus = prepare_examples(recipe.data, processor, config, task=task, seed=recipe.seed)
     _check_amounts(recipe, task, corpus)
-    return Job(recipe, source, task, load_tokenizer(source), corpus, forecast)
+    return Job(recipe, source, task, load_processor(source, task), corpus, forecast)
 
 
 def _check_amounts(recipe: Recipe, task: str, corpus: Corpus) -> None:

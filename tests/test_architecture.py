@@ -16,6 +16,7 @@ ROOMS = _ROOMS.split()
 SHARED = {
     "progress": "errors",
     "environment": "errors",
+    "processors": "models",
     "options": "config",
     "recipe_text": "recipe",
     "recipe_mistakes": "recipe",
