@@ -40,7 +40,8 @@ class DataSource(Config):
     """
 
     source: Literal["python-docs", "json", "csv", "parquet", "text", "imagefolder", "hub"] = "python-docs"
-    #: a file, a glob or a list of them (json covers jsonl), or for `imagefolder` a folder; for `hub` the data set's id, such as 'owner/name'
+    #: a file, a glob or a list of them (json covers jsonl), for `imagefolder` a folder; for `hub` the data set's id,
+    #: such as 'owner/name'
     path: Annotated[tuple[str, ...], BeforeValidator(_as_tuple, json_schema_input_type=str | tuple[str, ...])] = ()
     #: for `hub`: the configuration, as `datasets.load_dataset(path, name)` has it
     name: str | None = None
