@@ -6,16 +6,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ValidationError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from compresskit.data import DataSource, prepare_corpus
+from compresskit.data import DataSource, prepare_examples
 from compresskit.engine import LOG, Progress, run
 from compresskit.errors import CompressKitError, ManyErrors
 from compresskit.evaluate import Fidelity
 from compresskit.evaluate import evaluate as evaluate_model
 from compresskit.export import Exporter
-from compresskit.models import find_model, guess_task, load_model, load_tokenizer
+from compresskit.models import find_model, guess_task, load_model
 from compresskit.passes import Pass
+from compresskit.processors import load_processor
 from compresskit.recipe import parse_recipe
 from compresskit.recipe_mistakes import explain
 from compresskit.recipe_text import parse_yaml
@@ -95,16 +96,17 @@ def _taught_by(passes: Sequence[Pass], teacher: str | None) -> tuple[Pass, ...]:
     return tuple(one.model_copy(update={"teacher": teacher}) if one.learns else one for one in passes)
 
 
-def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The student in a run's output folder (or in its `student` folder), and its tokenizer, ready for use.
+def load(folder: str | Path) -> tuple[PreTrainedModel, Any]:
+    """The student in a run's output folder (or its `student` folder), and its tokenizer or image processor, for use.
 
     Raises:
         CompressKitError: no student there.
     """
     student = _student_folder(Path(folder))
     source = find_model(student)
-    model, _ = load_student_model(student, guess_task(source))
-    return model, load_tokenizer(source)
+    task = guess_task(source)
+    model, _ = load_student_model(student, task)
+    return model, load_processor(source, task)
 
 
 def _student_folder(folder: Path) -> Path:
@@ -141,12 +143,12 @@ def measure(
     source = find_model(str(name), gguf_file=gguf_file)
     task = str(task or facts.get("task") or guess_task(source))
     text = data or DataSource.model_validate(facts.get("data", {}))
-    tokenizer = load_tokenizer(source)
-    corpus = prepare_corpus(text, tokenizer, pack=task == "text-generation", seed=facts.get("seed", 0))
+    processor = load_processor(source, task)
     teacher = load_model(source, task).requires_grad_(False)
+    corpus = prepare_examples(text, processor, teacher.config, task=task, seed=facts.get("seed", 0))
     fidelity = Fidelity(teacher, corpus.evaluation, task=task, sentence=read_sentence_embedding(source.folder))
     models = {"original": teacher, "student": load_student_model(student, task)[0]}
-    return {label: evaluate_model(model, fidelity, tokenizer) for label, model in models.items()}
+    return {label: evaluate_model(model, fidelity, processor) for label, model in models.items()}
 
 
 def read_data_option(text: str | None) -> DataSource | None:

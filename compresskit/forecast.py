@@ -128,6 +128,8 @@ def _is_stock(source: ModelSource, edits: list[Edit], empty: PreTrainedModel) ->
 
 def _activation_bytes(recipe: Recipe, model: PreTrainedModel) -> int:
     """Two streams (original and student) of the calibration sequences."""
+    if model.main_input_name != "input_ids":
+        return 0  # convolutions are fitted example by example
     width: int = model.config.get_text_config().hidden_size
     return 2 * recipe.data.calibration * recipe.data.max_length * width * FLOAT_BYTES
 

@@ -3,14 +3,13 @@
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
-from compresskit.data import Corpus, check_max_length, prepare_corpus
+from compresskit.data import Corpus, check_max_length, prepare_examples
 from compresskit.errors import CompressKitError, ManyErrors
 from compresskit.evaluate.quality import LEAST_COMPARED
 from compresskit.forecast import Forecast, foretell
 from compresskit.layerwise.walk import LEAST_CALIBRATION
-from compresskit.models import ModelSource, check_weights, find_model, guess_task, load_config, load_tokenizer
+from compresskit.models import ModelSource, check_weights, find_model, guess_task, load_config
+from compresskit.processors import Processor, load_processor
 from compresskit.recipe import Recipe
 from compresskit.sentence import SentenceEmbedding, read_sentence_embedding
 from compresskit.store import chain, digest
@@ -26,7 +25,7 @@ class Job:
     recipe: Recipe
     source: ModelSource
     task: str
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Processor
     corpus: Corpus
     sentence: SentenceEmbedding
     forecast: Forecast
@@ -53,9 +52,11 @@ def prepare(recipe: Recipe) -> Job:
     forecast = foretell(recipe, source, task)
     check_weights(source, task)
     # Cutting text leaves its mark in a tokenizer, so the one that is saved with the student reads none.
-    corpus = prepare_corpus(recipe.data, load_tokenizer(source), pack=task == "text-generation", seed=recipe.seed)
+    processor, config = load_processor(source, task), load_config(source)
+    corpus = prepare_examples(recipe.data, processor, config, task=task, seed=recipe.seed)
     _check_amounts(recipe, task, corpus)
-    return Job(recipe, source, task, load_tokenizer(source), corpus, read_sentence_embedding(source.folder), forecast)
+    sentence = read_sentence_embedding(source.folder)
+    return Job(recipe, source, task, load_processor(source, task), corpus, sentence, forecast)
 
 
 def _check_amounts(recipe: Recipe, task: str, corpus: Corpus) -> None:

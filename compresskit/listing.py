@@ -73,11 +73,11 @@ def _first_line(cls: type[BaseModel]) -> str:
 
 def list_modules(model: PreTrainedModel) -> Listing:
     """Every matrix of a model that `targets` may name: its shape and its part; shapes are enough (meta device)."""
-    parts = _parts(find_anatomy(model))
+    parts = _parts(find_anatomy(model)) if model.main_input_name == "input_ids" else {}
     rows = [
         (name, " × ".join(map(str, module.weight.shape)), parts.get(name, "outside the blocks"))
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Embedding)
+        if isinstance(module, nn.Linear | nn.Embedding | nn.Conv1d | nn.Conv2d)
     ]
     return Listing("", ("module", "shape", "part"), rows)
 

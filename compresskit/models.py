@@ -124,7 +124,7 @@ def _task_class(task: str, config: PretrainedConfig) -> Any:
 
 
 @contextmanager
-def _explained(source: ModelSource, what: str, fix: str) -> Iterator[None]:
+def explained(source: ModelSource, what: str, fix: str) -> Iterator[None]:
     """Say which model could not be read, and what to do, where transformers only says what it stumbled over."""
     try:
         yield
@@ -174,7 +174,7 @@ def safetensors_source(source: ModelSource) -> ModelSource:
     target = cache_folder() / "converted" / source.fingerprint[:16]
     if not (target / "config.json").is_file():
         said: dict[str, Any] = {"gguf_file": source.gguf_file, "trust_remote_code": False}
-        with _explained(source, source.gguf_file, "use a GGUF file of an architecture that transformers converts"):
+        with explained(source, source.gguf_file, "use a GGUF file of an architecture that transformers converts"):
             model = AutoModelForCausalLM.from_pretrained(
                 source.folder, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **said
             )
@@ -192,7 +192,7 @@ def load_config(source: ModelSource) -> PretrainedConfig:
         CompressKitError: one that transformers cannot read.
     """
     folder = safetensors_source(source).folder
-    with _explained(source, "config.json", "restore the model's own config.json"):
+    with explained(source, "config.json", "restore the model's own config.json"):
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
@@ -212,7 +212,7 @@ def load_empty(source: ModelSource, task: str) -> PreTrainedModel:
         )
     auto = _task_class(task, config)
     options = _pooler_option(source, auto, config)
-    with _explained(source, "config.json", "restore the model's own config.json"), torch.device("meta"):
+    with explained(source, "config.json", "restore the model's own config.json"), torch.device("meta"):
         return auto.from_config(config, trust_remote_code=False, **options).eval()
 
 
@@ -230,7 +230,7 @@ def _pooler_option(source: ModelSource, auto: Any, config: PretrainedConfig) -> 
     ):
         return {}
     names: set[str] = set()
-    with _explained(source, "the model", _WEIGHTS_FIX):
+    with explained(source, "the model", _WEIGHTS_FIX):
         for path in safetensors_source(source).folder.glob("*.safetensors"):
             with safe_open(path, framework="pt") as stored:
                 names |= set(stored.keys())
@@ -261,7 +261,7 @@ def _read_model(source: ModelSource, task: str, *, device: str) -> PreTrainedMod
     auto = _task_class(task, config)
     options = _pooler_option(source, auto, config)
     folder = safetensors_source(source).folder
-    with _explained(source, "the model", _WEIGHTS_FIX):
+    with explained(source, "the model", _WEIGHTS_FIX):
         model, info = auto.from_pretrained(
             folder,
             dtype=torch.float32,
@@ -299,7 +299,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         CompressKitError: tokenizer files that are absent, damaged or want code of their own.
     """
     folder = safetensors_source(source).folder
-    with _explained(source, "the tokenizer", _TOKENIZER_FIX):
+    with explained(source, "the tokenizer", _TOKENIZER_FIX):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         known = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
     if not known:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from compresskit.data import Corpus
 from compresskit.errors import CompressKitError
 from compresskit.models import ModelSource, load_model
+from compresskit.processors import Processor
 from compresskit.sentence import MEAN_POOLED, SentenceEmbedding
 from compresskit.surgery.edits import Edit
 from compresskit.surgery.plugin import config_with_edits, edits_of
@@ -24,7 +25,7 @@ class Student:
     Attributes:
         model: the student so far, float32 or quantised, eval mode between passes.
         original: the untouched model, frozen, same task; never modified.
-        tokenizer: shared by both.
+        tokenizer: shared by both; of a vision model its image processor.
         task: a key of `compresskit.models.TASKS`.
         corpus: calibration, training and evaluation sequences.
         edits: what was done to the architecture, in order.
@@ -33,7 +34,7 @@ class Student:
 
     model: PreTrainedModel
     original: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Processor
     task: str
     corpus: Corpus
     edits: list[Edit] = field(default_factory=list)

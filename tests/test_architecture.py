@@ -20,6 +20,7 @@ SHARED = {
     "model_folder": "models",
     "sentence": "models",
     "environment": "errors",
+    "processors": "models",
     "options": "config",
     "recipe_text": "recipe",
     "recipe_mistakes": "recipe",

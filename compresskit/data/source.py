@@ -23,7 +23,7 @@ from compresskit.data.python_docs import read_documents, read_sources
 from compresskit.errors import CompressKitError
 
 #: Errors of the datasets library (and of pandas and pyarrow under it) that a bad file or name raises.
-_READ_ERRORS = (DatasetGenerationError, ValueError, OSError, RuntimeError)
+READ_ERRORS = (DatasetGenerationError, ValueError, OSError, RuntimeError)
 _STRING_TYPES = ("string", "large_string", "string_view", "null")
 
 
@@ -32,21 +32,22 @@ def _as_tuple(path: Any) -> Any:
 
 
 class DataSource(Config):
-    """Where text comes from and how much of it is used.
+    """Where text (or images) comes from and how much of it is used.
 
     Texts are put in an order that depends on their hash and the seed alone; evaluation takes its share first, then
     calibration, then training. Evaluation and calibration take at most a fifth of the text each; training takes
     what is left, up to what it asks for. Blank and empty cells are no text; equal texts count once.
     """
 
-    source: Literal["python-docs", "json", "csv", "parquet", "text", "hub"] = "python-docs"
-    #: a file, a glob or a list of them (json covers jsonl); for `hub` the data set's id, such as 'owner/name'
+    source: Literal["python-docs", "json", "csv", "parquet", "text", "imagefolder", "hub"] = "python-docs"
+    #: a file, a glob or a list of them (json covers jsonl), for `imagefolder` a folder; for `hub` the data set's id,
+    #: such as 'owner/name'
     path: Annotated[tuple[str, ...], BeforeValidator(_as_tuple, json_schema_input_type=str | tuple[str, ...])] = ()
     #: for `hub`: the configuration, as `datasets.load_dataset(path, name)` has it
     name: str | None = None
     #: for `hub`: the part to read, slices such as 'train[:20000]' too
     split: str | None = None
-    #: the column that holds the text; `text` files and `python-docs` have none but "text"
+    #: the column that holds the text, or the images; `text` files and `python-docs` have none but "text"
     column: str = "text"
     #: tokens in a sequence; texts are cut, or for language models packed, to it
     max_length: int = Field(default=128, ge=4)
@@ -91,6 +92,9 @@ def open_source(source: DataSource) -> Opened:
     Raises:
         CompressKitError: a missing file, an unknown hub name, no network, a column that is not there or no text.
     """
+    if source.source == "imagefolder":
+        what = "the task reads text, and 'imagefolder' has none"
+        raise CompressKitError(what, where="data.source", fix="use json, csv, parquet, text, hub or python-docs")
     if source.source == "python-docs":
         return _open_python_docs()
     if source.source == "hub":
@@ -112,11 +116,11 @@ def _open_python_docs() -> Opened:
 def _open_hub(source: DataSource) -> Opened:
     place, split = source.path[0], source.split or "train"
     try:
-        with _watched():
+        with watched():
             table = datasets.load_dataset(place, source.name, split=split)
-    except _READ_ERRORS as error:
+    except READ_ERRORS as error:
         raise CompressKitError(
-            f"no data set {place!r} (name {source.name}, split {split}): {_first_line(error)}",
+            f"no data set {place!r} (name {source.name}, split {split}): {first_line(error)}",
             where="data.path",
             fix="check the id, its name and split and the network, or use local files: 'source: json' with a path",
         ) from error
@@ -125,7 +129,7 @@ def _open_hub(source: DataSource) -> Opened:
 
 
 def _open_files(source: DataSource) -> Opened:
-    files = [file for path in source.path for file in _expand(path)]
+    files = [file for path in source.path for file in expand(path)]
     origin = f"{source.source}: {', '.join(file.name for file in files[:3])}{' …' if len(files) > 3 else ''}"
 
     def read(documents: bool) -> list[str]:
@@ -135,7 +139,7 @@ def _open_files(source: DataSource) -> Opened:
     return Opened(_digest(file.read_bytes() for file in files), origin, read)
 
 
-def _expand(path: str) -> list[Path]:
+def expand(path: str) -> list[Path]:
     """The files behind one path or glob, sorted by name."""
     place = Path(path).expanduser()
     if place.is_file():
@@ -154,14 +158,14 @@ def _read_table(source: DataSource, files: list[Path]) -> list[str]:
     # The library's own cache would hold a second copy and knows files by their time stamp; ours goes by content.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         try:
-            with _watched():
+            with watched():
                 table = datasets.load_dataset(
                     source.source, data_files=[str(file) for file in files], split="train", cache_dir=scratch
                 )
-        except _READ_ERRORS as error:
+        except READ_ERRORS as error:
             cause = error.__cause__ or error
             raise CompressKitError(
-                f"cannot read this as {source.source}: {_first_line(cause)}",
+                f"cannot read this as {source.source}: {first_line(cause)}",
                 where=", ".join(str(file) for file in files[:3]),
                 fix="mend the file, or say the 'source' that it is: json (also jsonl), csv, parquet or text",
             ) from error
@@ -218,13 +222,14 @@ def _digest(contents: Iterable[bytes]) -> str:
     return digest.hexdigest()
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The error's kind and the first line of what it says."""
     lines = str(error).strip().splitlines() or ["no reason given"]
     return f"{type(error).__name__}: {lines[0][:200]}"
 
 
 @contextmanager
-def _watched() -> Iterator[None]:
+def watched() -> Iterator[None]:
     """The library's bars shown on a terminal only; its log held back, because its errors are told as ours."""
     verbosity = datasets.logging.get_verbosity()
     bars_were_off = datasets.are_progress_bars_disabled()

@@ -6,6 +6,7 @@ from compresskit.data import Sequences
 from compresskit.evaluate.latency import batch_latency, measure_latency, model_latency
 from compresskit.evaluate.quality import Fidelity
 from compresskit.evaluate.size import count_parameters, state_dict_bytes
+from compresskit.processors import Processor
 
 __all__ = [
     "Fidelity",
@@ -20,7 +21,7 @@ __all__ = [
 def evaluate(
     model: PreTrainedModel,
     fidelity: Fidelity,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Processor,
     *,
     batch: int = 1,
     length: int = 64,
@@ -43,6 +44,7 @@ def evaluate(
     if rounds and not isinstance(fidelity.sequences, Sequences):
         figures |= batch_latency(model, next(fidelity.sequences.batches(batch)), rounds=rounds)
     elif rounds:
+        assert isinstance(tokenizer, PreTrainedTokenizerBase)
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or length
         figures |= model_latency(model, tokenizer, batch=batch, length=min(length, positions), rounds=rounds)
     return figures | fidelity.measure(model)
