@@ -4,8 +4,8 @@
 
 `svd` and `asvd` truncate W and W diag(√mean|x|); `pca` is output PCA on W, the optimum of SVD-LLM, `pca-0.5` and
 `pca-1` the same on the anchored target M (at anchor 0, M is W). All of these give every linear the same share. The
-others add one thing each: `pivot` the identity in A, `fisher` the metric, `energy` and `kl` the allocation, `refine`
-the training of blocks. Every seed takes other calibration windows. Rows are independent: split a grid with --methods,
+others add one thing each: `pivot` A's identity, `fisher` the metric, `energy` and `kl` the allocation, `refine` the
+training of blocks. Every seed takes other calibration windows. Rows are independent: split a grid with --methods,
 --keeps and --seeds. They appear on standard error as they come; the JSON object with all of them ends the run. Linux
 only.
 """
@@ -137,7 +137,7 @@ def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for name, path in texts.items()
     }
     linears: list[Any] = [original.get_submodule(name) for name in find_anatomy(original).linears()]
-    dense = sum(linear.weight.numel() for linear in linears)
+    dense = sum(linear.in_features * linear.out_features for linear in linears)  # pyright: ignore
     shared = {"model": options.model, "blocks": options.blocks or "all"}
     for name, fidelity in fidelities.items():
         whole = {"method": "original", "keep": 1.0, "kept_params": dense, "kept_share": 1.0}

@@ -195,6 +195,7 @@ def _refit(student: Student, output: str, edit: Edit, columns: Tensor, moments: 
     before = dense_weight(layer)
     weight, mean, shrinkage = fit_weight(before, moments.fit, moments.held_out, centred=centred, columns=columns)
     student.edit(edit)
+    layer = student.model.get_submodule(output)  # a low-rank one may have become another
     set_weight(layer, weight)
     weight = dense_weight(layer).double()  # a low-rank layer comes only as near as its factors let it
     if centred:

@@ -160,15 +160,12 @@ def keep_outputs(module: nn.Module, keep: Tensor) -> None:
         setattr(part, "out_features", len(keep))  # noqa: B010
 
 
-def keep_inputs(module: nn.Module, keep: Tensor) -> None:
-    """Cut a linear (or the first factor of a low-rank one) to the inputs `keep`, in place.
-
-    Raises:
-        CompressKitError: integers, or a pivoted factor that would have no more inputs than its rank.
-    """
+def keep_inputs(model: nn.Module, name: str, keep: Tensor) -> None:
+    """Cut the linear `name` (or the first factor of a low-rank one) to the inputs `keep`, in place."""
+    module = get_module(model, name)
     linear = module.factor_in if isinstance(module, LowRankLinear) else module
     if isinstance(module, LowRankLinear) and isinstance(linear, PivotedLinear):
-        _keep_pivoted_inputs(module, linear, keep)
+        set_module(model, name, _cut_pivoted(module, linear, keep))
         return
     if not isinstance(linear, nn.Linear):
         raise CompressKitError(f"cannot cut the inputs of a {type(module).__name__}", fix="prune before quantising")
@@ -178,22 +175,27 @@ def keep_inputs(module: nn.Module, keep: Tensor) -> None:
         setattr(part, "in_features", len(keep))  # noqa: B010
 
 
-def _keep_pivoted_inputs(module: LowRankLinear, old: PivotedLinear, keep: Tensor) -> None:
-    """The same for a pivoted first factor: other inputs become its pivots, and `expand` makes up for the difference."""
-    if len(keep) <= module.rank:
-        what = f"{len(keep)} inputs are left for a factor of rank {module.rank}"
-        raise CompressKitError(what, fix="cut less, or give low_rank a smaller keep, or prune before it")
+def _cut_pivoted(module: LowRankLinear, old: PivotedLinear, keep: Tensor) -> nn.Module:
+    """A low-rank layer of the inputs `keep`, with other pivots; a dense one where the rank is no longer below them."""
     if not isinstance(old.rest, nn.Linear) or not isinstance(module.expand, nn.Linear):
         raise CompressKitError("cannot cut the inputs of quantised factors", fix="prune before quantising")
-    weight = old.rest.weight
-    new = PivotedLinear(len(keep), module.rank, device=weight.device, dtype=weight.dtype)
+    inputs, outputs, weight = len(keep), module.out_features, old.rest.weight
+    bias = module.expand.bias is not None
+    like: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+    if inputs > module.rank:
+        new: nn.Module = LowRankLinear(inputs, outputs, module.rank, bias=bias, pivot=True, **like)
+    else:
+        new = nn.Linear(inputs, outputs, bias=bias, **like)
+    last = new.expand if isinstance(new, LowRankLinear) else new
     if weight.device.type != "meta":
-        order, rest, pivots = pivot_columns(old.weight_from(weight.detach())[:, keep])
-        new.set_columns(order, rest)
-        left = module.expand.weight.detach().double() @ pivots
-        module.expand.weight = nn.Parameter(left.to(weight.dtype), module.expand.weight.requires_grad)
-    new.requires_grad_(weight.requires_grad)
-    module.reduce, module.in_features = new, len(keep)
+        A, B = old.weight_from(weight.detach().double())[:, keep], module.expand.weight.detach().double()
+        if isinstance(new, LowRankLinear) and isinstance(new.reduce, PivotedLinear):
+            order, rest, A = pivot_columns(A)
+            new.reduce.set_columns(order, rest)
+        last.weight = nn.Parameter((B @ A).to(weight.dtype))
+    if bias:
+        last.bias = module.expand.bias
+    return new.requires_grad_(weight.requires_grad)
 
 
 class _Cutting(Edit):
@@ -226,7 +228,7 @@ class PruneNeurons(_Cutting):
         keep = torch.tensor(read_ranges(self.keep, limit=width))
         for name in self.inputs:
             keep_outputs(get_module(model, name), keep)
-        keep_inputs(get_module(model, self.output), keep)
+        keep_inputs(model, self.output, keep)
 
 
 @EDITS.add
@@ -250,7 +252,7 @@ class PruneHeads(_Cutting):
         keep_outputs(get_module(model, self.query), rows)
         keep_outputs(get_module(model, self.key), rows_kv)
         keep_outputs(get_module(model, self.value), rows_kv)
-        keep_inputs(get_module(model, self.output), rows)
+        keep_inputs(model, self.output, rows)
         self._correct_counts(get_module(model, self.module), old)
 
     def rows(self, heads: int = MAX_INDICES, kv_heads: int = MAX_INDICES) -> tuple[Tensor, Tensor]:
