@@ -58,9 +58,6 @@ def run(
     prints = take_prints(job)
     for warning in job.forecast.warnings:
         progress(f"warning: {warning}")
-    amounts = job.corpus.amounts()
-    counted = ", ".join(f"{amounts[part]} {part}" for part in PARTS)
-    progress(f"text: {amounts['origin']}: {counted} sequences")
     with opened(output) as store:
         if fresh:
             store.wipe(list(EXPORTERS))
@@ -71,6 +68,9 @@ def run(
         altered = store.altered(prints.result)
         if altered:
             progress(f"{output / altered} was altered or removed since the run ended: the result is made again")
+        amounts = job.corpus.amounts()
+        counted = ", ".join(f"{amounts[part]} {part}" for part in PARTS)
+        progress(f"text: {amounts['origin']}: {counted} sequences")
         return _Run(job, prints, store, progress).finish()
 
 

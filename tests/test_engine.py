@@ -123,6 +123,7 @@ def test_resume_reruns_only_passes_after_the_changed_one(make: Any, tmp_path: Pa
     said: list[str] = []
     run(make(Shake(), Halve(), Shake(scale=0.2)), out, progress=said.append)
     assert said == [
+        "text: text: sentences.txt: 8 calibration, 16 training, 12 evaluation sequences",
         "[0/3] original: kept from an earlier run",
         "[1/3] shake: kept from an earlier run",
         "[2/3] halve: kept from an earlier run",
@@ -573,6 +574,7 @@ def test_results_of_two_runs_never_mix(make: Any, tmp_path: Path, monkeypatch: p
     said: list[str] = []
     run(first, out, progress=said.append)
     assert said == [
+        "text: text: sentences.txt: 8 calibration, 16 training, 12 evaluation sequences",
         "[0/1] original: kept from an earlier run",
         "[1/1] shake: kept from an earlier run",
         "export copy …",

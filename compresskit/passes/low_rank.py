@@ -271,7 +271,7 @@ class LowRank(Pass):
             lost = squared_error(target[rows], B @ A, mean.C)
             notes[" + ".join(group)] = {
                 "rank": rank,
-                "relative_error": (lost / power) ** 0.5 if power > 0 else 0.0,
+                "relative_error": (max(lost, 0.0) / power) ** 0.5 if power > 0 else 0.0,
                 "shrinkage": None if shrinkage == float("inf") else shrinkage,
             }
         return notes
