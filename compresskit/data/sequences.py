@@ -7,6 +7,8 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
+from compresskit.errors import CompressKitError
+
 #: What a model is called with. Text: input_ids and attention_mask, (batch, length) int64; masked positions are padding.
 Batch = dict[str, Tensor]
 
@@ -74,6 +76,17 @@ def pad(rows: list[list[int]], pad_token_id: int) -> Batch:
         ids[index, : len(row)] = torch.tensor(row)
         mask[index, : len(row)] = 1
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def require_tokens(calibration: Examples) -> None:
+    """Refuse text that is all empty.
+
+    Raises:
+        CompressKitError: no sequence holds a token.
+    """
+    if not any(token_rows(calibration)):
+        what = "the calibration sequences hold no token: there is nothing to fit to"
+        raise CompressKitError(what, where="data.calibration", fix="use text that is not empty")
 
 
 PARTS = ("calibration", "training", "evaluation")

@@ -42,7 +42,7 @@ def _slope(options: Sequence[Option], cheap: int, dear: int) -> float:
 def greedy_path(items: Sequence[Sequence[Option]], budget: float = math.inf) -> Iterator[list[int]]:
     """The choices that the greedy walk passes, from the cheapest of all on; each but the first buys one hull step.
 
-    A step that the budget cannot pay ends its item's walk, not the others'.
+    The first step that the budget cannot pay ends it: what is left is better saved for a part of that step.
     """
     hulls = [lower_hull(options) for options in items]
     place = [0] * len(items)
@@ -55,7 +55,7 @@ def greedy_path(items: Sequence[Sequence[Option]], budget: float = math.inf) -> 
         options, hull, at = items[item], hulls[item], place[item]
         price = options[hull[at + 1]].cost - options[hull[at]].cost
         if spent + price > budget:
-            continue
+            return
         spent += price
         place[item] = at = at + 1
         yield [hull[index] for hull, index in zip(hulls, place, strict=True)]

@@ -68,8 +68,8 @@ def refine_block(
         for index in torch.randperm(len(batches), generator=generator).tolist():
             with torch.enable_grad():
                 loss = _error(batches[index], batches[index].fit_rows, metric)
-            optimizer.zero_grad()
-            loss.backward()
+            for parameter, gradient in zip(trained, torch.autograd.grad(loss, trained), strict=True):
+                parameter.grad = gradient
             optimizer.step()
             schedule.step()
         now = _held_out_error(batches, metric)

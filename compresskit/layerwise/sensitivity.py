@@ -102,7 +102,7 @@ def _empty(model: nn.Module, group: Group) -> tuple[Fisher, Tensor | None]:
 def _add(fisher: Fisher, g: Tensor, basis: Tensor | None) -> None:
     fisher.power += float(g.double().square().sum())
     fisher.count += len(g)
-    projected = g if basis is None else g @ basis
+    projected = g.float() if basis is None else g.float() @ basis
     fisher.matrix.addmm_(projected.T, projected)
 
 

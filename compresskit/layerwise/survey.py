@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from compresskit.cache import cache_folder
 from compresskit.data import Batch, Sequences
 from compresskit.data.cache import read_tensors, write_tensors
+from compresskit.data.sequences import require_tokens
 from compresskit.errors import CompressKitError
 from compresskit.layerwise.moments import Moments
 from compresskit.layerwise.output_pca import OutputPCA, solve_output_pca
@@ -89,6 +90,7 @@ def token_sequences(student: Student) -> Sequences:
     text = student.corpus.calibration
     if not isinstance(text, Sequences):
         raise CompressKitError("ranks are chosen on text, and this model reads none", fix="say allocation: uniform")
+    require_tokens(text)
     return text
 
 
@@ -104,13 +106,13 @@ def _fingerprint(student: Student, options: str) -> str:
 
 def first_tokens(sequences: Sequences, tokens: int) -> Sequences:
     """The first sequences that hold about `tokens` tokens; at least two."""
-    longest = max(len(row) for row in sequences.rows)
+    longest = max(1, *(len(row) for row in sequences.rows))
     return sequences.limit(max(2, tokens // longest))
 
 
 def _batches(sequences: Sequences, tokens: int) -> list[Batch]:
     chosen = first_tokens(sequences, tokens)
-    return list(chosen.batches(max(1, _BATCH_TOKENS // max(len(row) for row in chosen.rows))))
+    return list(chosen.batches(max(1, _BATCH_TOKENS // max(1, *(len(row) for row in chosen.rows)))))
 
 
 def _measure(

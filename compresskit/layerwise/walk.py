@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from compresskit.data import Batch, token_rows
+from compresskit.data import Batch
+from compresskit.data.sequences import require_tokens
 from compresskit.errors import CompressKitError
 from compresskit.layerwise.moments import Moments
 from compresskit.layerwise.watch import AllSeenError, Watch, replaced_forwards
@@ -273,6 +274,7 @@ class Walk:
         for site in sites:
             by_block.setdefault(site.block, []).append(site)
         with without_cache(self._student.model), without_cache(self._student.original):
+            require_tokens(self._student.corpus.calibration)
             check_chain(self._student.model, next(self._student.corpus.calibration.batches(2)))
             lanes = self._open_lanes()
             for index in track(range(max(by_block) + 1), label):

@@ -143,8 +143,8 @@ class LowRank(Pass):
         misfits: dict[str, str] = {}
         for site in anatomy.sites if self.keep != 1 else ():
             names = tuple(name for name in site.linears if name in chosen)
-            done = [name for name in names if isinstance(model.get_submodule(name), LowRankLinear)]
-            misfits |= dict.fromkeys(done, "is low rank already")
+            done = {name: why for name in names if (why := _obstacle(model.get_submodule(name)))}
+            misfits |= done
             part = Site(site.block, tuple(name for name in names if name not in done), site.writes_stream)
             if part.linears and not self._allocates:
                 limits = self._beyond_break_even(model, part)
@@ -275,6 +275,13 @@ class LowRank(Pass):
                 "shrinkage": None if shrinkage == float("inf") else shrinkage,
             }
         return notes
+
+
+def _obstacle(layer: nn.Module) -> str | None:
+    """Why a layer of any shape cannot be factorised."""
+    if isinstance(layer, LowRankLinear):
+        return "is low rank already"
+    return None if isinstance(layer, nn.Linear) else f"is a {type(layer).__name__}: factorise before quantising"
 
 
 def _shape(model: nn.Module, group: Group) -> tuple[int, int]:
