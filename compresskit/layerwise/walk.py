@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from compresskit.data import Batch
+from compresskit.data import Batch, token_rows
 from compresskit.data.sequences import require_tokens
 from compresskit.errors import CompressKitError
 from compresskit.layerwise.moments import Moments
