@@ -86,7 +86,7 @@ def summand_and_slope(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> t
     p, q = log_p.exp(), log_q.exp()
     match divergence.kind:
         case "forward_kl":
-            return p * _gap(log_p, log_q, p) + (q - p), -p, q
+            return (q - p).addcmul_(p, _gap(log_p, log_q, p)), -p, q
         case "reverse_kl":
             slope = q * _gap(log_q, log_p, q)
             return slope + (p - q), slope, q
@@ -110,7 +110,8 @@ def _gap(log_x: Tensor, log_y: Tensor, x: Tensor) -> Tensor:
     By arithmetic: the bound is 0 where x is 0 and infinite elsewhere. torch.where takes thirty times as long on a CPU.
     """
     limits = torch.finfo(x.dtype)
-    return torch.minimum(log_x.clamp_min(limits.min / 4) - log_y, x * limits.max * limits.max)
+    gap = log_x.clamp_min(limits.min / 4).sub_(log_y)
+    return torch.minimum(gap, (x * limits.max).mul_(limits.max))
 
 
 def _log_mixture(log_x: Tensor, log_y: Tensor, share: float) -> Tensor:

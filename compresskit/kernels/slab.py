@@ -21,7 +21,7 @@ from compresskit.kernels.divergence import Divergence, summand_and_slope, workin
 
 # V vocabulary, C tokens of the slab, K entries of a top-k teacher
 #: Elements of a tile: a handful of float32 temporaries of this size fit a second-level cache.
-TILE_ELEMENTS = 1 << 17
+TILE_ELEMENTS = 1 << 16
 #: Temporaries of a tile that are alive together, at most.
 _TILE_BUFFERS = 12
 
@@ -300,7 +300,7 @@ def slab_loss_(
         for part in pair.parts:
             logits, f, slope, q = pair.terms(part)
             gained += f.sum(0)
-            student[part] = outward.grad_(q.mul_(slope_sum).neg_().add_(slope), logits)
+            student[part] = outward.grad_(torch.addcmul(slope, q, slope_sum, value=-1, out=q), logits)
         value = gained
     if wants_grad and label_row is not None and label_grad is not None:
         student.scatter_(0, label_row, label_grad.to(student.dtype))

@@ -1,6 +1,6 @@
 """`slab_loss_` as fused Triton kernels between library products: each logit is read two or three times, never copied.
 
-    statistics   running max and Σ exp of student and teacher, for reverse KL Σ q (a − b) too, for entropy Σ p b
+    statistics   running max and Σ exp of student and teacher, for reverse KL Σ e (a − b), for entropy Σ e ln e
     slopes       Σ r, only for the divergences whose gradient needs it and that no running sum gives
     gradient     student slab ← ∂loss/∂product in place, and D
 
@@ -49,15 +49,15 @@ def _logits(slab, bias, v, c, inside, stride_v, stride_c, scale, softcap, HAS_BI
 
 
 @triton.jit
-def _add_tile(x, peak, total, moment, y, inverse_tau, MOMENT: tl.constexpr):
-    """A running max, Σ e and Σ e·y over axis 0, with e = exp((x − max)/τ)."""
+def _add_tile(x, peak, total, moment, inverse_tau, MOMENT: tl.constexpr):
+    """A running max, Σ e and Σ e·s over axis 0, with s = (x − max)/τ and e = exp(s)."""
     higher = tl.maximum(peak, tl.max(x, 0))
-    kept = tl.exp((peak - higher) * inverse_tau)
-    e = tl.exp((x - higher[None, :]) * inverse_tau)
-    total = total * kept + tl.sum(e, 0)
+    drop = (peak - higher) * inverse_tau
+    shifted = (x - higher[None, :]) * inverse_tau
+    e = tl.exp(shifted)
     if MOMENT:
-        moment = moment * kept + tl.sum(tl.where(e > 0, e * y, 0.0), 0)
-    return higher, total, moment
+        moment = tl.exp(drop) * (moment + drop * total) + tl.sum(tl.where(e > 0, e * shifted, 0.0), 0)
+    return higher, total * tl.exp(drop) + tl.sum(e, 0), moment
 
 
 @triton.jit
@@ -68,7 +68,7 @@ def statistics_kernel(
     S_BIAS: tl.constexpr, S_CAPPED: tl.constexpr, T_BIAS: tl.constexpr, T_CAPPED: tl.constexpr,
     AT_ONE: tl.constexpr, REVERSE: tl.constexpr, ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """out (7, P, C): max and Σ of the student, of the teacher, Σ of the student at τ = 1, Σ e_q (a − b), Σ e_p b."""
+    """out (7, P, C): max and Σ of student and of teacher, the student's Σ at τ = 1, Σ e_q (a − b), Σ e_p ln e_p."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     part = tl.program_id(1)
     # A finite least value: −∞ − −∞ is no number, and what is far above float32's range of exponents is 0 anyway.
@@ -86,9 +86,14 @@ def statistics_kernel(
             teacher, teacher_bias, v, c[None, :], inside, t_stride_v, t_stride_c, t_scale, t_softcap, T_BIAS, T_CAPPED
         )
         if AT_ONE:
-            _, one_total, _ = _add_tile(a, s_peak, one_total, gap, a, 1.0, False)
-        s_peak, s_total, gap = _add_tile(a, s_peak, s_total, gap, (a - b) * inverse_tau, inverse_tau, REVERSE)
-        t_peak, t_total, moment = _add_tile(b, t_peak, t_total, moment, b * inverse_tau, inverse_tau, ENTROPY)
+            _, one_total, _ = _add_tile(a, s_peak, one_total, gap, 1.0, False)
+        if REVERSE:
+            higher = tl.maximum(s_peak, tl.max(a, 0))
+            e = tl.exp((a - higher[None, :]) * inverse_tau)
+            gap *= tl.exp((s_peak - higher) * inverse_tau)
+            gap += tl.sum(tl.where(e > 0, e * ((a - b) * inverse_tau), 0.0), 0)
+        s_peak, s_total, _ = _add_tile(a, s_peak, s_total, gap, inverse_tau, False)
+        t_peak, t_total, moment = _add_tile(b, t_peak, t_total, moment, inverse_tau, ENTROPY)
     at = out + part * tokens + c
     plane = parts * tokens
     tl.store(at, s_peak, mask=c < tokens)
@@ -239,7 +244,8 @@ class _Launch:
         s_total, t_total = (s_totals * s_kept).sum(0), (t_totals * t_kept).sum(0)
         log_one = (ones * (s_peaks - s_peak).exp()).sum(0).log() if self.at_one else None
         t_log_sum = t_peak / tau + t_total.log()
-        entropy = t_log_sum - (moments * t_kept).sum(0) / t_total
+        moment = (t_kept * (moments + (t_peaks - t_peak) / tau * t_totals)).sum(0)
+        entropy = t_total.log() - moment / t_total
         ours, theirs = (
             Statistics(tau, s_peak, s_total.log(), log_one),
             Statistics(tau, t_peak, t_total.log(), entropy=entropy),

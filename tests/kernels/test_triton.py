@@ -48,13 +48,16 @@ for (T, HS, HT, V), dtype, rich in itertools.product(shapes, (torch.float32, tor
         hidden, head, bias, teacher, teacher_head = as_dtype(dtype, *tensors)
         def run(hidden, head, bias):
             ours = Head(head, bias, scale=0.5, softcap=30.0) if rich else Head(head, bias)
-            theirs = Head(teacher_head, bias.detach(), scale=0.5 if rich else 1.0)
+            theirs = Head(teacher_head, bias.detach())
+            if rich:
+                theirs = Head(teacher_head, bias.detach(), scale=0.5, softcap=30.0)
             return linear_kl(hidden, ours, teacher, theirs, token_weight=weight, divergence=divergence, impl=impl,
                              **({"labels": labels, "label_weight": label_weight} if rich else {}))
         return value_and_grads(hidden, head, bias, run)
     truth, plain, kernel = at(torch.float64, "reference"), at(dtype, "reference"), at(dtype, "triton")
     for exact, torch_way, ours in zip(truth, plain, kernel, strict=True):
         floor = 1e-5 if dtype == torch.float32 else 2e-2
+        floor *= 4 if T == 5 else 1  # float32 holds a logit of 80 to 4e-6, and each of four products rounds it
         exact = exact.double()
         error, theirs = ((exact - one.double()).abs().max() for one in (ours, torch_way))
         assert torch.isfinite(ours).all()
