@@ -92,7 +92,7 @@ def test_heads_of_low_rank_attention_are_cut_in_its_factors():
     ("options", "match"),
     [
         ({"keep": {"heads": 0.1}}, "leaves none"),
-        ({"keep": {"ffn": 0.01}, "round_to": 32}, "leaves 0"),
+        ({"keep": {"ffn": 0.01}, "round_to": 32}, "leaves none"),
     ],
 )
 def test_widths_that_leave_nothing_are_refused(options, match):
@@ -104,3 +104,17 @@ def test_widths_that_leave_nothing_are_refused(options, match):
 def test_keep_must_be_a_fraction_of_something_known(keep):
     with pytest.raises(ValidationError):
         prune(keep=keep)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [({"keep": {"ffn": 0.95}, "round_to": 32}, "neurons.*cuts none"), ({"keep": {"heads": 0.9}}, "cuts none")],
+)
+def test_a_cut_that_cuts_nothing_is_refused(options, match):
+    with pytest.raises(CompressKitError, match=match):
+        PruneWidth.model_validate(options).plan(tiny("bert"))
+
+
+def test_heads_alone_can_be_cut_whatever_the_ffn_is_a_multiple_of():
+    edits = PruneWidth.model_validate({"keep": {"heads": 0.5}, "round_to": 48}).plan(tiny("bert"))
+    assert len(edits) == 2
