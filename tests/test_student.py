@@ -50,7 +50,9 @@ def test_tied_tensors_are_stored_once(tmp_path):
 
 def test_shared_factors_are_stored_once(tmp_path):
     student = tiny_student("bert")
-    LowRank(keep=0.6, round_to=4, targets="*attention.self*").apply(student, generator=torch.Generator())
+    LowRank(keep=0.6, round_to=4, targets="*attention.self*", share=True, pivot=False).apply(
+        student, generator=torch.Generator()
+    )
     save_student(student, tmp_path)
     factors = [name for name in load_file(tmp_path / "model.safetensors") if name.endswith("reduce.weight")]
     assert len(factors) == 2, "one for each of two blocks"

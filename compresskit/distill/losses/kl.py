@@ -100,7 +100,7 @@ class KL(Loss):
         assert isinstance(theirs, Tensor | Projection)
         if isinstance(ours, Projection):
             return self._fused(ours, theirs, batch, weights)
-        teacher_logits = logits_of(theirs)
+        teacher_logits = logits_of(theirs).detach()  # a live head may still require grad
         weight = weights.token.flatten() if ours.ndim == 3 else weights.row
         divergence = kl_div(
             ours.flatten(0, -2),
