@@ -257,7 +257,7 @@ class Walk:
             modules = {site.linears[0]: self._student.model.get_submodule(site.linears[0]) for site in here}
             sums = {name: Moments.zeros(int(module.in_features), 0) for name, module in modules.items()}  # type: ignore[arg-type]
             for lane in lanes:
-                watch = Watch(modules, (), read=modules, stop_early=False)
+                watch = Watch({}, read=modules, stop_early=False)
                 given = watch.run(partial(lane.run, block, index, lane.student))
                 assert given is not None
                 lane.student = given
@@ -317,7 +317,7 @@ class Walk:
         for lane in lanes:
             if lane.original is None:
                 return
-            watch = Watch(linears, writers, read=(), stop_early=False)
+            watch = Watch(linears, writers, read={}, stop_early=False)
             lane.original = watch.run(partial(lane.run, block, index, lane.original))
             lane.beside = {name: _flat(output) for name, output in watch.outputs.items()}
             lane.beside |= {f"{name}+": _flat(stream) for name, stream in watch.streams.items()}
@@ -345,9 +345,10 @@ class Walk:
         fit, held_out = (Moments.zeros(weight.shape[1], weight.shape[0]) for _ in range(2))
         anchored = self._is_anchored(site, lanes[0])
         block = self._student.model.get_submodule(self._blocks[site.block])
+        reader = {site.linears[0]: linears[site.linears[0]]}
         for lane in lanes:
             writers = site.linears if anchored and site.writes_stream else ()
-            watch = Watch(linears, writers, read=site.linears[:1], stop_early=True)
+            watch = Watch(linears if anchored else {}, writers, read=reader, stop_early=True)
             watch.run(partial(lane.run, block, site.block, lane.student))
             if site.linears[0] not in watch.inputs:
                 continue

@@ -23,14 +23,19 @@ class Watch(TorchFunctionMode):
     Copies are kept: a block may go on to change its tensors in place.
 
     Args:
-        linears: modules by name.
+        linears: modules by name whose outputs are wanted.
         writers: those of them whose sum is wanted too.
-        read: those whose input is wanted.
+        read: modules by name whose inputs are wanted.
         stop_early: leave the block once all is seen.
     """
 
     def __init__(
-        self, linears: Mapping[str, nn.Module], writers: Collection[str], *, read: Collection[str], stop_early: bool
+        self,
+        linears: Mapping[str, nn.Module],
+        writers: Collection[str] = (),
+        *,
+        read: Mapping[str, nn.Module],
+        stop_early: bool,
     ) -> None:
         super().__init__()
         self.inputs: dict[str, Tensor] = {}
@@ -39,9 +44,11 @@ class Watch(TorchFunctionMode):
         self._linears, self._writers, self._read, self._stop_early = linears, writers, read, stop_early
         self._given: dict[str, Tensor] = {}
 
-    def _saw(self, name: str, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if name in self._read:
-            self.inputs[name] = args[0].clone()
+    def _was_given(self, name: str, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.inputs[name] = args[0].clone()
+        self._stop_if_complete()
+
+    def _gave(self, name: str, _module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
         self.outputs[name] = output.clone()
         if name in self._writers:
             self._given[name] = output
@@ -58,12 +65,14 @@ class Watch(TorchFunctionMode):
         return result
 
     def _stop_if_complete(self) -> None:
-        if self._stop_early and len(self.outputs) == len(self._linears) and len(self.streams) == len(self._writers):
+        seen = len(self.inputs) + len(self.outputs) + len(self.streams)
+        if self._stop_early and seen == len(self._read) + len(self._linears) + len(self._writers):
             raise AllSeenError
 
     def run(self, call: Callable[[], Tensor]) -> Tensor | None:
         """What the block gives, under watch; None where it was left early."""
-        handles = [module.register_forward_hook(partial(self._saw, name)) for name, module in self._linears.items()]
+        handles = [module.register_forward_hook(partial(self._gave, name)) for name, module in self._linears.items()]
+        handles += [m.register_forward_pre_hook(partial(self._was_given, name)) for name, m in self._read.items()]
         try:
             with self:
                 return call()
