@@ -38,6 +38,12 @@ def test_every_registered_pass_has_an_example():
     assert set(EXAMPLES) == set(PASSES)
 
 
+@pytest.mark.parametrize("kind", sorted(PASSES))
+def test_every_registered_pass_says_which_text_it_needs_and_whether_it_learns(kind):
+    assert PASSES[kind].needs
+    assert PASSES[kind].learns == ("teacher" in PASSES[kind].model_fields)
+
+
 @pytest.mark.parametrize(("kind", "options", "family"), CASES)
 def test_a_pass_keeps_the_contract(kind, options, family, tmp_path):
     step = make(kind, options)
