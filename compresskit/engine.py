@@ -8,7 +8,7 @@ import logging
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,9 @@ def run(
         store.claim(prints.identity)
         if store.is_finished(prints.result):
             progress(f"already done: {output} holds this very result (--fresh makes it again)")
-            return Step(output).read("report.json")
+            report = Step(output).read("report.json")
+            warn_of_other_versions(report["passes"], len(report["passes"]), progress)
+            return report
         altered = store.altered(prints.result)
         if altered:
             progress(f"{output / altered} was altered or removed since the run ended: the result is made again")
@@ -107,21 +109,8 @@ class _Run:
             self.progress(f"[{index}/{len(self.kinds) - 1}] {kind}: kept from an earlier run")
             self.records.append(step.read("record.json"))
             found.append(step)
-        self._warn_of_other_versions()
+        warn_of_other_versions(self.records, len(self.kinds), self.progress)
         return found
-
-    def _warn_of_other_versions(self) -> None:
-        """Say which kept steps other versions of the libraries made; none is made again for it."""
-        now = computing_versions()
-        for index, record in enumerate(self.records):
-            then = record.get("versions", {})
-            told = ", ".join(
-                f"{name} {then[name]} then, {now.get(name)} now" for name in then if then[name] != now.get(name)
-            )
-            if told:
-                self.progress(
-                    f"warning: [{index}/{len(self.kinds) - 1}] {record['kind']}: {told} (--fresh makes it again)"
-                )
 
     def _measures(self, index: int) -> bool:
         ends = index in (0, len(self.kinds) - 1)
@@ -258,6 +247,18 @@ class _Run:
         log = self.store.folder / FAILURE_LOG
         log.write_text(traceback.format_exc(), encoding="utf-8")
         return log
+
+
+def warn_of_other_versions(records: Sequence[Mapping[str, Any]], steps: int, progress: Progress) -> None:
+    """Say which kept steps other versions of the libraries made; none is made again for it."""
+    now = computing_versions()
+    for index, record in enumerate(records):
+        then = record.get("versions", {})
+        told = ", ".join(
+            f"{name} {then[name]} then, {now.get(name)} now" for name in then if then[name] != now.get(name)
+        )
+        if told:
+            progress(f"warning: [{index}/{steps - 1}] {record['kind']}: {told} (--fresh makes it again)")
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from compresskit.errors import CompressKitError, ManyErrors
 from compresskit.evaluate.quality import LEAST_COMPARED
 from compresskit.forecast import Forecast, foretell
 from compresskit.layerwise.walk import LEAST_CALIBRATION
-from compresskit.models import ModelSource, check_weights, find_model, guess_task, load_config
+from compresskit.models import ModelSource, check_weights, find_model, guess_task, load_config, load_empty
 from compresskit.processors import Processor, load_processor
 from compresskit.recipe import Recipe
 from compresskit.sentence import SentenceEmbedding, read_sentence_embedding
@@ -48,7 +48,7 @@ def prepare(recipe: Recipe) -> Job:
     """
     source = find_model(recipe.model, gguf_file=recipe.gguf_file)
     task = recipe.task or guess_task(source)
-    check_max_length(load_config(source), recipe.data.max_length)
+    check_max_length(load_empty(source, task), recipe.data.max_length)
     forecast = foretell(recipe, source, task)
     check_weights(source, task)
     # Cutting text leaves its mark in a tokenizer, so the one that is saved with the student reads none.

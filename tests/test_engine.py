@@ -30,7 +30,7 @@ from compresskit.engine import seeded
 from compresskit.environment import computing_versions
 from compresskit.export import OnnxExport
 from compresskit.job import prepare, take_prints
-from compresskit.passes import PASSES, Distill, LowRank
+from compresskit.passes import PASSES, Distill, LowRank, PruneWidth, Quantize
 from compresskit.recipe import dump_recipe, parse_recipe
 from tests.small_passes import ALL, Fail, Halve, Quantized, Shake
 
@@ -167,13 +167,20 @@ def test_each_pass_draws_its_own_numbers_from_seed_and_position() -> None:
 
 
 def test_python_and_yaml_give_the_same_student(make: Any, tmp_path: Path, tiny_data: dict[str, object]) -> None:
-    recipe = make(Shake(), LowRank(keep=0.5, targets="*intermediate*"))
+    passes = [
+        Shake(),
+        LowRank(keep=0.5, targets="*attention*"),
+        PruneWidth.model_validate({"keep": 0.5}),
+        Distill(steps=2, batch_size=4),
+        Quantize(bits=8, group_size="channel", act="int8"),
+    ]
+    recipe = make(*passes)
     (tmp_path / "r.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     run(tmp_path / "r.yaml", tmp_path / "yaml")
     assert load_recipe(tmp_path / "r.yaml") == recipe
     compresskit.compress(
         recipe.model,
-        passes=[Shake(), LowRank(keep=0.5, targets="*intermediate*")],
+        passes=passes,
         data=tiny_data,
         evaluate="never",
         output=tmp_path / "python",
@@ -207,6 +214,12 @@ def test_a_step_that_other_versions_made_is_kept_with_a_warning(
         f"warning: [{index}/3] {kind}: {told}" for index, kind in enumerate(("original", "shake", "halve"))
     ]
     assert [entry["versions"]["torch"] for entry in report["passes"]] == [now["torch"]] * 3 + ["99.0"]
+    monkeypatch.setattr(engine, "computing_versions", lambda: now)
+    said.clear()
+    run(make(Shake(), Halve(), Shake()), tmp_path / "out", progress=said.append)
+    assert [line.split(": ", 1)[1] for line in said if "warning" in line] == [
+        f"[3/3] shake: torch 99.0 then, {now['torch']} now (--fresh makes it again)"
+    ], "a finished run says it too"
 
 
 def test_a_model_in_memory_is_refused_with_what_to_do(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Text to token sequences, images to pixels: one source, three parts that never overlap."""
 
 from compresskit.data.examples import prepare_examples
-from compresskit.data.prepare import check_max_length, prepare_corpus
+from compresskit.data.prepare import check_max_length, prepare_corpus, token_positions
 from compresskit.data.sequences import Batch, Corpus, Examples, ModelInputs, Sequences, token_rows
 from compresskit.data.source import DataSource
 
@@ -15,5 +15,6 @@ __all__ = [
     "check_max_length",
     "prepare_corpus",
     "prepare_examples",
+    "token_positions",
     "token_rows",
 ]

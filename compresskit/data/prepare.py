@@ -6,7 +6,8 @@ import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskit.cache import cache_folder
 from compresskit.data.cache import read_rows, write_rows
@@ -104,14 +105,26 @@ def _fill(documents: Iterator[list[int]], sizes: Sizes, length: int, end_token_i
     return parts
 
 
-def check_max_length(config: PretrainedConfig, max_length: int) -> None:
+def token_positions(model: PreTrainedModel) -> int | None:
+    """How many tokens of one text the model can place; None where its config names no end.
+
+    Position tables with a padding row (RoBERTa's, MPNet's) begin to count after it.
+    """
+    for name, table in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(table, nn.Embedding) and table.padding_idx is not None:
+            return table.num_embeddings - table.padding_idx - 1
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
+
+
+def check_max_length(model: PreTrainedModel, max_length: int) -> None:
     """Refuse sequences that are longer than the model has positions for.
 
     Raises:
-        CompressKitError: `max_length` above the configuration's `max_position_embeddings`.
+        CompressKitError: `max_length` above them.
     """
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(positions, int) and 0 < positions < max_length:
+    positions = token_positions(model)
+    if positions is not None and positions < max_length:
         raise CompressKitError(
             f"{max_length} is more than the model's {positions} positions",
             where="data.max_length",

@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compresskit.data import Sequences
+from compresskit.data import Sequences, token_positions
 from compresskit.evaluate.latency import batch_latency, measure_latency, model_latency
 from compresskit.evaluate.quality import Fidelity
 from compresskit.evaluate.size import count_parameters, state_dict_bytes
@@ -45,6 +45,6 @@ def evaluate(
         figures |= batch_latency(model, next(fidelity.sequences.batches(batch)), rounds=rounds)
     elif rounds:
         assert isinstance(tokenizer, PreTrainedTokenizerBase)
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or length
+        positions = token_positions(model) or length
         figures |= model_latency(model, tokenizer, batch=batch, length=min(length, positions), rounds=rounds)
     return figures | fidelity.measure(model)

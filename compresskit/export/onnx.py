@@ -19,10 +19,11 @@ from typing import Any, Literal
 import onnx_ir as ir
 import torch
 from pydantic import Field
-from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase
 
 from compresskit.cache import cache_folder
-from compresskit.data import Batch, Sequences
+from compresskit.data import Batch, Sequences, token_positions
+from compresskit.evaluate.latency import random_batch
 from compresskit.evaluate.quality import LEAST_COMPARED
 from compresskit.export import fidelity, parity
 from compresskit.export.base import EXPORTERS, Exporter
@@ -30,13 +31,14 @@ from compresskit.export.baseline import Baseline, export_baseline
 from compresskit.export.files import count_operators, model_bytes, save_graph
 from compresskit.export.fusion import set_accuracy
 from compresskit.export.runtime import (
+    by_shape,
     compare_latency,
     default_threads,
     latency_entry,
     open_session,
     repeated_cases,
     speed_entry,
-    text_cases,
+    text_shapes,
 )
 from compresskit.export.trace import OUTPUTS, trace
 from compresskit.student import Student
@@ -125,8 +127,7 @@ class OnnxExport(Exporter):
             paths = {"baseline": files.float_model, "stock_int8": files.int8_model, "student": path}
         sessions = {name: open_session(file, threads=threads) for name, file in paths.items()}
         is_text = isinstance(student.corpus.evaluation, Sequences)
-        positions = getattr(student.model.config.get_text_config(), "max_position_embeddings", None)
-        cases = text_cases(vocabulary_size(student.model), positions) if is_text else repeated_cases(batch)
+        cases = text_cases(student) if is_text else repeated_cases(batch)
         rows = compare_latency(sessions, cases, rounds=self.rounds)
         entry: dict[str, Any] = {"latency_ms": latency_entry(rows["student"]), "threads": threads}
         if not self.baselines:
@@ -145,10 +146,12 @@ class OnnxExport(Exporter):
         return entry
 
 
-def vocabulary_size(model: PreTrainedModel) -> int:
-    """Token ids that the model knows."""
-    embedding: Any = model.get_input_embeddings()
-    return int(embedding.num_embeddings)
+def text_cases(student: Student) -> dict[str, Batch]:
+    """Unpadded texts of ordinary tokens, by the shapes that latencies are told for."""
+    tokenizer = student.tokenizer
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    shapes = text_shapes(token_positions(student.model))
+    return by_shape(complete_batch(student, random_batch(tokenizer, *shape)) for shape in shapes)
 
 
 def complete_batch(student: Student, batch: Batch) -> Batch:
@@ -164,7 +167,8 @@ def sample_batch(student: Student) -> Batch:
     evaluation = student.corpus.evaluation
     if not isinstance(evaluation, Sequences):
         return next(evaluation.batches(2))
-    ids = torch.arange(12).view(2, 6) % vocabulary_size(student.model)
+    embedding: Any = student.model.get_input_embeddings()
+    ids = torch.arange(12).view(2, 6) % int(embedding.num_embeddings)
     mask = torch.ones_like(ids)
     mask[1, 4:] = 0
     return complete_batch(student, {"input_ids": ids, "attention_mask": mask})

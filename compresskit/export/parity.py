@@ -89,6 +89,11 @@ def _unmasked(values: np.ndarray, batch: Batch) -> np.ndarray:
     return values[mask] if values.shape[:2] == mask.shape else values
 
 
+def _range(values: np.ndarray) -> np.ndarray:
+    """The least and the greatest value, and zero between them: what a dynamic scale is made of."""
+    return np.array([min(values.min(), 0.0), max(values.max(), 0.0)])
+
+
 def model_outputs(model: nn.Module, batches: list[Batch], *, output: str) -> list[np.ndarray]:
     """What the model gives for each batch, in torch."""
     with torch.no_grad():
@@ -170,9 +175,12 @@ def compare_segments(
         with torch.no_grad(), _forced(model, forced, seen):
             expected = model(**batch)[output].numpy()
         differences[output].add(_unmasked(got[output], batch), _unmasked(expected, batch))
-        # Padding counts here: it takes part in the one scale of the tensor.
         for layer, value in points.items():
-            differences[layer].add(got[value], seen[layer].numpy())
+            ours, theirs = got[value], seen[layer].numpy()
+            differences[layer].add(_unmasked(ours, batch), _unmasked(theirs, batch))
+            # Padding counts by its part in the one scale of the tensor; what a query of padding that may read no token
+            # gives (in sliding windows) is for each implementation to say.
+            differences[layer].add(_range(ours), _range(theirs))
     worst = max(differences, key=lambda name: differences[name].relative)
     return {
         "relative_error": differences[worst].relative,

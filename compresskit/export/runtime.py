@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-import torch
 from torch import Tensor
 
 from compresskit.data import Batch
@@ -43,27 +42,24 @@ def run_session(session: ort.InferenceSession, inputs: Mapping[str, Tensor | np.
     return np.asarray(session.run(None, feed)[0])
 
 
-def text_cases(vocabulary: int, positions: int | None) -> dict[str, Batch]:
-    """Unpadded inputs of random tokens by their shape: one text of 16 and of 64 tokens, eight of 64; types are zero.
+def text_shapes(positions: int | None) -> list[tuple[int, int]]:
+    """The (texts, tokens) that latencies are told for: one text of 16 and of 64 tokens, eight of 64.
 
     Args:
-        vocabulary: token ids are below this.
         positions: tokens that the model can place, where that has an end; longer shapes are cut to it.
     """
-    cases: dict[str, Batch] = {}
-    for shape in dict.fromkeys((texts, min(length, positions or length)) for texts, length in _SHAPES):
-        ids = torch.from_numpy(np.random.default_rng(0).integers(0, vocabulary, shape))
-        cases["x".join(map(str, shape))] = {
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
-            "token_type_ids": torch.zeros_like(ids),
-        }
-    return cases
+    return list(dict.fromkeys((texts, min(length, positions or length)) for texts, length in _SHAPES))
 
 
 def repeated_cases(examples: Batch) -> dict[str, Batch]:
-    """The first of some examples, once and in batches, by the shape of the first input."""
-    cases = [{name: tensor[:1].repeat_interleave(size, 0) for name, tensor in examples.items()} for size in _BATCHES]
+    """The first of some examples, once and in batches."""
+    return by_shape(
+        {name: tensor[:1].repeat_interleave(size, 0) for name, tensor in examples.items()} for size in _BATCHES
+    )
+
+
+def by_shape(cases: Iterable[Batch]) -> dict[str, Batch]:
+    """Inputs by the shape of their first tensor, as "1x64"."""
     return {"x".join(map(str, next(iter(case.values())).shape)): case for case in cases}
 
 

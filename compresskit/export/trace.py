@@ -10,7 +10,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import onnx_ir as ir
@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.exporters.configs import OnnxConfig
 from transformers.exporters.exporter_onnx import OnnxExporter
 from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
-from transformers.masking_utils import bidirectional_mask_function
+from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 
 from compresskit.data import Batch
 from compresskit.errors import CompressKitError
@@ -73,10 +73,12 @@ def _node_attention(
     return merged_output.view(batch, length, heads, width), None
 
 
-def _node_mask(*, mask_function: object, attention_mask: Tensor | None = None, **_: object) -> Tensor | None:
+def _node_mask(
+    *, mask_function: Callable[..., Any], attention_mask: Tensor | None = None, **arguments: Any
+) -> Tensor | None:
     """True where a token may be read: (batch, 1, length, length), since the operator broadcasts no queries."""
-    if mask_function is not bidirectional_mask_function:
-        raise CompressKitError("this encoder has an attention pattern that cannot be fused", fix="set fuse: false")
+    if mask_function is not bidirectional_mask_function:  # sliding windows, say
+        return sdpa_mask(mask_function=mask_function, attention_mask=attention_mask, **arguments)
     if attention_mask is None:
         return None
     length = attention_mask.shape[1]
@@ -140,9 +142,6 @@ def trace(
         output: the name of the wanted output; what only others need is dropped.
         fuse: use ONNX Runtime's fused operators, which compute the same in fewer steps.
         opset: ONNX operator set; None takes the exporter's default, or 23 where attention becomes one node.
-
-    Raises:
-        CompressKitError: an encoder whose attention pattern cannot be fused.
     """
     as_node = (
         fuse
@@ -150,8 +149,25 @@ def trace(
         and _looks_both_ways(model)
         and (opset or _ATTENTION_OPSET) >= _ATTENTION_OPSET
     )
+    graph = _export(model, batch, as_node=as_node, opset=opset or _ATTENTION_OPSET if as_node else opset)
+    if as_node and any(node.op_type == "RotaryEmbedding" for node in graph.graph):
+        # That operator set brings this operator too, and ONNX Runtime's does not broadcast its tables over a batch.
+        as_node, graph = False, _export(model, batch, as_node=False, opset=opset)
+    _keep_output(graph, output)
     if as_node:
-        opset = opset or _ATTENTION_OPSET
+        fuse_encoder(graph)
+    elif fuse:
+        fuse_float(graph)
+        prefer_sums(graph)
+    share_tables(graph)
+    _name_axes(graph, list(batch))
+    # Each node came with the stack trace of the machine it was traced on.
+    ClearMetadataAndDocStringPass()(graph)
+    return graph
+
+
+def _export(model: PreTrainedModel, batch: Batch, *, as_node: bool, opset: int | None) -> ir.Model:
+    """The graph as the exporter makes it."""
     # Spelt-out attention is what the float fusions recognise best in an encoder; decoders keep their own.
     own = model.config._attn_implementation or "eager"
     attention = _NODE_ATTENTION if as_node else "eager" if _looks_both_ways(model) else own
@@ -163,18 +179,7 @@ def trace(
     if hasattr(model.config, "use_cache"):
         inputs["use_cache"] = False
     with working("tracing the graph"), quiet_exporters(), _attention(model, attention), emit_operators():
-        graph = OnnxExporter().export(model, inputs, config=config).program
-        _keep_output(graph, output)
-        if as_node:
-            fuse_encoder(graph)
-        elif fuse:
-            fuse_float(graph)
-            prefer_sums(graph)
-        share_tables(graph)
-    _name_axes(graph, list(batch))
-    # Each node came with the stack trace of the machine it was traced on.
-    ClearMetadataAndDocStringPass()(graph)
-    return graph
+        return OnnxExporter().export(model, inputs, config=config).program
 
 
 def fuse_float(model: ir.Model) -> None:

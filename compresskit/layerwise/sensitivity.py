@@ -12,7 +12,7 @@ error can be made there.
 
 # T tokens, O out, I in, r min(I, O)
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -84,11 +84,7 @@ def collect_fisher(
         sums[block,] = Fisher(torch.zeros(width, width), 0.0, 0, width), None
     with _frozen(model), without_cache(model), torch.enable_grad():
         for batch in batches:
-            gradients = _output_gradients(model, batch, {name for group in sums for name in group}, generator)
-            real = batch["attention_mask"].bool().flatten()
-            for group, (fisher, basis) in sums.items():
-                if all(name in gradients for name in group):
-                    _add(fisher, torch.cat([gradients[name][real] for name in group], dim=1), basis)
+            _add_batch(model, batch, sums, generator)
     return {group: fisher for group, (fisher, _) in sums.items()}
 
 
@@ -106,17 +102,26 @@ def _add(fisher: Fisher, g: Tensor, basis: Tensor | None) -> None:
     fisher.matrix.addmm_(projected.T, projected)
 
 
-def _output_gradients(
-    model: PreTrainedModel, batch: Batch, names: Iterable[str], generator: torch.Generator
-) -> dict[str, Tensor]:
-    """∂ log p(label) / ∂ y of each named linear or block that was run, (tokens, O), padding included."""
-    gradients: dict[str, Tensor] = {}
+def _add_batch(
+    model: PreTrainedModel, batch: Batch, sums: Mapping[Group, tuple[Fisher, Tensor | None]], generator: torch.Generator
+) -> None:
+    """Add g = ∂ log p(label) / ∂ y at every real token to each group; a gradient goes once its last group has it."""
+    groups = {name: [group for group in sums if name in group] for group in sums for name in group}
+    waiting: dict[Group, dict[str, Tensor]] = {group: {} for group in sums}
+    real = batch["attention_mask"].bool().flatten()
+
+    def arrive(name: str, gradient: Tensor) -> None:
+        for group in groups[name]:
+            waiting[group][name] = gradient.flatten(0, -2)[real]
+            if len(waiting[group]) == len(group):
+                there = waiting.pop(group)
+                _add(sums[group][0], torch.cat([there[one] for one in group], dim=1), sums[group][1])
 
     def watch(name: str, _module: nn.Module, _args: object, given: Tensor | tuple[Tensor, ...]) -> None:
         output = given if isinstance(given, Tensor) else given[0]
-        output.register_hook(lambda gradient: gradients.__setitem__(name, gradient.flatten(0, -2)))
+        output.register_hook(partial(arrive, name))
 
-    handles = [model.get_submodule(name).register_forward_hook(partial(watch, name)) for name in names]
+    handles = [model.get_submodule(name).register_forward_hook(partial(watch, name)) for name in groups]
     embeddings = model.get_input_embeddings()
     # A copy, because some models go on to add to it in place.
     handles.append(embeddings.register_forward_hook(lambda _module, _args, given: given.requires_grad_().clone()))
@@ -126,7 +131,6 @@ def _output_gradients(
     finally:
         for handle in handles:
             handle.remove()
-    return gradients
 
 
 @contextmanager

@@ -31,8 +31,9 @@ from compresskit.surgery.sites import Site
 #: Raised by one whenever the same model and text would give another survey.
 VERSION = 1
 #: Calibration tokens that each look reads: gradients, moments, trials.
-FISHER_TOKENS, WALK_TOKENS, TRIAL_TOKENS = 4096, 4096, 512
-_BATCH_TOKENS = 512
+FISHER_TOKENS, WALK_TOKENS, TRIAL_TOKENS = 2048, 2048, 512
+#: Tokens whose graph is in memory for a backward pass.
+_GRAPH_TOKENS = 256
 #: Ranks that are tried, as shares of the full rank.
 _TRIED = (0.35, 0.7)
 
@@ -110,9 +111,9 @@ def first_tokens(sequences: Sequences, tokens: int) -> Sequences:
     return sequences.limit(max(2, tokens // longest))
 
 
-def _batches(sequences: Sequences, tokens: int) -> list[Batch]:
+def _batches(sequences: Sequences, tokens: int, *, together: int) -> list[Batch]:
     chosen = first_tokens(sequences, tokens)
-    return list(chosen.batches(max(1, _BATCH_TOKENS // max(1, *(len(row) for row in chosen.rows)))))
+    return list(chosen.batches(max(1, together // max(1, *(len(row) for row in chosen.rows)))))
 
 
 def _measure(
@@ -122,9 +123,9 @@ def _measure(
     groups = [group for site in sites for group in site_groups(site)]
     fisher: dict[Group, Fisher] = {}
     if weighted:
-        batches = track(_batches(text, FISHER_TOKENS), "measuring sensitivities")
+        batches = track(_batches(text, FISHER_TOKENS, together=_GRAPH_TOKENS), "measuring sensitivities")
         fisher = collect_fisher(model, batches, groups, torch.Generator().manual_seed(seed))
-    trials = Trials(model, _batches(text, TRIAL_TOKENS)) if measured else None
+    trials = Trials(model, _batches(text, TRIAL_TOKENS, together=TRIAL_TOKENS)) if measured else None
     stored: dict[str, Tensor] = {}
 
     def look(site: Site, moments: Moments) -> None:

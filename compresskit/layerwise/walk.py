@@ -35,8 +35,8 @@ from compresskit.surgery.sites import Site, find_blocks, without_cache
 
 #: Sequences without which nothing can be kept apart to choose the shrinkage by.
 LEAST_CALIBRATION = 2
-#: Tokens whose inputs and targets are copied to float64 together; a whole batch of a wide layer is a hundred megabytes.
-_TOKENS_IN_DOUBLE = 512
+#: Numbers of inputs and targets that are copied to float64 together; a whole batch of a wide layer is too much memory.
+_NUMBERS_IN_DOUBLE = 2**21
 _NO_WALK = "low_rank, prune_width and quantize need a plain chain of blocks; distil it into one, or use another model"
 
 
@@ -262,7 +262,7 @@ class Walk:
                 assert given is not None
                 lane.student = given
                 for name, x in watch.inputs.items():
-                    for rows in torch.cat([lane.fit_rows, lane.held_out_rows]).split(_TOKENS_IN_DOUBLE):
+                    for rows in _parts(torch.cat([lane.fit_rows, lane.held_out_rows]), x.shape[-1]):
                         sums[name].update_input(_flat(x)[rows])
             for site in here:
                 self._check_reached(site, sums[site.linears[0]].count)
@@ -344,17 +344,19 @@ class Walk:
         weight, bias = stacked_weight(list(linears.values()))
         fit, held_out = (Moments.zeros(weight.shape[1], weight.shape[0]) for _ in range(2))
         anchored = self._is_anchored(site, lanes[0])
+        # What the layers give today is read only where it is a part of the target.
+        read_outputs = anchored and (site.writes_stream or self._anchor < 1)
         block = self._student.model.get_submodule(self._blocks[site.block])
         reader = {site.linears[0]: linears[site.linears[0]]}
         for lane in lanes:
             writers = site.linears if anchored and site.writes_stream else ()
-            watch = Watch(linears if anchored else {}, writers, read=reader, stop_early=True)
+            watch = Watch(linears if read_outputs else {}, writers, read=reader, stop_early=True)
             watch.run(partial(lane.run, block, site.block, lane.student))
             if site.linears[0] not in watch.inputs:
                 continue
             x = _flat(watch.inputs[site.linears[0]])
             for moments, all_rows in ((fit, lane.fit_rows), (held_out, lane.held_out_rows)):
-                for rows in all_rows.split(_TOKENS_IN_DOUBLE):
+                for rows in _parts(all_rows, sum(weight.shape)):
                     if anchored:
                         moments.update(x[rows], self._target(site, lane, watch, rows))
                     else:
@@ -376,17 +378,22 @@ class Walk:
 
     def _target(self, site: Site, lane: _Lane, watch: Watch, rows: Tensor) -> Tensor:
         """t (tokens, O) of the tokens `rows` of one batch."""
-        y = torch.cat([_flat(watch.outputs[name])[rows] for name in site.linears], dim=1)
         first = site.linears[0]
+        given = [_flat(watch.outputs[name])[rows] for name in site.linears if name in watch.outputs]
         if site.writes_stream:
             was, now = lane.beside[f"{self._original_name(first)}+"], _flat(watch.streams[first])
-            return y + self._anchor * (was[rows] - now[rows])
-        y0 = [self._keep(name, lane.beside[self._original_name(name)][rows]) for name in site.linears]
-        return torch.lerp(y, torch.cat(y0, dim=1), self._anchor)
+            return torch.cat(given, dim=1) + self._anchor * (was[rows] - now[rows])
+        y0 = torch.cat([self._keep(name, lane.beside[self._original_name(name)][rows]) for name in site.linears], dim=1)
+        return torch.lerp(torch.cat(given, dim=1), y0, self._anchor) if given else y0
 
     def _keep(self, name: str, outputs: Tensor) -> Tensor:
         kept = self._kept.get(self._original_name(name))
         return outputs if kept is None else outputs[:, kept]
+
+
+def _parts(rows: Tensor, width: int) -> tuple[Tensor, ...]:
+    """`rows` in parts of tokens that may be copied to float64 together, `width` numbers each."""
+    return rows.split(max(1, _NUMBERS_IN_DOUBLE // width))
 
 
 def _flat(hidden: Tensor) -> Tensor:

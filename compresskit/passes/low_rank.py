@@ -80,7 +80,10 @@ class LowRank(Pass):
     )
     bias: bool = Field(default=True, description="give a bias to layers that have none, to fold the mean into")
     anchor: float = Field(
-        default=1.0, ge=0, le=1, description="how far the target moves to the original's output (alpha)"
+        default=0.0,
+        ge=0,
+        le=1,
+        description="how far the target moves to the original's output (alpha); above 0 takes twice the time",
     )
     refine: Literal["none", "block"] = Field(
         default="none", description="block: train each block's factors together to give what the original's block does"
@@ -93,7 +96,7 @@ class LowRank(Pass):
 
     adds: ClassVar[frozenset[Trait]] = frozenset({"low_rank"})
     refuses: ClassVar[frozenset[Trait]] = frozenset({"quantized"})
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     needs: ClassVar[frozenset[Part]] = frozenset({"calibration"})
 
     @model_validator(mode="after")

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pandas
 import pytest
-from transformers import AutoConfig, AutoTokenizer, T5Config
+import torch
+from transformers import AutoModel, AutoTokenizer, T5Config, T5EncoderModel
 
-from compresskit.data import Corpus, DataSource, Sequences, check_max_length, prepare_corpus
+from compresskit.data import Corpus, DataSource, Sequences, check_max_length, prepare_corpus, token_positions
 from compresskit.data.prepare import Sizes, order_by_hash, split_sequences, split_windows
 from compresskit.data.source import join_lines
 from compresskit.errors import CompressKitError, RunFailedError
 from compresskit.models import find_model, load_tokenizer
+from tests.families import tiny
 
 SMALL = {"max_length": 16, "calibration": 20, "training": 100, "evaluation": 30}
 
@@ -323,12 +325,26 @@ def test_an_unknown_hub_name_without_network_is_refused(tokenizer):
 
 
 def test_more_tokens_than_positions_are_refused(tiny_bert_folder, tokenizer):
-    config = AutoConfig.from_pretrained(tiny_bert_folder)
-    check_max_length(config, 64)
+    model = AutoModel.from_pretrained(tiny_bert_folder)
+    check_max_length(model, 64)
     with pytest.raises(CompressKitError, match="65 is more than the model's 64 positions"):
-        check_max_length(config, 65)
-    check_max_length(T5Config(), 10**6)
+        check_max_length(model, 65)
     assert "tokenizer's 64 tokens" in str(refused(tokenizer, max_length=65))
+
+
+@pytest.mark.parametrize("family", ["roberta", "distilbert", "llama"])
+def test_a_text_as_long_as_the_model_has_positions_runs(family):
+    model = tiny(family)
+    longest = token_positions(model)
+    assert longest == (62 if family == "roberta" else 64)
+    assert model(torch.full((1, longest), 5))[0].isfinite().all()
+
+
+def test_a_model_without_a_table_of_positions_has_no_longest_text():
+    config = T5Config(vocab_size=32, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    model = T5EncoderModel(config)
+    assert token_positions(model) is None
+    check_max_length(model, 10**6)
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import copy
 import json
 import subprocess
 import sys
@@ -13,7 +14,16 @@ import torch
 from onnx import numpy_helper
 from tiny_tokenizer import make_tokenizer
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ModernBertConfig,
+    ModernBertModel,
+)
 
 from compresskit.data import Corpus, Sequences
 from compresskit.errors import RunFailedError
@@ -242,6 +252,24 @@ def test_an_encoder_in_integers_is_one_fused_operator_per_attention(
     assert entry["parity"]["relative_error"] <= 1e-5
     _assert_all_shapes_agree(student, folder / MODEL_FILE, "last_hidden_state")
     _assert_integers_are_the_students(student, folder / MODEL_FILE)
+
+
+def test_an_encoder_of_windows_and_rotary_positions_runs_in_integers(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    shape = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+    config = ModernBertConfig(**shape, **special, intermediate_size=64, local_attention=6, global_attn_every_n_layers=2)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        models = [ModernBertModel(config).eval()]
+    models.append(copy.deepcopy(models[0]))
+    student = Student(models[0], models[1], tokenizer, "feature-extraction", _corpus(len(tokenizer)))
+    _quantize(student, _linears(student), bits=8, group_size=0, act="int8")
+    entry = OnnxExport(**FAST).write(student, tmp_path / "onnx")  # type: ignore[arg-type]
+    assert entry["operators"]["com.microsoft::MatMulIntegerToFloat"] == 8
+    assert entry["parity"]["relative_error"] <= 1e-5
+    _assert_all_shapes_agree(student, tmp_path / "onnx" / MODEL_FILE, "last_hidden_state")
+    _assert_integers_are_the_students(student, tmp_path / "onnx" / MODEL_FILE)
 
 
 @pytest.mark.parametrize("change", ["float", "low_rank_weights_and_tied_head", *SLOW])
