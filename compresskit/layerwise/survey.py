@@ -31,7 +31,7 @@ from compresskit.surgery.sites import Site
 #: Raised by one whenever the same model and text would give another survey.
 VERSION = 1
 #: Calibration tokens that each look reads: gradients, moments, trials.
-FISHER_TOKENS, WALK_TOKENS, TRIAL_TOKENS = 2048, 2048, 512
+FISHER_TOKENS, WALK_TOKENS, TRIAL_TOKENS = 4096, 4096, 512
 #: Tokens whose graph is in memory for a backward pass.
 _GRAPH_TOKENS = 256
 #: Ranks that are tried, as shares of the full rank.
