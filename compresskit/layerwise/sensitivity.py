@@ -27,8 +27,9 @@ from compresskit.layerwise.output_pca import OutputMetric
 from compresskit.layerwise.weights import stacked_weight
 from compresskit.surgery.sites import find_blocks, without_cache
 
-#: What every direction counts beside what was measured, in units of the mean: few tokens leave some at zero.
-_DAMPING = 1e-2
+#: What every direction counts beside what was measured, in units of the mean: few tokens leave some at zero. Of 0.01 and
+#: 0.1 the latter left 5 % less KL on both texts (SmolLM2-135M, keep 0.8, 4096 tokens, one seed).
+_DAMPING = 0.1
 #: The same where no gradient at all reaches a layer.
 _NOTHING = 1e-12
 

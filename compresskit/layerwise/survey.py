@@ -29,7 +29,7 @@ from compresskit.student import Student
 from compresskit.surgery.sites import Site
 
 #: Raised by one whenever the same model and text would give another survey.
-VERSION = 1
+VERSION = 2
 #: Calibration tokens that each look reads: gradients, moments, trials.
 FISHER_TOKENS, WALK_TOKENS, TRIAL_TOKENS = 4096, 4096, 512
 #: Tokens whose graph is in memory for a backward pass.
