@@ -36,7 +36,9 @@ from compresskit.student import Student
 from compresskit.surgery.edits import MakeLowRank
 from compresskit.surgery.sites import find_anatomy
 
-_CITED = {"allocation": "uniform", "metric": "output", "pivot": False, "share": False}
+# Ranks are not rounded, so that every layer holds its whole share.
+_UNIFORM = {"allocation": "uniform", "round_to": 1}
+_CITED = {**_UNIFORM, "metric": "output", "pivot": False, "share": False}
 METHODS: dict[str, dict[str, Any] | None] = {
     "svd": None,
     "asvd": None,
@@ -44,8 +46,8 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "pca-0.5": {**_CITED, "anchor": 0.5},
     "pca-1": {**_CITED, "anchor": 1.0},
     "pivot": {**_CITED, "anchor": 0.0, "pivot": True},
-    "fisher": {"allocation": "uniform", "anchor": 0.0, "pivot": False},
-    "fisher-pivot": {"allocation": "uniform", "anchor": 0.0},
+    "fisher": {**_UNIFORM, "anchor": 0.0, "pivot": False},
+    "fisher-pivot": {**_UNIFORM, "anchor": 0.0},
     "energy-output": {"allocation": "energy", "anchor": 0.0, "metric": "output"},
     "energy": {"allocation": "energy", "anchor": 0.0},
     "energy-0.5": {"allocation": "energy", "anchor": 0.5},
@@ -53,7 +55,7 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "kl": {"allocation": "kl", "anchor": 0.0},
     "kl-0.5": {"allocation": "kl", "anchor": 0.5},
     "kl-1": {"allocation": "kl", "anchor": 1.0},
-    "refine": {"allocation": "energy", "anchor": 0.5, "refine": "block"},
+    "refine": {"allocation": "energy", "anchor": 0.0, "refine": "block"},
 }
 _ASVD_POWER = 0.5
 
@@ -65,7 +67,7 @@ def truncate(student: Student, keep: float, scales: dict[str, Tensor]) -> None:
         assert isinstance(layer, nn.Linear)
         weight, bias = layer.weight.detach().double(), layer.bias
         scale = scales.get(name, torch.ones(layer.in_features)).double()
-        rank = rank_for(keep, layer.out_features, layer.in_features)
+        rank = rank_for(keep, layer.out_features, layer.in_features, round_to=1)
         U, S, V = torch.linalg.svd(weight * scale, full_matrices=False)
         student.edit(MakeLowRank(targets=(name,), rank=rank, bias=bias is not None))
         new = student.model.get_submodule(name)
