@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 from compresskit.data import DataSource, prepare_examples
 from compresskit.engine import LOG, Progress, run
 from compresskit.errors import CompressKitError, ManyErrors
-from compresskit.evaluate import Fidelity
+from compresskit.evaluate import Fidelity, state_dict_bytes
 from compresskit.evaluate import evaluate as evaluate_model
 from compresskit.export import Exporter
-from compresskit.models import find_model, guess_task, load_model
+from compresskit.models import find_model, guess_task, load_model, stored_dtype
 from compresskit.passes import Pass
 from compresskit.processors import load_processor
 from compresskit.recipe import parse_recipe
@@ -144,11 +144,19 @@ def measure(
     task = str(task or facts.get("task") or guess_task(source))
     text = data or DataSource.model_validate(facts.get("data", {}))
     processor = load_processor(source, task)
+    if original is None and facts.get("source") not in (None, source.fingerprint):
+        raise CompressKitError(
+            f"{name} is not the model that {student} was made from: its files have changed since",
+            where="model",
+            fix="name the right one with --original MODEL",
+        )
     teacher = load_model(source, task).requires_grad_(False)
     corpus = prepare_examples(text, processor, teacher.config, task=task, seed=facts.get("seed", 0))
     fidelity = Fidelity(teacher, corpus.evaluation, task=task, sentence=read_sentence_embedding(source.folder))
     models = {"original": teacher, "student": load_student_model(student, task)[0]}
-    return {label: evaluate_model(model, fidelity, processor) for label, model in models.items()}
+    figures = {label: evaluate_model(model, fidelity, processor) for label, model in models.items()}
+    figures["original"]["size_bytes"] = state_dict_bytes(teacher, stored_dtype(source))
+    return figures
 
 
 def read_data_option(text: str | None) -> DataSource | None:

@@ -67,6 +67,8 @@ def run(
             report = Step(output).read("report.json")
             warn_of_other_versions(report["passes"], len(report["passes"]), progress)
             return report
+        if store.holds_other_result(prints.result):
+            progress(f"{output} holds the result of other passes, exports or versions: it will be replaced")
         altered = store.altered(prints.result)
         if altered:
             progress(f"{output / altered} was altered or removed since the run ended: the result is made again")
@@ -163,7 +165,7 @@ class _Run:
                 "kind": kind,
                 "options": one.model_dump(mode="json", serialize_as_any=True, exclude={"kind"}) if one else {},
                 "params": count_parameters(self.student.model),
-                "size_bytes": state_dict_bytes(self.student.model),
+                "size_bytes": state_dict_bytes(self.student.model) if one else self.job.forecast.steps[0].size_bytes,
                 "metrics": self._figures(self.student.model) if self._measures(index) else {},
                 "elapsed_s": round(elapsed_s, 3),
                 "versions": computing_versions(),
@@ -304,9 +306,14 @@ def prove_reloads(student: Student, folder: Path) -> None:
     fix = "leave this pass out, or report the bug together with the recipe"
     if edits != student.edits:
         raise RunFailedError(f"the saved student has {len(edits)} edits, the student {len(student.edits)}", fix=fix)
-    # Weights from a file lie mapped at odd addresses; library kernels may add up in another order there.
-    for tensor in [*reloaded.parameters(), *reloaded.buffers()]:
-        tensor.data = tensor.data.clone()
+    ours, theirs = student.model.state_dict(), reloaded.state_dict()
+    differing = sorted(
+        name
+        for name in ours.keys() | theirs.keys()
+        if name not in ours or name not in theirs or not torch.equal(ours[name], theirs[name])
+    )
+    if differing:
+        raise RunFailedError(f"the saved student, loaded again, has another {differing[0]}", fix=fix)
     expected, found = _answer(student.model, student), _answer(reloaded, student)
     if expected.shape != found.shape:
         what = f"the saved student gives outputs {tuple(found.shape)}, the student {tuple(expected.shape)}"

@@ -14,6 +14,8 @@ _PACKAGES = ("compresskit", "torch", "transformers", "onnxruntime", "onnx", "num
 
 #: Another version of one of these may give other weights from the same options.
 _COMPUTING = ("compresskit", "torch", "transformers")
+#: Another version of one of these may give another file of the same student.
+_EXPORTING = ("compresskit", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
 
 
 def describe_environment() -> dict[str, Any]:
@@ -28,6 +30,11 @@ def describe_environment() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "versions": _versions(_PACKAGES),
     }
+
+
+def exporting_versions() -> dict[str, str]:
+    """The versions of what makes an exported file of the same student, by package."""
+    return _versions(_EXPORTING)
 
 
 def computing_versions() -> dict[str, str]:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from compresskit.errors import CompressKitError, ManyErrors
 from compresskit.evaluate import count_parameters, state_dict_bytes
-from compresskit.models import ModelSource, load_config, load_empty
+from compresskit.models import ModelSource, load_config, load_empty, stored_dtype
 from compresskit.passes import Pass
 from compresskit.recipe import Recipe
 from compresskit.surgery.edits import Edit, PruneHeads, PruneNeurons, replay
@@ -58,7 +58,8 @@ def foretell(recipe: Recipe, source: ModelSource, task: str) -> Forecast:
         ManyErrors: every pass whose options do not fit the model it would meet.
     """
     model = load_empty(source, task)
-    steps = [Expected("original", count_parameters(model), state_dict_bytes(model))]
+    in_memory = state_dict_bytes(model)
+    steps = [Expected("original", count_parameters(model), state_dict_bytes(model, stored_dtype(source)))]
     weights = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)}
     activations = _activation_bytes(recipe, model)
     mistakes: list[CompressKitError] = []
@@ -73,10 +74,10 @@ def foretell(recipe: Recipe, source: ModelSource, task: str) -> Forecast:
     if mistakes:
         raise ManyErrors(mistakes)
     edits = [edit for step in steps for edit in step.edits]
-    largest = max(step.size_bytes for step in steps)
+    largest = max(in_memory, *(step.size_bytes for step in steps))
     return Forecast(
         steps=tuple(steps),
-        memory_bytes=steps[0].size_bytes + largest + max(largest, activations),
+        memory_bytes=in_memory + largest + max(largest, activations),
         is_stock=_is_stock(source, edits, load_empty(source, task)),
         warnings=(*_overlaps(steps, weights), *_late_strength(recipe.passes, steps)),
     )

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from compresskit.data import Corpus, check_max_length, prepare_examples
+from compresskit.environment import exporting_versions
 from compresskit.errors import CompressKitError, ManyErrors
 from compresskit.evaluate.quality import LEAST_COMPARED
 from compresskit.forecast import Forecast, foretell
@@ -100,6 +101,6 @@ def take_prints(job: Job) -> Prints:
     read = [[find_model(name).fingerprint for name in one.models_read()] for one in recipe.passes]
     steps = (start, *chain(start, recipe.passes, read))
     written = [[one.version, one.model_dump(mode="json", serialize_as_any=True)] for one in recipe.export]
-    result = digest([steps[-1], written, recipe.evaluate])
+    result = digest([steps[-1], written, recipe.evaluate, exporting_versions() if written else {}])
     said = recipe.model_dump(mode="json", include={"model", "gguf_file", "data", "seed"})
-    return Prints(steps, result, {**said, "task": job.task, "fingerprint": start})
+    return Prints(steps, result, {**said, "task": job.task, "source": job.source.fingerprint, "fingerprint": start})

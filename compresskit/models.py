@@ -7,16 +7,20 @@ that bring their own code are refused.
 import hashlib
 import importlib.util
 import inspect
+import json
+import math
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -44,6 +48,7 @@ TASKS: dict[str, Any] = {
     "token-classification": AutoModelForTokenClassification,
     "image-classification": AutoModelForImageClassification,
 }
+AnswerKind = Literal["states", "classes", "labels", "scores"]
 #: What transformers raises over files that are damaged, contradict themselves or want code of their own.
 _LOADER_ERRORS = (
     SafetensorError,
@@ -216,6 +221,23 @@ def load_empty(source: ModelSource, task: str) -> PreTrainedModel:
         return auto.from_config(config, trust_remote_code=False, **options).eval()
 
 
+def stored_dtype(source: ModelSource) -> torch.dtype:
+    """The floating type of most weights in a model's files: float32, bfloat16 or float16.
+
+    Raises:
+        CompressKitError: weights whose header cannot be read.
+    """
+    elements: Counter[str] = Counter()
+    with explained(source, "the model", _WEIGHTS_FIX):
+        for path in safetensors_source(source).folder.glob("*.safetensors"):
+            with safe_open(path, framework="pt") as stored:
+                for name in stored.keys():  # noqa: SIM118 - no mapping
+                    part = stored.get_slice(name)
+                    elements[part.get_dtype()] += math.prod(part.get_shape())
+    halves = {"BF16": torch.bfloat16, "F16": torch.float16}
+    return halves.get(max(elements, key=elements.__getitem__, default=""), torch.float32)
+
+
 def _pooler_option(source: ModelSource, auto: Any, config: PretrainedConfig) -> dict[str, bool]:
     """What leaves out a pooler without weights: encoders saved with another head have none, and no task reads it.
 
@@ -273,6 +295,9 @@ def _read_model(source: ModelSource, task: str, *, device: str) -> PreTrainedMod
             **options,
         )
     _refuse_misfits(source, task, info)
+    # Weights from a file lie mapped at odd addresses, where library kernels may add up in another order.
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data = tensor.data.clone()
     return model.eval()
 
 
@@ -290,6 +315,39 @@ def _refuse_misfits(source: ModelSource, task: str, info: dict[str, Any]) -> Non
         raise CompressKitError(
             f"{source.name} has no weights for {names}", where="model", fix=f"task {task!r} may be the wrong one"
         )
+
+
+def model_fingerprint(model: PreTrainedModel) -> str:
+    """sha256 over a model's weights and config."""
+    config = {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
+        digest.update(
+            value.detach().cpu().contiguous().view(torch.uint8).numpy() if value.ndim else str(value).encode()
+        )
+    return digest.hexdigest()
+
+
+def task_of(model: PreTrainedModel) -> str:
+    """The task that a model's class is for: a key of `TASKS`."""
+    for task, auto in TASKS.items():
+        mapping = auto._model_mapping
+        if type(model.config) in mapping and isinstance(model, mapping[type(model.config)]):
+            return task
+    raise CompressKitError(f"no task is known for {type(model).__name__}", fix=f"use one of: {', '.join(TASKS)}")
+
+
+def answer_kind(model: nn.Module) -> AnswerKind:
+    """What a model answers: hidden states (no head), classes or tokens, yes or no for each label, or scores."""
+    if not isinstance(model, PreTrainedModel) or model.base_model is model:
+        return "states"
+    if "SequenceClassification" not in type(model).__name__:
+        return "classes"
+    problem = getattr(model.config, "problem_type", None)
+    if problem == "multi_label_classification":
+        return "labels"
+    return "scores" if problem == "regression" or (model.config.num_labels or 0) <= 1 else "classes"
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:

@@ -287,6 +287,10 @@ class Store:
         """Whether exactly this result is here, with every file as it was written."""
         return self._claims_finished(fingerprint) and self.altered(fingerprint) is None
 
+    def holds_other_result(self, fingerprint: str) -> bool:
+        """Whether a finished result of other passes or exports is here."""
+        return bool(self.read_run().get("finished")) and not self._claims_finished(fingerprint)
+
     def altered(self, fingerprint: str) -> str | None:
         """The first file of this finished result that is missing or not as it was written; None where there is none."""
         if not self._claims_finished(fingerprint):

@@ -88,6 +88,13 @@ class NoTokenizer(PreTrainedTokenizerBase):
     def __init__(self) -> None:
         pass
 
+    def __len__(self) -> int:
+        return 96
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        return [0, 1, 2, 3]
+
     def save_pretrained(self, *args: object, **kwargs: object) -> tuple[str, ...]:  # type: ignore[override]
         return ()
 

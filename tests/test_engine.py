@@ -13,6 +13,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from safetensors.torch import load, save_file
+from transformers import AutoModel, AutoTokenizer
 
 import compresskit
 from compresskit import (
@@ -26,6 +27,7 @@ from compresskit import (
     load_recipe,
     run,
 )
+from compresskit import student as student_room
 from compresskit.engine import seeded
 from compresskit.environment import computing_versions
 from compresskit.export import OnnxExport
@@ -123,6 +125,7 @@ def test_resume_reruns_only_passes_after_the_changed_one(make: Any, tmp_path: Pa
     said: list[str] = []
     run(make(Shake(), Halve(), Shake(scale=0.2)), out, progress=said.append)
     assert said == [
+        f"{out} holds the result of other passes, exports or versions: it will be replaced",
         "text: text: sentences.txt: 8 calibration, 16 training, 12 evaluation sequences",
         "[0/3] original: kept from an earlier run",
         "[1/3] shake: kept from an earlier run",
@@ -294,7 +297,7 @@ def _spoil_config(folder: Path, **said: int) -> None:
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (_spoil_weight, "loaded again, differs from the student by"),
+        (_spoil_weight, "loaded again, has another encoder.layer.1.output.dense.weight"),
         (partial(_spoil_config, intermediate_size=40), "cannot be loaded again"),
         (partial(_spoil_config, num_hidden_layers=3), "cannot be loaded again"),
         (lambda folder: (folder / "config.json").unlink(), "cannot be loaded again"),
@@ -395,6 +398,41 @@ def test_an_altered_step_is_refused_and_the_run_goes_on_without_it(make: Any, tm
     run(make(Shake(), Shake()), out, progress=said.append)
     assert "[1/2] shake: kept from an earlier run" in said
     assert all(torch.equal(before[name], tensor) for name, tensor in weights(out).items())
+
+
+def test_a_checkpoint_that_lost_weights_on_the_way_is_refused(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that the held-out text does not use, such as rows of rare tokens, count too."""
+
+    original_weights = student_room.student_weights
+
+    def spoil(model: Any) -> dict[str, torch.Tensor]:
+        found = {name: tensor.clone() for name, tensor in original_weights(model).items()}
+        found["embeddings.word_embeddings.weight"][-1] += 1
+        return found
+
+    monkeypatch.setattr(student_room, "student_weights", spoil)
+    with pytest.raises(RunFailedError, match=r"has another embeddings\.word_embeddings\.weight"):
+        run(make(Shake()), tmp_path / "out")
+
+
+def test_a_model_in_bfloat16_counts_with_the_bytes_that_it_has(
+    make: Any, tmp_path: Path, tiny_bert_folder: Path
+) -> None:
+    AutoModel.from_pretrained(tiny_bert_folder).bfloat16().save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(tiny_bert_folder).save_pretrained(tmp_path / "half")
+    report = run(make(Shake(), model=str(tmp_path / "half")), tmp_path / "out")
+    sizes = [entry["size_bytes"] for entry in report["passes"]]
+    assert sizes[0] == (tmp_path / "half" / "model.safetensors").stat().st_size
+    assert sizes[1] == (tmp_path / "out" / "student" / "model.safetensors").stat().st_size > 1.9 * sizes[0]
+
+
+def test_a_result_that_another_recipe_left_is_named_before_it_goes(make: Any, tmp_path: Path) -> None:
+    run(make(Shake()), tmp_path / "out")
+    said: list[str] = []
+    run(make(Halve()), tmp_path / "out", progress=said.append)
+    assert f"{tmp_path / 'out'} holds the result of other passes, exports or versions: it will be replaced" in said
 
 
 def test_an_altered_result_is_made_again_and_said(make: Any, tmp_path: Path) -> None:
@@ -602,6 +640,12 @@ def test_measure_compares_a_finished_student_with_its_original(make: Any, tmp_pa
     figures = compresskit.measure(tmp_path / "out")
     assert figures["student"]["spearman"] == report["passes"][-1]["metrics"]["spearman"]
     assert figures["original"]["params"] == report["passes"][0]["params"]
+    run_file = tmp_path / "out" / "run.json"
+    facts = json.loads(run_file.read_text())
+    run_file.write_text(json.dumps({**facts, "source": "of other weights"}))
+    with pytest.raises(CompressKitError, match="its files have changed since"):
+        compresskit.measure(tmp_path / "out")
+    run_file.write_text(json.dumps(facts))
     shutil.move(tmp_path / "out" / "student", tmp_path / "elsewhere")
     with pytest.raises(CompressKitError, match="add --original MODEL"):
         compresskit.measure(tmp_path / "elsewhere")

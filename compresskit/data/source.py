@@ -155,6 +155,7 @@ def expand(path: str) -> list[Path]:
 
 
 def _read_table(source: DataSource, files: list[Path]) -> list[str]:
+    _refuse_empty(files)
     # The library's own cache would hold a second copy and knows files by their time stamp; ours goes by content.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         try:
@@ -170,6 +171,12 @@ def _read_table(source: DataSource, files: list[Path]) -> list[str]:
                 fix="mend the file, or say the 'source' that it is: json (also jsonl), csv, parquet or text",
             ) from error
         return _column(table, source.column, ", ".join(source.path))
+
+
+def _refuse_empty(files: list[Path]) -> None:
+    empty = [str(file) for file in files if not file.stat().st_size]
+    if empty:
+        raise CompressKitError("is empty", where=", ".join(empty[:3]), fix="give a file with text")
 
 
 def _column(table: datasets.Dataset, column: str, place: str) -> list[str]:

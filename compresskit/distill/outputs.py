@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from compresskit.data import Batch
 from compresskit.distill.heads import find_head, head_skipped
 from compresskit.kernels.linear_kl import Head
+from compresskit.models import answer_kind
 from compresskit.sentence import MEAN_POOLED, SentenceEmbedding
 
 # B sequences, L tokens (padded), H hidden size, V classes or vocabulary
@@ -87,7 +88,7 @@ def step_weights(masks: Iterable[Tensor]) -> list[StepWeights]:
 
 def has_head(model: nn.Module) -> bool:
     """Whether the model gives logits: a transformers model with a head is more than its `base_model`."""
-    return isinstance(model, PreTrainedModel) and model.base_model is not model
+    return answer_kind(model) != "states"
 
 
 def observe(

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from compresskit.data import Batch, Examples, ModelInputs, Sequences
 from compresskit.errors import CompressKitError
+from compresskit.models import answer_kind
 from compresskit.progress import track
 from compresskit.sentence import MEAN_POOLED, SentenceEmbedding
 
@@ -223,10 +224,10 @@ class Fidelity:
         return {"perplexity": perplexity, **sums.divergence()}
 
     def _label_fidelity(self, model: PreTrainedModel) -> dict[str, float]:
-        config = self.original.config
-        if config.num_labels == 1 or config.problem_type == "regression":
+        kind = answer_kind(self.original)
+        if kind == "scores":
             return compare_scores(*self._all_logits(model))
-        if config.problem_type == "multi_label_classification":
+        if kind == "labels":
             return compare_labels(*self._all_logits(model))
         return self._class_fidelity(model)
 

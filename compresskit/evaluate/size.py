@@ -49,8 +49,12 @@ def _storage_key(tensor: Tensor) -> tuple[int, int, int]:
     return (0, id(tensor), 0) if pointer == 0 else (pointer, tensor.numel(), tensor.element_size())
 
 
-def state_dict_bytes(model: nn.Module) -> int:
+def state_dict_bytes(model: nn.Module, stored: torch.dtype = torch.float32) -> int:
     """The size in bytes of the safetensors file that `save_pretrained` writes, shared tensors once.
+
+    Args:
+        model: float32 or quantised.
+        stored: what float32 is stored as.
 
     Computed from names, shapes and dtypes alone (also on the meta device): 8 bytes, a JSON header padded to a multiple
     of 8, and the tensors. A model that transformers splits into several files has a header in each; not counted here.
@@ -58,7 +62,8 @@ def state_dict_bytes(model: nn.Module) -> int:
     unique: dict[tuple[int, int, int], tuple[str, Tensor]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.numel():
-            unique.setdefault(_storage_key(tensor), (name, tensor))
+            kept = tensor.to("meta", stored) if tensor.dtype == torch.float32 else tensor
+            unique.setdefault(_storage_key(tensor), (name, kept))
     order = list(_DTYPES)
     held = sorted(unique.values(), key=lambda entry: (order.index(entry[1].dtype), entry[0]))
     header: dict[str, object] = {"__metadata__": _METADATA}

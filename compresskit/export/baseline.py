@@ -19,6 +19,7 @@ from compresskit.data import Batch
 from compresskit.export.files import save_graph
 from compresskit.export.fusion import share_tables
 from compresskit.export.trace import fuse_float, trace
+from compresskit.models import model_fingerprint
 from compresskit.progress import working
 from compresskit.whole import whole_folder
 
@@ -39,18 +40,6 @@ class Baseline:
     int8_model: Path
 
 
-def model_fingerprint(model: PreTrainedModel) -> str:
-    """sha256 over a model's weights and config."""
-    config = {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
-        digest.update(
-            value.detach().cpu().contiguous().view(torch.uint8).numpy() if value.ndim else str(value).encode()
-        )
-    return digest.hexdigest()
-
-
 def export_baseline(
     original: PreTrainedModel, batch: Batch, *, output: str, opset: int | None, cache: Path
 ) -> Baseline:
@@ -64,7 +53,9 @@ def export_baseline(
         cache: keyed inside by the model, the options and the versions that made the files.
     """
     versions = (_VERSION, onnxruntime.__version__, onnx.__version__, transformers.__version__, torch.__version__)
-    key = json.dumps([model_fingerprint(original), sorted(batch), output, opset, versions])
+    # Of inputs that are not text the graph has the shape, but for the batch.
+    inputs = [(name, None if "input_ids" in batch else tuple(batch[name].shape[1:])) for name in sorted(batch)]
+    key = json.dumps([model_fingerprint(original), inputs, output, opset, versions])
     folder = cache / hashlib.sha256(key.encode()).hexdigest()[:16]
     files = Baseline(folder / "float.onnx", folder / "int8.onnx")
     if folder.is_dir():

@@ -55,7 +55,7 @@ class OnnxExport(Exporter):
 
     kind: Literal["onnx"] = "onnx"  # pyright: ignore[reportIncompatibleVariableOverride]
     #: ONNX operator set; None is the newest that the exporter knows
-    opset: int | None = Field(default=None, ge=18)
+    opset: int | None = Field(default=None, ge=18, le=23)
     #: use ONNX Runtime's fused operators; false gives a plainer graph that computes the same
     fuse: bool = True
     #: of weight-only products: 4 rounds their input to 8 bits in blocks, up to 20 times as fast; 0 stays in float32

@@ -3,6 +3,8 @@
     before  y = W[i]                                 W (num, dim) float32               32 bits a value
     after   y = (codes[i] − zeros[i]) · scales[i]    codes in 4 or 8 bits, packed       4 or 8 bits and 4 bytes a group
 
+Where the table multiplies what it looks up by one number (Gemma), so does this one.
+
 Small models are mostly embeddings (52 % of all-MiniLM-L6-v2), so a small file needs this. Only the rows that are
 looked up are dequantised. In ONNX it is `com.microsoft::GatherBlockQuantized` with these very tensors.
 """
@@ -23,6 +25,7 @@ class QuantEmbedding(nn.Module):
         bits: 4 (with zero points) or 8 (symmetric).
         group_size: columns that share a scale: 0 (the row), 16, 32, 64, 128 or 256, dividing `embedding_dim`.
         padding_idx: kept for those who ask; lookups of it are like any other.
+        multiplier: of what is looked up; no part of the table that a tied head reads.
 
     Raises:
         ValueError: bits, group size or an odd width that do not fit.
@@ -40,6 +43,7 @@ class QuantEmbedding(nn.Module):
         bits: int,
         group_size: int,
         padding_idx: int | None = None,
+        multiplier: float = 1.0,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
@@ -47,7 +51,7 @@ class QuantEmbedding(nn.Module):
         if bits == 4 and embedding_dim % 2:
             raise ValueError(f"4-bit tables need an even width, not {embedding_dim}")
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
-        self.bits, self.group_size = bits, group_size
+        self.bits, self.group_size, self.multiplier = bits, group_size, multiplier
         self.groups = grid.count_groups(embedding_dim, group_size)
         width = grid.packed_columns(embedding_dim, bits)
         self.register_buffer("codes", torch.zeros(num_embeddings, width, dtype=torch.uint8, device=device))
@@ -73,11 +77,15 @@ class QuantEmbedding(nn.Module):
         return grid.decode(codes, scales, zeros, bits=self.bits)
 
     def dequantize(self) -> Tensor:
-        """The whole table, (num, dim) float32."""
+        """The whole table, (num, dim) float32, before the multiplier."""
         return self._decode(self.codes, self.scales, self.zeros)
 
     def forward(self, indices: Tensor) -> Tensor:
-        """The rows `indices`, shape (*indices, dim) float32."""
+        """The rows `indices` times the multiplier, shape (*indices, dim) float32."""
+        rows = self._look_up(indices)
+        return rows if self.multiplier == 1 else rows * self.multiplier
+
+    def _look_up(self, indices: Tensor) -> Tensor:
         if emitting():
             return gather_block_quantized(
                 self.codes, indices, self.scales, self.zeros, bits=self.bits, columns=self.embedding_dim

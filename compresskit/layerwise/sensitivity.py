@@ -22,13 +22,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compresskit.data import Batch
-from compresskit.layerwise.answer import has_logits, read_answer, sampled_gradient
+from compresskit.layerwise.answer import read_answer, sampled_gradient
 from compresskit.layerwise.output_pca import OutputMetric
+from compresskit.layerwise.watch import check_token_rows
 from compresskit.layerwise.weights import stacked_weight
+from compresskit.models import answer_kind
 from compresskit.surgery.sites import find_blocks, without_cache
 
-#: What every direction counts beside what was measured, in units of the mean: few tokens leave some at zero. Of 0.01 and
-#: 0.1 the latter left 5 % less KL on both texts (SmolLM2-135M, keep 0.8, 4096 tokens, one seed).
+#: What every direction counts beside what was measured, in units of the mean: few tokens leave some at zero. Of 0.01
+#: and 0.1 the latter left 5 % less KL on both texts (SmolLM2-135M, keep 0.8, 4096 tokens, one seed).
 _DAMPING = 0.1
 #: The same where no gradient at all reaches a layer.
 _NOTHING = 1e-12
@@ -113,6 +115,7 @@ def _add_batch(
 
     def arrive(name: str, gradient: Tensor) -> None:
         for group in groups[name]:
+            check_token_rows(name, gradient, batch["attention_mask"].shape)
             waiting[group][name] = gradient.flatten(0, -2)[real]
             if len(waiting[group]) == len(group):
                 there = waiting.pop(group)
@@ -128,7 +131,7 @@ def _add_batch(
     handles.append(embeddings.register_forward_hook(lambda _module, _args, given: given.requires_grad_().clone()))
     try:
         answer = read_answer(model, batch)
-        answer.backward(sampled_gradient(answer.detach(), generator, logits=has_logits(model)))
+        answer.backward(sampled_gradient(answer.detach(), generator, kind=answer_kind(model)))
     finally:
         for handle in handles:
             handle.remove()

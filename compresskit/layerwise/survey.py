@@ -24,12 +24,13 @@ from compresskit.layerwise.sensitivity import Fisher, Group, collect_fisher
 from compresskit.layerwise.trials import Trials, trial_weight
 from compresskit.layerwise.walk import Walk
 from compresskit.layerwise.weights import layer_bias, row_indices, stacked_weight
+from compresskit.models import model_fingerprint
 from compresskit.progress import track
 from compresskit.student import Student
 from compresskit.surgery.sites import Site
 
 #: Raised by one whenever the same model and text would give another survey.
-VERSION = 2
+VERSION = 3
 #: Calibration tokens that each look reads: gradients, moments, trials.
 FISHER_TOKENS, WALK_TOKENS, TRIAL_TOKENS = 4096, 4096, 512
 #: Tokens whose graph is in memory for a backward pass.
@@ -96,12 +97,10 @@ def token_sequences(student: Student) -> Sequences:
 
 
 def _fingerprint(student: Student, options: str) -> str:
-    """sha256 of the weights, the calibration tokens and the options."""
+    """sha256 of the model, the calibration tokens and the options."""
     digest = hashlib.sha256(options.encode())
     digest.update(repr(token_sequences(student).rows).encode())
-    for name, tensor in student.model.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    digest.update(model_fingerprint(student.model).encode())
     return digest.hexdigest()
 
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compresskit.data import Batch
-from compresskit.layerwise.answer import divergence, has_logits, read_answer
+from compresskit.layerwise.answer import divergence, read_answer
 from compresskit.layerwise.watch import replaced_forwards
+from compresskit.models import answer_kind
 from compresskit.surgery.sites import find_blocks, without_cache
 
 
@@ -50,14 +51,14 @@ class Trials:
     @torch.no_grad()
     def divergence(self, block: int) -> float:
         """Nats an answer between the model as it was and as it is now, changed in `block` alone (counted from 0)."""
-        logits = has_logits(self._model)
+        kind = answer_kind(self._model)
         total, count = 0.0, 0
         with without_cache(self._model):
             for batch, outputs, answer in zip(self._batches, self._outputs, self._answers, strict=True):
                 before = outputs[block - 1] if block else None
                 with replaced_forwards(self._blocks[:block], lambda *args, given=before, **kwargs: given):
                     now = read_answer(self._model, batch)
-                total += divergence(answer, now, logits=logits) * len(now)
+                total += divergence(answer, now, kind=kind) * len(now)
                 count += len(now)
         return total / count
 

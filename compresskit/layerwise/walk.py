@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from compresskit.data import Batch, token_rows
 from compresskit.data.sequences import require_tokens
 from compresskit.errors import CompressKitError
+from compresskit.layerwise.chain import check_chain, hidden_of
 from compresskit.layerwise.moments import Moments
-from compresskit.layerwise.watch import AllSeenError, Watch, replaced_forwards
+from compresskit.layerwise.watch import AllSeenError, Watch, check_token_rows, replaced_forwards
 from compresskit.layerwise.weights import stacked_weight
 from compresskit.progress import track
 from compresskit.student import Student
@@ -37,7 +37,6 @@ from compresskit.surgery.sites import Site, find_blocks, without_cache
 LEAST_CALIBRATION = 2
 #: Numbers of inputs and targets that are copied to float64 together; a whole batch of a wide layer is too much memory.
 _NUMBERS_IN_DOUBLE = 2**21
-_NO_WALK = "low_rank, prune_width and quantize need a plain chain of blocks; distil it into one, or use another model"
 
 
 @dataclass(frozen=True)
@@ -107,18 +106,13 @@ class _Lane:
             output = block(*args, **(kwargs | {"hidden_states": hidden}))
         else:
             output = block(hidden, *args, **kwargs)
-        return _hidden_of(output)
+        return hidden_of(output)
 
     def forget(self, names: Iterable[str]) -> None:
         """Drop what these layers of the original gave: each is visited once."""
         for name in names:
             self.beside.pop(name, None)
             self.beside.pop(f"{name}+", None)
-
-
-def _hidden_of(output: Any) -> Tensor:
-    """The hidden states that a block gives, alone or before its other outputs."""
-    return output if isinstance(output, Tensor) else output[0]
 
 
 def _block_calls(model: nn.Module, blocks: Sequence[str], batch: Batch) -> tuple[list[Any], Tensor]:
@@ -154,51 +148,6 @@ def _block_calls(model: nn.Module, blocks: Sequence[str], batch: Batch) -> tuple
         for handle in handles:
             handle.remove()
     return calls, first[0]
-
-
-@torch.no_grad()
-def check_chain(model: PreTrainedModel, batch: Batch) -> None:
-    """Make sure that walking from block to block is what the model itself does.
-
-    Args:
-        batch: two sequences, say; the model is run on them once.
-
-    Raises:
-        CompressKitError: blocks that run in another order than they are listed, more than once, or on anything but
-            the (batch, length, width) output of the block before.
-    """
-    blocks = find_blocks(model)
-    calls: list[tuple[str, Any, Any]] = []
-
-    def record(name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        given = kwargs.get("hidden_states", args[0] if args else None)
-        calls.append((name, given, _hidden_of(output)))
-
-    handles = [
-        model.get_submodule(name).register_forward_hook(partial(record, name), with_kwargs=True) for name in blocks
-    ]
-    try:
-        model(**batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    what = _broken_link(blocks, calls, batch["input_ids"].shape)
-    if what:
-        raise CompressKitError(
-            f"this architecture cannot be walked block by block: {what}", where=type(model).__name__, fix=_NO_WALK
-        )
-
-
-def _broken_link(blocks: Sequence[str], calls: Sequence[tuple[str, Any, Any]], shape: torch.Size) -> str | None:
-    """What keeps `calls` (name, input, output) from being a plain chain of `blocks` over (batch, length) tokens."""
-    if tuple(name for name, _, _ in calls) != tuple(blocks):
-        return "its blocks do not run once each, in the order in which they are listed"
-    for index, (name, given, _) in enumerate(calls):
-        if not isinstance(given, Tensor) or given.shape[:2] != shape:
-            return f"{name} does not read hidden states of shape (batch, length, width)"
-        if index and not torch.equal(given, calls[index - 1][2]):
-            return f"{name} does not read what the block before it gives"
-    return None
 
 
 def _split_rows(batch: Batch, first_sequence: int, period: int) -> tuple[Tensor, Tensor]:
@@ -262,6 +211,7 @@ class Walk:
                 assert given is not None
                 lane.student = given
                 for name, x in watch.inputs.items():
+                    check_token_rows(name, x, lane.student.shape[:2])
                     for rows in _parts(torch.cat([lane.fit_rows, lane.held_out_rows]), x.shape[-1]):
                         sums[name].update_input(_flat(x)[rows])
             for site in here:
@@ -354,6 +304,7 @@ class Walk:
             watch.run(partial(lane.run, block, site.block, lane.student))
             if site.linears[0] not in watch.inputs:
                 continue
+            check_token_rows(site.linears[0], watch.inputs[site.linears[0]], lane.student.shape[:2])
             x = _flat(watch.inputs[site.linears[0]])
             for moments, all_rows in ((fit, lane.fit_rows), (held_out, lane.held_out_rows)):
                 for rows in _parts(all_rows, sum(weight.shape)):

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from compresskit.errors import CompressKitError
+
 _ADDITIONS = {torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__add__, torch.Tensor.__radd__}
 _ADDITIONS.add(torch.Tensor.__iadd__)
 
@@ -82,6 +84,20 @@ class Watch(TorchFunctionMode):
             self._given.clear()
             for handle in handles:
                 handle.remove()
+
+
+def check_token_rows(name: str, given: Tensor, tokens: torch.Size) -> None:
+    """Make sure that a layer reads or gives one row a token, in the order of the (batch, length) `tokens`.
+
+    Raises:
+        CompressKitError: it sees them transposed (Longformer), or only some of them.
+    """
+    if given.shape[:-1] not in (tokens, (tokens.numel(),)):
+        raise CompressKitError(
+            f"sees {tuple(given.shape)} where tokens are {tuple(tokens)}: which row is which token cannot be told",
+            where=name,
+            fix="leave it out of targets",
+        )
 
 
 def _one_is(output: Tensor, args: Sequence[Any]) -> bool:

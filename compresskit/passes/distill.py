@@ -8,25 +8,27 @@ edit. Use it after low_rank and prune_width, whose errors are large and smooth, 
 no gradient. It is not worth its time after a pass that lost almost nothing.
 """
 
+import logging
 from dataclasses import asdict
 from typing import Any, ClassVar, Literal
 
 import torch
 from accelerate import Accelerator
 from pydantic import Field
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskit.data import Sequences
 from compresskit.distill.losses import KL, AnyLoss, Hidden, Loss
-from compresskit.distill.losses.kl import gives_classes
-from compresskit.distill.outputs import has_head
 from compresskit.distill.teachers import LiveTeacher
 from compresskit.distill.trainer import TrainingOptions, choose_parameters, train
 from compresskit.errors import CompressKitError, ManyErrors
-from compresskit.models import find_model, load_model
+from compresskit.models import ModelSource, answer_kind, find_model, load_empty, load_model, load_tokenizer, task_of
 from compresskit.passes.base import PASSES, Part, Pass, Trait
+from compresskit.sentence import read_sentence_embedding
 from compresskit.student import Student
 from compresskit.surgery.edits import Edit
+
+LOG = logging.getLogger(__name__)
 
 
 def default_losses(model: PreTrainedModel) -> tuple[Loss, ...]:
@@ -35,21 +37,24 @@ def default_losses(model: PreTrainedModel) -> tuple[Loss, ...]:
     After a least-squares refit of all-MiniLM-L6-v2, hidden states at a learning rate of 1e-4 gained within 60 steps of
     32 sentences; `embedding` with its in-batch similarities did not gain within 80 (one seed each).
     """
-    return (KL(),) if has_head(model) and gives_classes(model) else (Hidden(),)
+    return (KL(),) if answer_kind(model) == "classes" else (Hidden(),)
 
 
-def _load_teacher(name: str, student: Student) -> PreTrainedModel:
-    """The teacher that a recipe names, for the student's task.
+def _check_same_ids(teacher: ModelSource, student: Student) -> None:
+    """Refuse a teacher that reads other token ids.
 
     Raises:
-        CompressKitError: not there, or its vocabulary has another size than the original's.
+        CompressKitError: a token has another id there, or is not known.
     """
-    teacher = load_model(find_model(name), student.task).requires_grad_(False)
-    ours, theirs = (model.config.get_text_config().vocab_size for model in (student.original, teacher))
+    assert isinstance(student.tokenizer, PreTrainedTokenizerBase)
+    ours, theirs = student.tokenizer.get_vocab(), load_tokenizer(teacher).get_vocab()
     if ours != theirs:
-        what = f"{name} knows {theirs} tokens and the original {ours}: they do not read the same ids"
+        token = min(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+        what = (
+            f"{teacher.name} and the original do not read the same ids: {token!r} is {theirs.get(token)} there and "
+            f"{ours.get(token)} here"
+        )
         raise CompressKitError(what, where="teacher", fix="use a teacher of the same tokenizer")
-    return teacher
 
 
 @PASSES.add
@@ -75,10 +80,8 @@ class Distill(TrainingOptions, Pass):
         if model.main_input_name != "input_ids":
             what = f"training needs token sequences, and {type(model).__name__} reads {model.main_input_name!r}"
             raise CompressKitError(what, where=self.kind, fix="leave distill out")
-        if self.teacher is None:
-            self._checked_losses(model, model)
-        else:
-            find_model(self.teacher)
+        teacher = model if self.teacher is None else load_empty(find_model(self.teacher), task_of(model))
+        self._checked_losses(model, teacher)
         choose_parameters(model, self.train, self.freeze)
         return []
 
@@ -90,7 +93,12 @@ class Distill(TrainingOptions, Pass):
         """Train `student.model` in place against its teacher; eval mode, no gradients afterwards."""
         training = student.corpus.training
         assert isinstance(training, Sequences)
-        teacher = student.original if self.teacher is None else _load_teacher(self.teacher, student)
+        teacher, sentence = student.original, student.sentence
+        if self.teacher is not None:
+            source = find_model(self.teacher)
+            _check_same_ids(source, student)
+            teacher = load_model(source, student.task).requires_grad_(False)
+            sentence = read_sentence_embedding(source.folder)
         losses = self._checked_losses(student.model, teacher)
         accelerator = Accelerator()
         home = student.model.device
@@ -99,7 +107,7 @@ class Distill(TrainingOptions, Pass):
         try:
             result = train(
                 student.model,
-                LiveTeacher(teacher, student.sentence),
+                LiveTeacher(teacher, sentence),
                 losses,
                 training,
                 self,
@@ -110,6 +118,8 @@ class Distill(TrainingOptions, Pass):
         finally:
             student.model.to(home)  # type: ignore[arg-type]
             teacher.to(home)  # type: ignore[arg-type]
+        if not result.best_step:
+            LOG.warning("distill: no step was better than the start, so the student stays as it was; try more steps")
         return {"losses": [loss.model_dump(mode="json") for loss in losses], **asdict(result)}
 
     def _checked_losses(self, model: PreTrainedModel, original: PreTrainedModel) -> tuple[Loss, ...]:

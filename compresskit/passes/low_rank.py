@@ -96,7 +96,7 @@ class LowRank(Pass):
 
     adds: ClassVar[frozenset[Trait]] = frozenset({"low_rank"})
     refuses: ClassVar[frozenset[Trait]] = frozenset({"quantized"})
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     needs: ClassVar[frozenset[Part]] = frozenset({"calibration"})
 
     @model_validator(mode="after")

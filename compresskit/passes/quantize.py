@@ -37,7 +37,7 @@ from compresskit.layerwise.weights import layer_bias, stacked_weight
 from compresskit.passes.base import PASSES, Part, Pass, Trait
 from compresskit.progress import working
 from compresskit.student import Student
-from compresskit.surgery.edits import Edit, QuantizeEmbedding, QuantizeLinears
+from compresskit.surgery.edits import Edit, QuantizeEmbedding, QuantizeLinears, table_multiplier
 from compresskit.surgery.sites import Anatomy, Site, find_anatomy, select, tied_heads
 
 # Tables with fewer rows, or less than this share of the largest one's (positions, token types), stay float: they hold
@@ -133,7 +133,7 @@ class Quantize(Pass):
         return [n for n in inside if n not in kept], [n for n in outside if n not in kept], kept
 
     def _table_edits(self, model: PreTrainedModel) -> tuple[list[Edit], list[str]]:
-        """One edit a table, and the names of those that stay float: more than look-ups (Gemma), and misfits."""
+        """One edit a table, and the names of the misfits that stay float."""
         if self.embeddings is None:
             return [], []
         heads = dict(tied_heads(model))
@@ -144,7 +144,13 @@ class Quantize(Pass):
         for name, table in tables.items():
             if table.num_embeddings < max(_SMALLEST_TABLE, _SMALLEST_SHARE * largest):
                 continue
-            if type(table).forward is not nn.Embedding.forward:
+            if table_multiplier(table) is None:
+                if self.on_misfit == "error":
+                    raise CompressKitError(
+                        f"{name} is a {type(table).__name__}, which does more than look up",
+                        where="embeddings",
+                        fix="say embeddings: null, or on_misfit: keep to leave such tables float",
+                    )
                 special.append(name)
                 continue
             size = self._table_group(table, tied=name in heads)

@@ -335,6 +335,7 @@ class QuantizeEmbedding(Edit):
             bits=self.bits,
             group_size=self.group_size,
             padding_idx=old.padding_idx,
+            multiplier=table_multiplier(old) or 1.0,
             device=old.weight.device,
         )
         set_module(model, self.target, table)
@@ -343,6 +344,14 @@ class QuantizeEmbedding(Edit):
             bias = isinstance(head, nn.Linear) and head.bias is not None
             set_module(model, self.head, QuantLinear.tied_to(table, bias=bias))
         untie(model)
+
+
+def table_multiplier(table: nn.Embedding) -> float | None:
+    """What a table multiplies its rows by, 1 for a plain one; None for one that does more than that."""
+    if type(table).forward is nn.Embedding.forward:
+        return 1.0
+    scale = getattr(table, "scalar_embed_scale", getattr(table, "embed_scale", None))
+    return float(scale) if isinstance(scale, int | float) else None
 
 
 def untie(model: nn.Module) -> None:

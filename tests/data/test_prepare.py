@@ -1,5 +1,6 @@
 """Corpora: parts that never overlap, the same each time, cached by content, and clear words for bad input."""
 
+import copy
 import json
 import shutil
 from itertools import combinations
@@ -11,7 +12,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer, T5Config, T5EncoderModel
 
 from compresskit.data import Corpus, DataSource, Sequences, check_max_length, prepare_corpus, token_positions
-from compresskit.data.prepare import Sizes, order_by_hash, split_sequences, split_windows
+from compresskit.data.prepare import Sizes, order_by_hash, split_sequences, split_windows, window_start
 from compresskit.data.source import join_lines
 from compresskit.errors import CompressKitError, RunFailedError
 from compresskit.models import find_model, load_tokenizer
@@ -330,6 +331,31 @@ def test_more_tokens_than_positions_are_refused(tiny_bert_folder, tokenizer):
     with pytest.raises(CompressKitError, match="65 is more than the model's 64 positions"):
         check_max_length(model, 65)
     assert "tokenizer's 64 tokens" in str(refused(tokenizer, max_length=65))
+
+
+def test_every_window_begins_as_the_tokenizer_begins_a_text(tokenizer):
+    windows = list(split_windows([[5] * 20, [6] * 9], Sizes(1, 1, 1), length=8, end_token_id=3, start=[2]))
+    assert windows == [[[2] + [5] * 7], [[2] + [6] * 7], []]
+    bare = copy.deepcopy(tokenizer)
+    bare.bos_token = None
+    assert window_start(bare) == []
+    bare.bos_token = bare.cls_token
+    assert window_start(bare) == [tokenizer.cls_token_id]
+
+
+def test_text_that_is_less_than_was_asked_for_is_said(tmp_path, tokenizer, caplog):
+    (tmp_path / "t.txt").write_text("\n".join(f"the model keeps {i}" for i in range(60)), encoding="utf-8")
+    source = DataSource(**SMALL | {"source": "text", "path": str(tmp_path / "t.txt"), "training": 1000})
+    corpus = prepare_corpus(source, tokenizer, pack=False)
+    assert f"data.training: 1000 were asked for, the text gives {len(corpus.training)}" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["json", "csv", "text", "parquet"])
+def test_an_empty_file_is_called_empty(tmp_path, tokenizer, kind):
+    (tmp_path / "nothing").write_bytes(b"")
+    error = refused(tokenizer, source=kind, path=str(tmp_path / "nothing"))
+    assert "is empty" in str(error)
+    assert "nothing" in str(error.where)
 
 
 @pytest.mark.parametrize("family", ["roberta", "distilbert", "llama"])

@@ -4,13 +4,15 @@ import copy
 
 import pytest
 import torch
-from families import random_sequences, tiny
+from families import ENCODER_SHAPE, random_sequences, tiny
 from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
 
-from compresskit.layerwise.answer import divergence, has_logits, read_answer, sampled_gradient
+from compresskit.layerwise.answer import divergence, read_answer, sampled_gradient
 from compresskit.layerwise.output_pca import OutputMetric, solve_output_pca
 from compresskit.layerwise.sensitivity import Fisher, collect_fisher, range_basis
 from compresskit.layerwise.trials import Trials, trial_weight
+from compresskit.models import answer_kind
 from compresskit.surgery.sites import find_anatomy
 
 
@@ -18,25 +20,53 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("logits", [True, False])
-def test_sampled_gradients_have_the_information_of_the_answer(logits):
+KINDS = ["classes", "labels", "scores", "states"]
+
+
+def information(answer: torch.Tensor, kind: str, mean_square: torch.Tensor) -> torch.Tensor:
+    """The Fisher information (V, V) of one answer (V,)."""
+    if kind == "classes":
+        p = answer.softmax(-1)
+        return p.diag() - torch.outer(p, p)
+    if kind == "labels":
+        p = answer.sigmoid()
+        return (p * (1 - p)).diag()
+    return torch.eye(len(answer), dtype=answer.dtype) / mean_square
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sampled_gradients_have_the_information_of_the_answer(kind):
     answer = draw(1, 4).expand(200_000, 4)
-    g = sampled_gradient(answer, torch.Generator().manual_seed(1), logits=logits)
-    p = answer[0].softmax(-1)
-    expected = p.diag() - torch.outer(p, p) if logits else torch.eye(4, dtype=p.dtype) / answer[0].square().mean()
+    g = sampled_gradient(answer, torch.Generator().manual_seed(1), kind=kind)
+    expected = information(answer[0], kind, answer[0].square().mean())
     torch.testing.assert_close(g.T @ g / len(g), expected, atol=0.01, rtol=0.02)
 
 
-@pytest.mark.parametrize("logits", [True, False])
-def test_divergence_is_zero_for_equal_answers_and_half_the_quadratic_form_for_near_ones(logits):
+@pytest.mark.parametrize("kind", KINDS)
+def test_divergence_is_zero_for_equal_answers_and_half_the_quadratic_form_for_near_ones(kind):
     answer, step = draw(50, 6), 1e-3 * draw(50, 6, seed=1)
-    assert divergence(answer, answer, logits=logits) == 0
-    p = answer.softmax(-1)
-    if logits:
-        quadratic = ((p * step**2).sum(-1) - (p * step).sum(-1) ** 2).mean()
-    else:
-        quadratic = step.square().sum(-1).mean() / answer.square().mean()
-    assert divergence(answer, answer + step, logits=logits) == pytest.approx(float(quadratic) / 2, rel=1e-2)
+    assert divergence(answer, answer, kind=kind) == 0
+    forms = [s @ information(a, kind, answer.square().mean()) @ s for a, s in zip(answer, step, strict=True)]
+    quadratic = torch.stack(forms).mean()
+    assert divergence(answer, answer + step, kind=kind) == pytest.approx(float(quadratic) / 2, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("labels", "problem", "kind"),
+    [
+        (1, None, "scores"),
+        (3, "regression", "scores"),
+        (3, "multi_label_classification", "labels"),
+        (3, None, "classes"),
+    ],
+)
+def test_every_kind_of_head_has_a_metric(labels, problem, kind):
+    config = BertConfig(**ENCODER_SHAPE, num_labels=labels, problem_type=problem)
+    model = BertForSequenceClassification(config).eval()
+    assert answer_kind(model) == kind
+    groups = [site.linears for site in find_anatomy(model).sites]
+    fisher = collect_fisher(model, list(random_sequences(16).batches(4)), groups, torch.Generator().manual_seed(0))
+    assert all(fisher[group].power > 0 for group in groups)
 
 
 def test_half_the_form_predicts_what_a_small_change_of_weights_costs():
@@ -57,7 +87,7 @@ def test_half_the_form_predicts_what_a_small_change_of_weights_costs():
     with torch.no_grad():
         changed.get_submodule(layer).weight += change
         after = [read_answer(changed, batch) for batch in batches]
-    measured = divergence(torch.cat(before), torch.cat(after), logits=has_logits(model))
+    measured = divergence(torch.cat(before), torch.cat(after), kind=answer_kind(model))
     error = x @ change.T
     F = fisher.matrix.double() / fisher.count
     assert float(((error @ F) * error).sum(-1).mean()) / 2 == pytest.approx(measured, rel=0.1)
@@ -134,5 +164,5 @@ def test_a_trial_sees_exactly_what_the_changed_model_answers(family):
         with torch.no_grad():
             before = torch.cat([read_answer(model, batch) for batch in batches])
         # The whole model's batches are compared one by one, and hidden states by the variance of their batch.
-        assert tried == pytest.approx(divergence(before, now, logits=has_logits(model)), rel=0.05)
+        assert tried == pytest.approx(divergence(before, now, kind=answer_kind(model)), rel=0.05)
         assert tried > 0

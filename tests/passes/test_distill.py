@@ -1,5 +1,7 @@
 import copy
+import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -7,6 +9,8 @@ from pydantic import ValidationError
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from compresskit.data.sequences import Corpus, Sequences
+from compresskit.distill.losses import Embedding
+from compresskit.distill.teachers import LiveTeacher
 from compresskit.errors import CompressKitError, ManyErrors
 from compresskit.models import find_model, load_empty, load_model, load_tokenizer
 from compresskit.passes.base import PASSES
@@ -105,6 +109,7 @@ def test_another_model_can_be_the_teacher(tiny_bert_folder, bert_student, tmp_pa
     for weight in other.encoder.layer[1].parameters():
         weight.data += 0.2 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(7))
     other.save_pretrained(tmp_path / "other")
+    bert_student.tokenizer.save_pretrained(tmp_path / "other")
     batch = next(bert_student.corpus.evaluation.batches(4))
 
     def distance():
@@ -121,8 +126,56 @@ def test_another_model_can_be_the_teacher(tiny_bert_folder, bert_student, tmp_pa
 def test_a_teacher_that_is_not_there_or_reads_other_ids_is_refused(bert_student, tmp_path):
     with pytest.raises(CompressKitError, match="missing"):
         Distill(teacher=str(tmp_path / "missing")).plan(bert_student.model)
-    config = copy.deepcopy(bert_student.original.config)
-    config.vocab_size += 8
-    AutoModel.from_config(config).save_pretrained(tmp_path / "wider")
+    folder = tmp_path / "reordered"
+    bert_student.original.save_pretrained(folder)
+    bert_student.tokenizer.save_pretrained(folder)
+    saved = json.loads((folder / "tokenizer.json").read_text())
+    names = sorted(saved["model"]["vocab"], key=saved["model"]["vocab"].get)
+    saved["model"]["vocab"][names[-1]], saved["model"]["vocab"][names[-2]] = len(names) - 2, len(names) - 1
+    (folder / "tokenizer.json").write_text(json.dumps(saved))
     with pytest.raises(CompressKitError, match="do not read the same ids"):
-        Distill(teacher=str(tmp_path / "wider")).apply(bert_student, generator=torch.Generator())
+        Distill(teacher=str(folder)).apply(bert_student, generator=torch.Generator())
+
+
+def test_a_teacher_that_a_loss_cannot_compare_with_is_refused_before_any_weight_is_read(bert_student, tmp_path):
+    config = copy.deepcopy(bert_student.original.config)
+    config.hidden_size = 16
+    AutoModel.from_config(config).save_pretrained(tmp_path / "narrow")
+    with pytest.raises(CompressKitError, match=r"16.*32|32.*16"):
+        Distill(teacher=str(tmp_path / "narrow")).plan(bert_student.model)
+
+
+def test_a_named_teacher_is_pooled_as_its_own_folder_says(tiny_bert_folder, bert_student, tmp_path, monkeypatch):
+    folder = shutil.copytree(tiny_bert_folder, tmp_path / "teacher")
+    pooling = {"word_embedding_dimension": 32, "pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    (folder / "modules.json").write_text(
+        json.dumps(
+            [
+                {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+                {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+            ]
+        )
+    )
+    used = []
+
+    class Noted(LiveTeacher):
+        def __init__(self, model, pooling):
+            used.append(pooling)
+            super().__init__(model, pooling)
+
+    monkeypatch.setattr("compresskit.passes.distill.LiveTeacher", Noted)
+    step = Distill(steps=1, batch_size=4, teacher=str(folder), losses=[Embedding()])
+    step.apply(bert_student, generator=torch.Generator().manual_seed(0))
+    assert [one.poolings for one in used] == [("cls",)]
+    assert bert_student.sentence.poolings == ("mean",)
+
+
+def test_training_that_gained_nothing_says_so(bert_student, caplog):
+    step = Distill(steps=1, batch_size=4, learning_rate=10.0, warmup=0)
+    before = {name: tensor.clone() for name, tensor in bert_student.model.state_dict().items()}
+    notes = step.apply(bert_student, generator=torch.Generator().manual_seed(0))
+    assert notes["best_step"] == 0
+    assert "no step was better than the start" in caplog.text
+    assert all(torch.equal(before[name], tensor) for name, tensor in bert_student.model.state_dict().items())

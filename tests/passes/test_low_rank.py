@@ -14,6 +14,7 @@ from compresskit.layerwise import survey
 from compresskit.layerwise.objective import fit_weight, folded_bias
 from compresskit.layerwise.output_pca import solve_output_pca
 from compresskit.layerwise.refine import refine_block
+from compresskit.layerwise.survey import take_survey
 from compresskit.layerwise.walk import Walk
 from compresskit.layerwise.weights import dense_weight, set_bias, set_factors, stacked_weight
 from compresskit.models import find_model, load_model, load_tokenizer
@@ -222,6 +223,20 @@ def test_a_survey_from_the_disk_makes_the_same_student_bit_for_bit():
         LowRank(keep=0.5, round_to=2, allocation="kl").apply(student, generator=torch.Generator().manual_seed(5))
         made.append(student.model.state_dict())
     assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
+
+
+def test_a_survey_is_not_that_of_equal_weights_under_another_config():
+    found = []
+    for eps in (1e-6, 1.0):
+        student = tiny_student("llama", original=tiny("llama", seed=8))
+        student.model.config.rms_norm_eps = eps
+        for module in student.model.modules():
+            if hasattr(module, "variance_epsilon"):
+                module.variance_epsilon = eps
+        sites = list(find_anatomy(student.model).sites)
+        survey = take_survey(student, sites, weighted=True, measured=False, bias=True, seed=0)
+        found.append(survey.curves[sites[0].linears].shared)
+    assert found[0] != found[1]
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])

@@ -77,6 +77,24 @@ def test_grouped_queries_stay_with_their_keys(family):
         assert (attention.heads, attention.kv_heads) == (2, 1)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("dead", [0, 1])
+def test_of_groups_the_dead_one_goes_with_its_own_queries_and_costs_nothing(family, dead):
+    original = tiny(family)
+    for attention in find_anatomy(original).attentions:
+        size, per_group = attention.head_dim, attention.heads // attention.kv_heads
+        values = original.get_submodule(attention.value)
+        with torch.no_grad():
+            values.weight[dead * size : (dead + 1) * size] = 0
+    student = tiny_student(family, original=original)
+    prune(keep={"heads": 0.5}, anchor=0).apply(student, generator=torch.Generator())
+    kept = range((1 - dead) * per_group, (2 - dead) * per_group)
+    for edit in student.edits:
+        assert edit.keep == f"{kept[0]}-{kept[-1]}"
+        assert edit.keep_kv == str(1 - dead)
+    torch.testing.assert_close(answer(student.model), answer(original), atol=1e-4, rtol=1e-4)
+
+
 def test_heads_of_low_rank_attention_are_cut_in_its_factors():
     student = tiny_student("bert")
     LowRank(keep=0.8, round_to=4, targets="*attention*").apply(student, generator=torch.Generator())

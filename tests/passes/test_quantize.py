@@ -29,13 +29,38 @@ def test_the_student_stays_close_and_no_float_matrix_is_left(family, options, bo
     notes = Quantize(**options).apply(student, generator=torch.Generator())
     lost = (answer(student.model) - answer(original)).norm() / answer(original).norm()
     assert lost < bound
-    scaled = family == "gemma3"  # its table multiplies what it looks up, and its head is tied to it: both stay float
-    assert notes["kept_float"] == (["model.embed_tokens"] if scaled else [])
-    left = [name for name, module in student.model.named_modules() if isinstance(module, torch.nn.Linear)]
-    assert left == (["lm_head"] if scaled else [])
+    assert notes["kept_float"] == []
+    assert not any(isinstance(module, torch.nn.Linear) for module in student.model.modules())
     kinds = {type(module) for module in student.model.modules()}
-    assert scaled or QuantEmbedding in kinds
+    assert QuantEmbedding in kinds
     assert (Int8Linear if "act" in options else QuantLinear) in kinds
+
+
+def test_a_table_that_multiplies_what_it_looks_up_still_does():
+    student = tiny_student("gemma3")
+    table = student.original.requires_grad_(False).get_input_embeddings()
+    Quantize(bits=8, group_size=16, targets="*q_proj").apply(student, generator=torch.Generator())
+    integers, ids = student.model.get_input_embeddings(), torch.arange(90)
+    assert isinstance(integers, QuantEmbedding)
+    assert integers.multiplier == pytest.approx(32**0.5)
+    torch.testing.assert_close(integers(ids), table(ids), atol=0, rtol=0.02 * float(table(ids).abs().max()))
+    torch.testing.assert_close(integers.dequantize(), table.weight, atol=0.02, rtol=0)
+
+
+def test_a_table_that_does_more_than_look_up_is_an_error_or_kept():
+    class Odd(torch.nn.Embedding):
+        def forward(self, ids):
+            return super().forward(ids).tanh()
+
+    student = tiny_student("bert")
+    old = student.model.embeddings.word_embeddings
+    odd = Odd(old.num_embeddings, old.embedding_dim)
+    odd.weight = old.weight
+    student.model.embeddings.word_embeddings = odd
+    with pytest.raises(CompressKitError, match="word_embeddings is a Odd, which does more than look up"):
+        Quantize(bits=8, group_size=16).apply(student, generator=torch.Generator())
+    notes = Quantize(bits=8, group_size=16, on_misfit="keep").apply(student, generator=torch.Generator())
+    assert notes["kept_float"] == ["embeddings.word_embeddings"]
 
 
 def test_a_tied_head_reads_the_tables_integers():

@@ -27,6 +27,7 @@ from compresskit.distill.outputs import Need, Outputs, Projection, StepWeights, 
 from compresskit.errors import CompressKitError
 from compresskit.kernels.kl_div import kl_div
 from compresskit.kernels.linear_kl import Divergence, Head, linear_kl
+from compresskit.models import answer_kind
 
 
 def next_token_cross_entropy(logits: Tensor, input_ids: Tensor, next_token: Tensor) -> Tensor:
@@ -49,12 +50,7 @@ def _frozen(head: Head) -> Head:
     return replace(head, **parts)
 
 
-def gives_classes(model: PreTrainedModel) -> bool:
-    """Whether a model's logits are a distribution over classes or tokens, and not scores or several yes or no."""
-    problem = getattr(model.config, "problem_type", None)
-    if "SequenceClassification" not in type(model).__name__:
-        return True
-    return (model.config.num_labels or 0) > 1 and problem not in ("regression", "multi_label_classification")
+_OTHER_ANSWERS = {"scores": "a single number, or several", "labels": "a yes or no for each label"}
 
 
 @LOSSES.add
@@ -80,10 +76,10 @@ class KL(Loss):
                 f"loss kl compares logits, and {type(student).__name__} has no head",
                 fix="use losses: [{kind: embedding}]",
             )
-        if not gives_classes(student):
-            problem = getattr(student.config, "problem_type", None) or "a single number"
+        other = _OTHER_ANSWERS.get(answer_kind(student))
+        if other:
             raise CompressKitError(
-                f"loss kl compares distributions over classes, and this head gives {problem}",
+                f"loss kl compares distributions over classes, and this head gives {other}",
                 fix="use losses: [{kind: hidden}]",
             )
         if self.alpha and not student.can_generate():

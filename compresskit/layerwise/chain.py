@@ -1,0 +1,65 @@
+"""Is a model a plain chain of blocks, so that walking from block to block is what the model itself does?"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from compresskit.data import Batch
+from compresskit.errors import CompressKitError
+from compresskit.surgery.sites import find_blocks
+
+_NO_WALK = "low_rank, prune_width and quantize need a plain chain of blocks; distil it into one, or use another model"
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states that a block gives, alone or before its other outputs."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+@torch.no_grad()
+def check_chain(model: PreTrainedModel, batch: Batch) -> None:
+    """Make sure that walking from block to block is what the model itself does.
+
+    Args:
+        batch: two sequences, say; the model is run on them once.
+
+    Raises:
+        CompressKitError: blocks that run in another order than they are listed, more than once, or on anything but
+            the (batch, length, width) output of the block before.
+    """
+    blocks = find_blocks(model)
+    calls: list[tuple[str, Any, Any]] = []
+
+    def record(name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        given = kwargs.get("hidden_states", args[0] if args else None)
+        calls.append((name, given, hidden_of(output)))
+
+    handles = [
+        model.get_submodule(name).register_forward_hook(partial(record, name), with_kwargs=True) for name in blocks
+    ]
+    try:
+        model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    what = _broken_link(blocks, calls, batch["input_ids"].shape)
+    if what:
+        raise CompressKitError(
+            f"this architecture cannot be walked block by block: {what}", where=type(model).__name__, fix=_NO_WALK
+        )
+
+
+def _broken_link(blocks: Sequence[str], calls: Sequence[tuple[str, Any, Any]], shape: torch.Size) -> str | None:
+    """What keeps `calls` (name, input, output) from being a plain chain of `blocks` over (batch, length) tokens."""
+    if tuple(name for name, _, _ in calls) != tuple(blocks):
+        return "its blocks do not run once each, in the order in which they are listed"
+    for index, (name, given, _) in enumerate(calls):
+        if not isinstance(given, Tensor) or given.shape[:2] != shape:
+            return f"{name} does not read hidden states of shape (batch, length, width)"
+        if index and not torch.equal(given, calls[index - 1][2]):
+            return f"{name} does not read what the block before it gives"
+    return None
