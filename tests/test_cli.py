@@ -209,7 +209,8 @@ def test_an_interrupted_command_ends_with_130(call: Any, monkeypatch: pytest.Mon
 
 def test_an_interrupted_run_says_how_to_go_on(recipe: Path, tmp_path: Path) -> None:
     script = (
-        "import sys, time\nfrom compresskit import cli, engine\n"
+        "import signal, sys, time\nfrom compresskit import cli, engine\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which tests in the background inherit ignored
         "def slow(*_, **__):\n    print('working', flush=True)\n    time.sleep(60)\n"
         "engine.load_model = slow\ncli.main()\n"
     )

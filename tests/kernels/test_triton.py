@@ -58,8 +58,8 @@ for (T, HS, HT, V), dtype, rich in itertools.product(shapes, (torch.float32, tor
     for exact, torch_way, ours in zip(truth, plain, kernel, strict=True):
         floor = 1e-5 if dtype == torch.float32 else 2e-2
         floor *= 4 if T == 5 else 1  # float32 holds a logit of 80 to 4e-6, and each of four products rounds it
-        # There a gradient is what is left of terms as large as the weight, each rounded once.
-        left = torch.finfo(torch.float32).eps * weight.max() if T == 5 else 0.0
+        # There a gradient is what is left of two terms as large as the weight, each rounded once.
+        left = 2 * torch.finfo(torch.float32).eps * weight.max() if T == 5 else 0.0
         exact = exact.double()
         error, theirs = ((exact - one.double()).abs().max() for one in (ours, torch_way))
         assert torch.isfinite(ours).all()
