@@ -55,11 +55,12 @@ for (T, HS, HT, V), dtype, rich in itertools.product(shapes, (torch.float32, tor
                              **({"labels": labels, "label_weight": label_weight} if rich else {}))
         return value_and_grads(hidden, head, bias, run)
     truth, plain, kernel = at(torch.float64, "reference"), at(dtype, "reference"), at(dtype, "triton")
-    for exact, torch_way, ours in zip(truth, plain, kernel, strict=True):
+    sizes = (1.0, tensors[1].abs().max(), tensors[0].abs().max(), 1.0)  # loss; what gradients of logits are times
+    for size, exact, torch_way, ours in zip(sizes, truth, plain, kernel, strict=True):
         floor = 1e-5 if dtype == torch.float32 else 2e-2
         floor *= 4 if T == 5 else 1  # float32 holds a logit of 80 to 4e-6, and each of four products rounds it
-        # There a gradient is what is left of two terms as large as the weight, each rounded once.
-        left = 2 * torch.finfo(torch.float32).eps * weight.max() if T == 5 else 0.0
+        # There a logit's gradient is what is left of terms as large as the weight, and a product carries that on.
+        left = torch.finfo(torch.float32).eps * weight.max() * float(size) if T == 5 else 0.0
         exact = exact.double()
         error, theirs = ((exact - one.double()).abs().max() for one in (ours, torch_way))
         assert torch.isfinite(ours).all()
