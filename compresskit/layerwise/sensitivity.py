@@ -114,9 +114,10 @@ def _add_batch(
     real = batch["attention_mask"].bool().flatten()
 
     def arrive(name: str, gradient: Tensor) -> None:
+        check_token_rows(name, gradient, batch["attention_mask"].shape)
+        rows = gradient.flatten(0, -2)[real]
         for group in groups[name]:
-            check_token_rows(name, gradient, batch["attention_mask"].shape)
-            waiting[group][name] = gradient.flatten(0, -2)[real]
+            waiting[group][name] = rows
             if len(waiting[group]) == len(group):
                 there = waiting.pop(group)
                 _add(sums[group][0], torch.cat([there[one] for one in group], dim=1), sums[group][1])

@@ -71,6 +71,7 @@ class Distill(TrainingOptions, Pass):
     )
 
     refuses: ClassVar[frozenset[Trait]] = frozenset({"quantized"})
+    version: ClassVar[int] = 2
     needs: ClassVar[frozenset[Part]] = frozenset({"training"})
     learns: ClassVar[bool] = True
 

@@ -67,6 +67,7 @@ class PruneWidth(Pass):
 
     adds: ClassVar[frozenset[Trait]] = frozenset({"pruned"})
     refuses: ClassVar[frozenset[Trait]] = frozenset({"quantized"})
+    version: ClassVar[int] = 2
     needs: ClassVar[frozenset[Part]] = frozenset({"calibration"})
 
     @field_validator("keep", mode="before", json_schema_input_type=float | Widths)

@@ -78,6 +78,7 @@ class Quantize(Pass):
 
     adds: ClassVar[frozenset[Trait]] = frozenset({"quantized"})
     refuses: ClassVar[frozenset[Trait]] = frozenset({"quantized"})
+    version: ClassVar[int] = 2
     needs: ClassVar[frozenset[Part]] = frozenset({"calibration"})
 
     @model_validator(mode="after")
