@@ -157,7 +157,7 @@ def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             for method in options.methods:
                 student = Student(copy.deepcopy(original), original, tokenizer, options.task, corpus)
                 reset_peak()
-                start = time.perf_counter()
+                start, start_cpu = time.perf_counter(), time.process_time()
                 used = compress(student, method, keep, seed)
                 kept = dense - (count_parameters(original) - _without_new_biases(student))
                 row = {
@@ -169,6 +169,7 @@ def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     "kept_params": kept,
                     "kept_share": kept / dense,
                     "elapsed_s": time.perf_counter() - start,
+                    "cpu_s": time.process_time() - start_cpu,
                     "peak_rss_bytes": peak_rss(),
                 }
                 for name, fidelity in fidelities.items():

@@ -107,7 +107,7 @@ def plain(inputs: Inputs, loss: Callable[..., Tensor] = plain_loss) -> Step:
 
 
 def fused(
-    inputs: Inputs, *, kind: str = "forward_kl", frozen: bool = False, masked: float = 0.0, memory_mb: int = 512
+    inputs: Inputs, *, kind: str = "forward_kl", frozen: bool = False, masked: float = 0.0, memory_mb: int = 1024
 ) -> Step:
     """Forward and backward of `linear_kl`."""
     hidden, head = inputs.leaves(frozen=frozen)
@@ -266,7 +266,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--memory-mb", type=int, default=512)
+    parser.add_argument("--memory-mb", type=int, default=1024)
     parser.add_argument("--methods", nargs="+", help="only these")
     parser.add_argument("--shapes", type=int, nargs="+", help="only these, by their numbers from 0")
     parser.add_argument("--compile", action="store_true", help="torch.compile of the plain loss too")

@@ -16,16 +16,20 @@ def register_scalar_loss(operator: Any) -> None:
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.wants, ctx.arguments = inputs[-1], len(inputs)
+        ctx.set_materialize_grads(False)  # else zeros as large as every gradient are made
         ctx.save_for_backward(*output[1:])
 
-    def scale(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def scale(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "this loss has no second derivative: its gradient is made in the forward pass; "
                 "use impl='reference' where create_graph=True is needed"
             )
+        factor = grad_outputs[0]
+        if factor is None:
+            return (None,) * ctx.arguments
         pairs = zip(ctx.saved_tensors, ctx.wants, strict=True)
-        gradients = [_scaled(gradient, grad_outputs[0]) if wanted else None for gradient, wanted in pairs]
+        gradients = [_scaled(gradient, factor) if wanted else None for gradient, wanted in pairs]
         return (*gradients, *(None for _ in range(ctx.arguments - len(gradients))))
 
     operator.register_autograd(scale, setup_context=keep)

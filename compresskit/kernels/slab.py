@@ -28,7 +28,12 @@ _TILE_BUFFERS = 12
 
 def tile_elements(memory_bytes: int, dtype: torch.dtype) -> int:
     """How large a tile may be so that its temporaries take at most `memory_bytes`."""
-    return max(1, min(TILE_ELEMENTS, memory_bytes // (_TILE_BUFFERS * working_dtype(dtype).itemsize)))
+    return max(1, min(TILE_ELEMENTS, memory_bytes // tile_bytes(1, dtype)))
+
+
+def tile_bytes(elements: int, dtype: torch.dtype) -> int:
+    """Bytes of the temporaries of a tile of `elements` elements, at most."""
+    return elements * _TILE_BUFFERS * working_dtype(dtype).itemsize
 
 
 @dataclass(frozen=True)

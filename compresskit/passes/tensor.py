@@ -69,7 +69,7 @@ from compresskit.passes.tensor_tables import (
 )
 from compresskit.progress import track, working
 from compresskit.student import Student
-from compresskit.surgery.edits import Edit
+from compresskit.surgery.edits import Edit, table_multiplier
 from compresskit.surgery.sites import select, tied_heads
 from compresskit.surgery.tensor_edits import MakeCPConv, MakeLowRankTable, MakeTensorTrain, MakeTuckerConv
 
@@ -166,7 +166,7 @@ class TensorDecomposition(Pass):
             return "is factorised already"
         if isinstance(module, Conv):
             return self._conv_edit(name, module)
-        if not isinstance(module, nn.Embedding) or type(module).forward is not nn.Embedding.forward:
+        if not isinstance(module, nn.Embedding) or table_multiplier(module) != 1:
             return f"is a {type(module).__name__}, which does more than look rows up"
         heads = [head for own, head in tied_heads(model) if own == name]
         return self._table_edit(name, module, heads) if len(heads) < 2 else f"is tied to {len(heads)} heads"

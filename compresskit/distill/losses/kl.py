@@ -64,7 +64,7 @@ class KL(Loss):
     )
 
     memory_mb: int = Field(
-        default=512, ge=1, description="working memory of the loss in MiB, for a head over a vocabulary"
+        default=1024, ge=1, description="working memory of the loss in MiB, for a head over a vocabulary"
     )
 
     needs: ClassVar[frozenset[Need]] = frozenset({"predictions"})

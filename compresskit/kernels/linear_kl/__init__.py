@@ -52,7 +52,7 @@ def linear_kl(
     labels: Tensor | None = None,
     label_weight: Tensor | None = None,
     impl: Impl = "auto",
-    memory_mb: int = 512,
+    memory_mb: int = 1024,
 ) -> Tensor:
     """τ² Σ_t w_t D(p_t, q_t) + Σ_t c_t CE_t, a scalar; gradients go to the student's hidden states and head.
 

@@ -5,9 +5,9 @@
                       ∂hidden = Wᵀ slab,  ∂W += slab · hidden              library products
 
 The chunk is as many tokens as the memory budget holds, never a share of V or H: small chunks read the head again and
-again (64 tokens took 2.6 times as long as the products alone). Products are stored, not made again: on a CPU they are
-nine tenths of the time. Tokens that count for nothing are dropped before the products. What depends on the device is
-the slab's loss alone.
+again (64 tokens took 2.6 times as long as the products alone); from about a thousand tokens on nothing is gained.
+Products are stored, not made again: on a CPU they are nine tenths of the time. Tokens that count for nothing are
+dropped before the products. What depends on the device is the slab's loss alone.
 """
 
 from collections.abc import Callable
@@ -16,18 +16,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compresskit.kernels import forward_kl
 from compresskit.kernels.buckets import TopK, bucket_loss_
 from compresskit.kernels.divergence import working_dtype
 from compresskit.kernels.linear_kl.head import Head, TiledWeight
 from compresskit.kernels.linear_kl.problem import Problem, Projected, Teacher
-from compresskit.kernels.linear_kl.products import WeightGradient, hidden_gradient, product_
-from compresskit.kernels.slab import Readout, TokenTerms, tile_elements
+from compresskit.kernels.linear_kl.products import WeightGradient, hidden_gradient, large_empty, product_
+from compresskit.kernels.slab import TILE_ELEMENTS, Readout, TokenTerms, slab_loss_, tile_bytes, tile_elements
 
 # T tokens, V vocabulary, H hidden, C tokens of a chunk
 #: `slab_loss_`, or another implementation of it.
 SlabLoss = Callable[..., Tensor]
-#: The part of the budget that slabs take; the rest is for tiles.
-_SLAB_SHARE = 0.75
+#: The part of the budget that tiles may take, and what they need at most; slabs take the rest.
+_TILE_SHARE = 0.25
+#: Tokens of a chunk past which its products are no faster, by kind of device: more would only take memory.
+_MOST_TOKENS = {"cpu": 1024}
 
 
 @dataclass(frozen=True)
@@ -66,14 +69,19 @@ def _slab_dtypes(problem: Problem) -> list[torch.dtype]:
 
 def least_memory_mb(problem: Problem) -> int:
     """The smallest budget in MiB that holds a chunk of one token."""
-    return max(1, -int(-slab_bytes(problem) // (_SLAB_SHARE * 2**20)))
+    return max(1, -int(-slab_bytes(problem) // ((1 - _TILE_SHARE) * 2**20)))
 
 
 def tokens_per_chunk(problem: Problem, tokens: int, memory_mb: int) -> int:
-    """The chunk's tokens: as many as the budget holds, in chunks of about equal size; at least 1."""
-    most = max(1, int(_SLAB_SHARE * memory_mb * 2**20) // slab_bytes(problem))
+    """The chunk's tokens: as many as the budget holds and speed asks for, in chunks of about equal size; at least 1."""
+    slabs = memory_mb * 2**20 - _tile_bytes(problem, memory_mb)
+    most = min(max(1, slabs // slab_bytes(problem)), _MOST_TOKENS.get(problem.hidden.device.type, tokens))
     chunks = max(1, -(-tokens // most))
     return max(1, -(-tokens // chunks))
+
+
+def _tile_bytes(problem: Problem, memory_mb: int) -> int:
+    return min(int(_TILE_SHARE * memory_mb * 2**20), tile_bytes(TILE_ELEMENTS, problem.hidden.dtype))
 
 
 @torch.no_grad()
@@ -82,12 +90,14 @@ def chunked_linear_kl(problem: Problem, wants: Wants, memory_mb: int, slab_loss:
     dtype, rows = working_dtype(problem.hidden.dtype), problem.active_rows()
     every = len(rows) == len(problem.hidden)
     chunk = tokens_per_chunk(problem, len(rows), memory_mb)
-    tile = tile_elements(int((1 - _SLAB_SHARE) * memory_mb * 2**20), problem.hidden.dtype)
+    tile = tile_elements(_tile_bytes(problem, memory_mb), problem.hidden.dtype)
     loss = torch.zeros((), dtype=dtype, device=problem.hidden.device)
     gradients = _start(problem, wants)
     weight = problem.head.weight
     sums = WeightGradient(weight, -(-len(rows) // chunk)) if wants.weight and isinstance(weight, Tensor) else None
     slabs = _Slabs(problem, min(chunk, len(rows)))
+    # Logits that a teacher gives as they are may hold −∞.
+    quick = slab_loss is slab_loss_ and isinstance(problem.teacher, Projected)
     for start in range(0, len(rows), chunk):
         # A slice where no token is dropped: views, no copies.
         part = slice(start, min(start + chunk, len(rows))) if every else rows[start : start + chunk]
@@ -97,6 +107,10 @@ def chunked_linear_kl(problem: Problem, wants: Wants, memory_mb: int, slab_loss:
         readouts, options = slabs.readouts, {"wants_grad": bool(wants), "tile": tile}
         if isinstance(theirs, TopK):
             loss += bucket_loss_(student, theirs, tokens, problem.divergence, readouts[0], **options)
+        elif quick and wants and forward_kl.serves(student, theirs, tokens, problem.divergence, readouts):
+            loss += forward_kl.forward_kl_(
+                student, theirs, tokens.weight, problem.divergence.temperature, readouts, tile=tile
+            )
         else:
             loss += slab_loss(student, theirs, tokens, problem.divergence, readouts, **options)
         if gradients.hidden is not None:
@@ -151,9 +165,9 @@ class _Slabs:
         )
         dtypes, device = _slab_dtypes(problem), problem.hidden.device
         if self.shared:
-            self.memory = [torch.empty(2 * self.width * tokens, dtype=dtypes[0], device=device)]
+            self.memory = [large_empty(2 * self.width * tokens, dtype=dtypes[0], device=device)]
         else:
-            self.memory = [torch.empty(self.width * tokens, dtype=dtype, device=device) for dtype in dtypes]
+            self.memory = [large_empty(self.width * tokens, dtype=dtype, device=device) for dtype in dtypes]
 
     def _slab(self, number: int, tokens: int) -> Tensor:
         return self.memory[number][: self.width * tokens].view(self.width, tokens)
