@@ -10,7 +10,7 @@ from compresskit.errors import ManyErrors
 from compresskit.forecast import Forecast, _obstacle, _replay_and_run, foretell
 from compresskit.models import find_model
 from compresskit.recipe import parse_recipe
-from compresskit.surgery.edits import PruneNeurons
+from compresskit.surgery.cuts import PruneNeurons
 
 
 def _foretell(folder: Path, config: PretrainedConfig, *passes: dict[str, Any]) -> Forecast:

@@ -7,8 +7,9 @@ from pydantic import ValidationError
 
 from compresskit.errors import CompressKitError
 from compresskit.layerwise.moments import Moments
+from compresskit.layerwise.scores import fluctuation_scores, top_indices
 from compresskit.passes.low_rank import LowRank
-from compresskit.passes.prune_width import PruneWidth, fluctuation_scores, top_indices
+from compresskit.passes.prune_width import PruneWidth
 from compresskit.surgery.sites import find_anatomy
 
 
