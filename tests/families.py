@@ -61,9 +61,7 @@ FAMILIES = {**ENCODERS, **DECODERS}
 #: Built in other ways: transposed and fused projections, no biases and a position bias, images.
 OTHERS: dict[str, PretrainedConfig] = {
     "gpt2": GPT2Config(vocab_size=96, n_embd=32, n_inner=64, n_layer=2, n_head=4, n_positions=64, pad_token_id=0),
-    "t5": T5Config(
-        vocab_size=96, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, pad_token_id=0, num_labels=5
-    ),
+    "t5": T5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, pad_token_id=0, num_labels=5),
     "vit": ViTConfig(
         hidden_size=32,
         intermediate_size=64,

@@ -231,7 +231,7 @@ class AddBias(Edit):
             module = get_module(model, name)
             linear = module.expand if isinstance(module, LowRankLinear) else module
             if not isinstance(linear, nn.Linear):
-                raise CompressKitError(f"cannot add a bias to a {type(module).__name__}", where=name)
+                raise CompressKitError(f"cannot add a bias to a layer of type {type(module).__name__}", where=name)
             if linear.bias is None:
                 weight = linear.weight
                 linear.bias = nn.Parameter(weight.new_zeros(linear.out_features), weight.requires_grad)

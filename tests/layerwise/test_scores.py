@@ -100,9 +100,7 @@ def test_one_by_one_removal_takes_what_brute_force_takes_and_foretells_its_cost(
     mean, groups = moments.mean(centred=centred), torch.arange(INPUTS).view(-1, size)
     F = random_metric() if with_metric else torch.eye(OUTPUTS, dtype=torch.float64)
     count = len(groups) - 1
-    found = remove_one_by_one(
-        weight, mean, groups, count, shrinkage=0.05, metric=metric_of(F) if with_metric else None
-    )
+    found = remove_one_by_one(weight, mean, groups, count, shrinkage=0.05, metric=metric_of(F) if with_metric else None)
     left = list(range(len(groups)))
     now = penalised_optimum(weight, mean, groups[left].flatten(), 0.05, F)
     for chosen, rise in zip(found.order.tolist(), found.rises.tolist(), strict=True):
