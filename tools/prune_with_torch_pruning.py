@@ -11,7 +11,7 @@ import argparse
 from typing import Any
 
 import torch
-import torch_pruning
+import torch_pruning  # pyright: ignore[reportMissingImports] # optional
 from torch import Tensor, nn
 
 from compresskit.models import find_model, load_model

@@ -20,5 +20,5 @@ def layer_widths(layer: nn.Module) -> tuple[int, int]:
     if isinstance(layer, Conv1D):
         return int(layer.nf), int(layer.nx)
     if isinstance(layer, LinearLike):
-        return int(layer.out_features), int(layer.in_features)
+        return int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
     raise TypeError(f"{type(layer).__name__} is no linear layer")
