@@ -16,9 +16,10 @@ from compresskit.evaluate import count_parameters, state_dict_bytes
 from compresskit.models import ModelSource, load_config, load_empty, stored_dtype
 from compresskit.passes import Pass
 from compresskit.recipe import Recipe
-from compresskit.surgery.edits import Edit, PruneHeads, PruneNeurons, replay
+from compresskit.surgery.cuts import PruneFusedHeads, PruneHeads, PruneNeurons
+from compresskit.surgery.edits import Edit, replay
 from compresskit.surgery.plugin import stock_config
-from compresskit.surgery.sites import CANNOT_RUN, find_blocks, run_on_tokens
+from compresskit.surgery.sites import CANNOT_RUN, find_blocks, run_once
 
 FLOAT_BYTES = 4
 
@@ -78,7 +79,8 @@ def foretell(recipe: Recipe, source: ModelSource, task: str) -> Forecast:
     return Forecast(
         steps=tuple(steps),
         memory_bytes=in_memory + largest + max(largest, activations),
-        is_stock=_is_stock(source, edits, load_empty(source, task)),
+        is_stock=all(one.plans_shapes() for one in recipe.passes)
+        and _is_stock(source, edits, load_empty(source, task)),
         warnings=(*_overlaps(steps, weights), *_late_strength(recipe.passes, steps)),
     )
 
@@ -91,7 +93,7 @@ def _replay_and_run(edits: Sequence[Edit], model: PreTrainedModel, kind: str) ->
     """
     cut = {
         word
-        for word, edit_kind in (("heads", PruneHeads), ("neurons", PruneNeurons))
+        for word, edit_kind in (("heads", PruneHeads | PruneFusedHeads), ("neurons", PruneNeurons))
         for e in edits
         if isinstance(e, edit_kind)
     }
@@ -109,9 +111,9 @@ def _replay_and_run(edits: Sequence[Edit], model: PreTrainedModel, kind: str) ->
 
 
 def _obstacle(model: PreTrainedModel) -> str | None:
-    """Why the empty model cannot take 2 × 4 tokens; None where it can."""
+    """Why the empty model cannot take 2 × 4 tokens or 2 images; None where it can."""
     try:
-        run_on_tokens(model)
+        run_once(model)
     except CANNOT_RUN as error:
         return (str(error).splitlines() or [type(error).__name__])[0]
     return None

@@ -4,11 +4,10 @@ import copy
 
 import torch
 from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
     BertConfig,
     DistilBertConfig,
     Gemma3TextConfig,
+    GPT2Config,
     LlamaConfig,
     MistralConfig,
     PretrainedConfig,
@@ -16,9 +15,13 @@ from transformers import (
     PreTrainedTokenizerBase,
     Qwen3Config,
     RobertaConfig,
+    T5Config,
+    ViTConfig,
 )
 
-from compresskit.data import Corpus, Sequences
+from compresskit.data import Corpus, Examples, ModelInputs, Sequences
+from compresskit.layerwise.answer import read_answer
+from compresskit.models import TASKS
 from compresskit.student import Student
 
 _DECODER = {
@@ -55,20 +58,34 @@ ENCODERS: dict[str, PretrainedConfig] = {
     ),
 }
 FAMILIES = {**ENCODERS, **DECODERS}
+#: Built in other ways: transposed and fused projections, no biases and a position bias, images.
+OTHERS: dict[str, PretrainedConfig] = {
+    "gpt2": GPT2Config(vocab_size=96, n_embd=32, n_inner=64, n_layer=2, n_head=4, n_positions=64, pad_token_id=0),
+    "t5": T5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, pad_token_id=0, num_labels=5),
+    "vit": ViTConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=16,
+        patch_size=4,
+        num_labels=5,
+    ),
+}
+_TASKS = {"gpt2": "text-generation", "t5": "token-classification", "vit": "image-classification"}
 
 
 def task_of(family: str) -> str:
     """The task that the family is tested with."""
-    return "text-generation" if family in DECODERS else "feature-extraction"
+    return _TASKS.get(family) or ("text-generation" if family in DECODERS else "feature-extraction")
 
 
 def tiny(family: str, seed: int = 0) -> PreTrainedModel:
     """A random model whose biases and norms are not at their initial ones and zeros."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        config = copy.deepcopy(FAMILIES[family])
-        auto = AutoModelForCausalLM if family in DECODERS else AutoModel
-        model = auto.from_config(config).eval()
+        config = copy.deepcopy({**FAMILIES, **OTHERS}[family])
+        model = TASKS[task_of(family)].from_config(config).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -80,6 +97,13 @@ def random_sequences(count: int, *, seed: int = 0, shortest: int = 6, longest: i
     draw = torch.Generator().manual_seed(seed)
     lengths = torch.randint(shortest, longest + 1, (count,), generator=draw).tolist()
     return Sequences([torch.randint(5, 96, (n,), generator=draw).tolist() for n in lengths], pad_token_id=0)
+
+
+def random_examples(family: str, count: int, *, seed: int = 0) -> Examples:
+    """What the family reads: rows of random tokens, or images of noise."""
+    if family != "vit":
+        return random_sequences(count, seed=seed)
+    return ModelInputs({"pixel_values": torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed))})
 
 
 class NoTokenizer(PreTrainedTokenizerBase):
@@ -103,16 +127,16 @@ def tiny_student(family: str, *, original: PreTrainedModel | None = None, sequen
     """A fresh copy of a tiny original beside it, with random calibration tokens."""
     original = original or tiny(family)
     corpus = Corpus(
-        calibration=random_sequences(sequences, seed=1),
-        training=random_sequences(32, seed=2),
-        evaluation=random_sequences(8, seed=3),
+        calibration=random_examples(family, sequences, seed=1),
+        training=random_examples(family, 32, seed=2),
+        evaluation=random_examples(family, 8, seed=3),
         fingerprint="random",
     )
     return Student(copy.deepcopy(original), original, NoTokenizer(), task_of(family), corpus)
 
 
 @torch.no_grad()
-def answer(model: PreTrainedModel, sequences: Sequences | None = None) -> torch.Tensor:
+def answer(model: PreTrainedModel, sequences: Examples | None = None) -> torch.Tensor:
     """The model's first output on a padded batch, real tokens only, (tokens, width)."""
-    batch = next((sequences or random_sequences(8, seed=3)).batches(8))
-    return model(**batch)[0][batch["attention_mask"].bool()]
+    family = "vit" if model.main_input_name == "pixel_values" else ""
+    return read_answer(model, next((sequences or random_examples(family, 8, seed=3)).batches(8)))

@@ -11,7 +11,8 @@ from torch import nn
 from compresskit.errors import CompressKitError
 from compresskit.passes import Pass, Trait
 from compresskit.student import Student
-from compresskit.surgery.edits import Edit, PruneNeurons, get_module
+from compresskit.surgery.cuts import PruneNeurons
+from compresskit.surgery.edits import Edit, get_module
 
 
 class Shake(Pass):

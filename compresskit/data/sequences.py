@@ -82,9 +82,9 @@ def require_tokens(calibration: Examples) -> None:
     """Refuse text that is all empty.
 
     Raises:
-        CompressKitError: no sequence holds a token.
+        CompressKitError: no sequence holds a token, or there is no example at all.
     """
-    if not any(token_rows(calibration)):
+    if not (any(calibration.rows) if isinstance(calibration, Sequences) else len(calibration)):
         what = "the calibration sequences hold no token: there is nothing to fit to"
         raise CompressKitError(what, where="data.calibration", fix="use text that is not empty")
 

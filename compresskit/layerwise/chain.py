@@ -20,6 +20,12 @@ def hidden_of(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
+def real_tokens(batch: Batch, tokens: torch.Size) -> Tensor:
+    """Which of (batch, length) tokens are no padding, bool: all of them where the batch has no mask, as of images."""
+    mask = batch.get("attention_mask")
+    return torch.ones(tokens, dtype=torch.bool) if mask is None else mask.bool()
+
+
 @torch.no_grad()
 def check_chain(model: PreTrainedModel, batch: Batch) -> None:
     """Make sure that walking from block to block is what the model itself does.
@@ -46,11 +52,19 @@ def check_chain(model: PreTrainedModel, batch: Batch) -> None:
     finally:
         for handle in handles:
             handle.remove()
-    what = _broken_link(blocks, calls, batch["input_ids"].shape)
+    what = _broken_link(blocks, calls, _token_shape(batch, calls))
     if what:
         raise CompressKitError(
             f"this architecture cannot be walked block by block: {what}", where=type(model).__name__, fix=_NO_WALK
         )
+
+
+def _token_shape(batch: Batch, calls: Sequence[tuple[str, Any, Any]]) -> torch.Size:
+    """(batch, length) of the tokens of a text, or of what the first block makes of images."""
+    if "input_ids" in batch:
+        return batch["input_ids"].shape
+    given = calls[0][1] if calls else None
+    return given.shape[:2] if isinstance(given, Tensor) else torch.Size()
 
 
 def _broken_link(blocks: Sequence[str], calls: Sequence[tuple[str, Any, Any]], shape: torch.Size) -> str | None:

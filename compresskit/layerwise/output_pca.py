@@ -44,6 +44,13 @@ class OutputMetric:
         inside.diagonal().add_(self.rest)
         return inside
 
+    def times(self, vectors: Tensor) -> Tensor:
+        """F V for vectors V (O, n), float64."""
+        if self.basis is None:
+            return self.matrix @ vectors
+        inside = self.basis.T @ vectors
+        return self.basis @ (self.matrix @ inside - self.rest * inside) + self.rest * vectors
+
 
 @dataclass(frozen=True)
 class OutputPCA:

@@ -6,7 +6,7 @@ any budget follow from it without another look (`ranks`).
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,12 +17,11 @@ from compresskit.data import Batch, Sequences
 from compresskit.data.cache import read_tensors, write_tensors
 from compresskit.data.sequences import require_tokens
 from compresskit.errors import CompressKitError
-from compresskit.layerwise.moments import Moments
 from compresskit.layerwise.output_pca import OutputPCA, solve_output_pca
 from compresskit.layerwise.ranks import SiteCurve
 from compresskit.layerwise.sensitivity import Fisher, Group, collect_fisher
 from compresskit.layerwise.trials import Trials, trial_weight
-from compresskit.layerwise.walk import Walk
+from compresskit.layerwise.walk import SiteMoments, Walk
 from compresskit.layerwise.weights import layer_bias, row_indices, stacked_weight
 from compresskit.models import model_fingerprint
 from compresskit.progress import track
@@ -30,7 +29,7 @@ from compresskit.student import Student
 from compresskit.surgery.sites import Site
 
 #: Raised by one whenever the same model and text would give another survey.
-VERSION = 3
+VERSION = 4
 #: Calibration tokens that each look reads: gradients, moments, trials.
 FISHER_TOKENS, WALK_TOKENS, TRIAL_TOKENS = 4096, 4096, 512
 #: Tokens whose graph is in memory for a backward pass.
@@ -66,7 +65,7 @@ def take_survey(
         seed: of the labels that gradients are drawn with.
     """
     options = f"{VERSION} {[site.linears for site in sites]} {weighted} {bias} {seed}"
-    name = _fingerprint(student, options)
+    name = survey_fingerprint(student, options)
     folder = cache_folder() / "surveys"
     plain, tried = folder / f"{name}.safetensors", folder / f"{name}-tried.safetensors"
     stored = read_tensors(tried)
@@ -91,12 +90,15 @@ def token_sequences(student: Student) -> Sequences:
     """
     text = student.corpus.calibration
     if not isinstance(text, Sequences):
-        raise CompressKitError("ranks are chosen on text, and this model reads none", fix="say allocation: uniform")
+        raise CompressKitError(
+            "what the model's answer feels is measured on text, and this model reads none",
+            fix="say allocation: uniform, and a metric or score that needs no gradients",
+        )
     require_tokens(text)
     return text
 
 
-def _fingerprint(student: Student, options: str) -> str:
+def survey_fingerprint(student: Student, options: str) -> str:
     """sha256 of the model, the calibration tokens and the options."""
     digest = hashlib.sha256(options.encode())
     digest.update(repr(token_sequences(student).rows).encode())
@@ -110,7 +112,8 @@ def first_tokens(sequences: Sequences, tokens: int) -> Sequences:
     return sequences.limit(max(2, tokens // longest))
 
 
-def _batches(sequences: Sequences, tokens: int, *, together: int) -> list[Batch]:
+def first_batches(sequences: Sequences, tokens: int, *, together: int) -> list[Batch]:
+    """The first sequences that hold about `tokens` tokens, in batches of about `together`."""
     chosen = first_tokens(sequences, tokens)
     return list(chosen.batches(max(1, together // max(1, *(len(row) for row in chosen.rows)))))
 
@@ -122,16 +125,15 @@ def _measure(
     groups = [group for site in sites for group in site_groups(site)]
     fisher: dict[Group, Fisher] = {}
     if weighted:
-        batches = track(_batches(text, FISHER_TOKENS, together=_GRAPH_TOKENS), "measuring sensitivities")
-        fisher = collect_fisher(model, batches, groups, torch.Generator().manual_seed(seed))
-    trials = Trials(model, _batches(text, TRIAL_TOKENS, together=TRIAL_TOKENS)) if measured else None
+        fisher = measure_fisher(student, groups, seed=seed)
+    trials = Trials(model, first_batches(text, TRIAL_TOKENS, together=TRIAL_TOKENS)) if measured else None
     stored: dict[str, Tensor] = {}
 
-    def look(site: Site, moments: Moments) -> None:
+    def look(site: Site, moments: SiteMoments) -> None:
         layers = [model.get_submodule(name) for name in site.linears]
         weight, _ = stacked_weight(layers)
         centred = bias or all(layer_bias(layer) is not None for layer in layers)
-        mean = moments.mean(centred=centred)
+        mean = moments.all.mean(centred=centred)
         for group, rows in zip(site_groups(site), [slice(None), *row_indices(layers)], strict=False):
             part = weight[rows]
             metric = fisher[group].metric(part) if weighted else None
@@ -140,12 +142,24 @@ def _measure(
             if trials and group == site.linears:
                 stored[_key("trials", group)] = _try_ranks(trials, site.block, layers, pca, mean.mu)
 
-    part = replace(student, corpus=replace(student.corpus, calibration=first_tokens(text, WALK_TOKENS)))
-    Walk(part, anchor=0).observe(sites, look, label="surveying ranks")
-    for group, one in fisher.items():
-        stored[_key("fisher", group)] = one.matrix
-        stored[_key("sums", group)] = torch.tensor([one.power, one.count, one.outputs], dtype=torch.float64)
-    return stored
+    observe_first_tokens(student, sites, look, label="surveying ranks")
+    return stored | store_fisher(fisher)
+
+
+def measure_fisher(student: Student, groups: Sequence[Group], *, seed: int) -> dict[Group, Fisher]:
+    """The Fisher information of the groups' outputs, and of each block's, on the first calibration text."""
+    text = token_sequences(student)
+    batches = track(first_batches(text, FISHER_TOKENS, together=_GRAPH_TOKENS), "measuring sensitivities")
+    return collect_fisher(student.model, batches, groups, torch.Generator().manual_seed(seed))
+
+
+def observe_first_tokens(
+    student: Student, sites: Sequence[Site], look: Callable[[Site, SiteMoments], None], *, label: str
+) -> None:
+    """Show `look` the moments of the inputs of each site, on the first calibration text."""
+    text = first_tokens(token_sequences(student), WALK_TOKENS)
+    part = replace(student, corpus=replace(student.corpus, calibration=text))
+    Walk(part, anchor=0).observe(sites, look, label=label)
 
 
 def _try_ranks(trials: Trials, block: int, layers: Sequence[nn.Module], pca: OutputPCA, mu: Tensor) -> Tensor:
@@ -165,14 +179,29 @@ def _key(what: str, group: Group) -> str:
     return f"{what} {' '.join(group)}"
 
 
-def _read(student: Student, sites: Sequence[Site], stored: dict[str, Tensor], *, measured: bool) -> Survey:
-    curves: dict[Group, SiteCurve] = {}
+def store_fisher(fisher: dict[Group, Fisher]) -> dict[str, Tensor]:
+    """Named tensors for the cache, that `read_fisher` reads."""
+    stored: dict[str, Tensor] = {}
+    for group, one in fisher.items():
+        stored[_key("fisher", group)] = one.matrix
+        stored[_key("sums", group)] = torch.tensor([one.power, one.count, one.outputs], dtype=torch.float64)
+    return stored
+
+
+def read_fisher(stored: dict[str, Tensor]) -> dict[Group, Fisher]:
+    """The sensitivities among cached tensors."""
     fisher: dict[Group, Fisher] = {}
     for key in stored:
         what, *group = key.split(" ")
         if what == "fisher":
             power, count, outputs = stored[_key("sums", tuple(group))].tolist()
             fisher[tuple(group)] = Fisher(stored[key], power, int(count), int(outputs))
+    return fisher
+
+
+def _read(student: Student, sites: Sequence[Site], stored: dict[str, Tensor], *, measured: bool) -> Survey:
+    curves: dict[Group, SiteCurve] = {}
+    fisher = read_fisher(stored)
     for site in sites:
         groups = site_groups(site)
         tails = [stored[_key("tail", group)] for group in groups]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compresskit.data import Batch
+from compresskit.layers.linear import layer_widths
 from compresskit.layerwise.answer import divergence, read_answer
 from compresskit.layerwise.watch import replaced_forwards
 from compresskit.models import answer_kind
@@ -66,7 +67,7 @@ class Trials:
 @contextmanager
 def trial_weight(layers: Sequence[nn.Module], weight: Tensor, bias: Tensor | None) -> Iterator[None]:
     """Linears that read the same input compute the stacked weight (O, I) and bias (O,) inside."""
-    sizes = [int(layer.out_features) for layer in layers]  # type: ignore[arg-type]
+    sizes = [layer_widths(layer)[0] for layer in layers]
     weights = weight.float().split(sizes)
     biases = [None] * len(layers) if bias is None else bias.float().split(sizes)
     with ExitStack() as stack:

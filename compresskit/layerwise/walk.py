@@ -8,6 +8,7 @@ earlier blocks, sites and passes are seen by the later ones, which can repair th
     at a writer of the stream  t = y + α (s₀ − s)              s the residual stream after the addition
     where that is not seen     t = y                           the output is normalised or scaled before the addition
 
+Of image models the tokens are what the first block makes of each image: its patches.
 Outputs that were pruned away are left out of y₀. Memory: both models, the moments of one site, and of all calibration
 tokens the hidden states at one depth and, where anchored, the original's outputs at the sites of one block that are
 still to be visited.
@@ -21,10 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compresskit.data import Batch, token_rows
+from compresskit.data import Batch, Examples, Sequences
 from compresskit.data.sequences import require_tokens
 from compresskit.errors import CompressKitError
-from compresskit.layerwise.chain import check_chain, hidden_of
+from compresskit.layers.linear import layer_widths
+from compresskit.layerwise.chain import check_chain, hidden_of, real_tokens
 from compresskit.layerwise.moments import Moments
 from compresskit.layerwise.watch import AllSeenError, Watch, check_token_rows, replaced_forwards
 from compresskit.layerwise.weights import stacked_weight
@@ -58,6 +60,10 @@ class SiteMoments:
     def peak(self) -> Tensor:
         """The greatest |x| of each input, (I,) float64."""
         return torch.maximum(self.fit.peak, self.held_out.peak)
+
+    def with_linear_target(self, weight: Tensor, bias: Tensor | None) -> "SiteMoments":
+        """The moments for the target W x + b: what a layer gives today."""
+        return SiteMoments(self.fit.with_linear_target(weight, bias), self.held_out.with_linear_target(weight, bias))
 
     def without_bias(self, bias: Tensor) -> "SiteMoments":
         """The moments for the target less a bias (O,) that stays as it is: what the weights alone should give."""
@@ -150,9 +156,9 @@ def _block_calls(model: nn.Module, blocks: Sequence[str], batch: Batch) -> tuple
     return calls, first[0]
 
 
-def _split_rows(batch: Batch, first_sequence: int, period: int) -> tuple[Tensor, Tensor]:
-    """Flat indices of real tokens: of all sequences but every `period`-th, and of these."""
-    real = batch["attention_mask"].bool()
+def _split_rows(batch: Batch, tokens: torch.Size, first_sequence: int, period: int) -> tuple[Tensor, Tensor]:
+    """Flat indices of real ones among (batch, length) tokens: of all sequences but every `period`-th, and of these."""
+    real = real_tokens(batch, tokens)
     held = (torch.arange(first_sequence, first_sequence + len(real)) % period == period - 1)[:, None]
     return (real & ~held).flatten().nonzero()[:, 0], (real & held).flatten().nonzero()[:, 0]
 
@@ -199,12 +205,13 @@ class Walk:
             self._advance_student(index, lanes)
 
     @torch.no_grad()
-    def observe(self, sites: Iterable[Site], look: Callable[[Site, Moments], None], *, label: str) -> None:
+    def observe(self, sites: Iterable[Site], look: Callable[[Site, SiteMoments], None], *, label: str) -> None:
         """The moments of the inputs of `sites` alone, on a model that stays as it is: a block runs once for all."""
         for index, here, lanes in self._visits(sites, label):
             block = self._student.model.get_submodule(self._blocks[index])
             modules = {site.linears[0]: self._student.model.get_submodule(site.linears[0]) for site in here}
-            sums = {name: Moments.zeros(int(module.in_features), 0) for name, module in modules.items()}  # type: ignore[arg-type]
+            widths = {name: layer_widths(module)[1] for name, module in modules.items()}
+            sums = {name: (Moments.zeros(width, 0), Moments.zeros(width, 0)) for name, width in widths.items()}
             for lane in lanes:
                 watch = Watch({}, read=modules, stop_early=False)
                 given = watch.run(partial(lane.run, block, index, lane.student))
@@ -212,11 +219,13 @@ class Walk:
                 lane.student = given
                 for name, x in watch.inputs.items():
                     check_token_rows(name, x, lane.student.shape[:2])
-                    for rows in _parts(torch.cat([lane.fit_rows, lane.held_out_rows]), x.shape[-1]):
-                        sums[name].update_input(_flat(x)[rows])
+                    for moments, all_rows in zip(sums[name], (lane.fit_rows, lane.held_out_rows), strict=True):
+                        for rows in _parts(all_rows, x.shape[-1]):
+                            moments.update_input(_flat(x)[rows])
             for site in here:
-                self._check_reached(site, sums[site.linears[0]].count)
-                look(site, sums[site.linears[0]])
+                fit, held_out = sums[site.linears[0]]
+                self._check_reached(site, fit.count + held_out.count)
+                look(site, SiteMoments(fit, held_out))
 
     def _visits(self, sites: Iterable[Site], label: str) -> Iterator[tuple[int, list[Site], list[_Lane]]]:
         """Each block's index and sites, up to the last that has any, and the batches on their way."""
@@ -250,12 +259,18 @@ class Walk:
                 fix=f"use calibration: {LEAST_CALIBRATION} or more (hundreds are better)",
             )
         period = min(4, len(calibration))
-        for batch in calibration.batches(max(1, self._batch_tokens // len(token_rows(calibration)[-1]))):
+        for batch in calibration.batches(max(1, self._batch_tokens // self._longest(calibration))):
             calls, hidden = _block_calls(student, self._blocks, batch)
             beside = _block_calls(original, self._blocks[:1], batch)[1] if self._anchor or self._finish else None
-            lanes.append(_Lane(calls, hidden, beside, *_split_rows(batch, sequences, period)))
-            sequences += len(batch["input_ids"])
+            lanes.append(_Lane(calls, hidden, beside, *_split_rows(batch, hidden.shape[:2], sequences, period)))
+            sequences += len(hidden)
         return lanes
+
+    def _longest(self, calibration: Examples) -> int:
+        """Tokens of the longest of these sequences, which is the last, or of any of these images."""
+        if isinstance(calibration, Sequences):
+            return len(calibration.rows[-1])
+        return _block_calls(self._student.model, self._blocks[:1], next(calibration.batches(1)))[1].shape[1]
 
     def _advance_original(self, index: int, sites: Sequence[Site], lanes: list[_Lane]) -> None:
         """Run the original's block, keeping what its layers at `sites` give."""
@@ -314,9 +329,8 @@ class Walk:
                         moments.update_input(x[rows])
             lane.forget([self._original_name(name) for name in site.linears])
         self._check_reached(site, fit.count + held_out.count)
-        if not anchored:
-            fit, held_out = fit.with_linear_target(weight, bias), held_out.with_linear_target(weight, bias)
-        return SiteMoments(fit, held_out)
+        moments = SiteMoments(fit, held_out)
+        return moments if anchored else moments.with_linear_target(weight, bias)
 
     def _is_anchored(self, site: Site, lane: _Lane) -> bool:
         """Whether the original says what the site should give: its layers' outputs, or the stream they are added to.

@@ -4,13 +4,15 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from compresskit.layers.linear import layer_widths
 from compresskit.layers.low_rank import LowRankLinear
 from compresskit.layers.pivoted_linear import PivotedLinear, pivot_columns
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
-    """W (O, I) of a float linear, a pivoted one, or B A of a low-rank one; not a copy where none is needed.
+    """W (O, I) of a float linear, a transposed or pivoted one, or B A of a low-rank one; no copy where none is needed.
 
     Raises:
         TypeError: a layer without a float weight.
@@ -21,6 +23,8 @@ def dense_weight(layer: nn.Module) -> Tensor:
         return layer.weight_from(dense_weight(layer.rest))
     if isinstance(layer, nn.Linear):
         return layer.weight.detach()
+    if isinstance(layer, Conv1D):
+        return layer.weight.detach().T
     raise TypeError(f"{type(layer).__name__} has no float weight")
 
 
@@ -46,7 +50,7 @@ def stacked_weight(layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None]:
 
 def row_indices(layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     """The rows of a stacked weight that belong to each layer."""
-    sizes = [int(layer.out_features) for layer in layers]  # type: ignore[arg-type]
+    sizes = [layer_widths(layer)[0] for layer in layers]
     return torch.arange(sum(sizes)).split(sizes)
 
 
@@ -60,7 +64,7 @@ def set_weight(layer: nn.Module, weight: Tensor) -> None:
         B = dense_weight(layer.expand).double()
         set_factors([layer], B, torch.linalg.lstsq(B, weight.double()).solution)
     else:
-        layer.weight.copy_(weight)  # type: ignore[union-attr,operator]
+        layer.weight.copy_(weight.T if isinstance(layer, Conv1D) else weight)  # type: ignore[union-attr,operator]
 
 
 @torch.no_grad()

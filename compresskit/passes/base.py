@@ -39,6 +39,10 @@ class Pass(Config, ABC):
             CompressKitError: options that do not fit this model; every misfit is listed at once.
         """
 
+    def plans_shapes(self) -> bool:
+        """Whether `plan` says the very shapes that `apply` will make, and not only how much stays of them."""
+        return True
+
     def models_read(self) -> tuple[str, ...]:
         """Models that it reads besides the original, as the user names them: their files count as options."""
         return ()

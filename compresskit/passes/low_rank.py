@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from compresskit.errors import CompressKitError
 from compresskit.layers.low_rank import LowRankLinear
@@ -284,6 +285,8 @@ def _obstacle(layer: nn.Module) -> str | None:
     """Why a layer of any shape cannot be factorised."""
     if isinstance(layer, LowRankLinear):
         return "is low rank already"
+    if isinstance(layer, Conv1D):
+        return "is a Conv1D, which stores its weight transposed: only prune_width takes it"
     return None if isinstance(layer, nn.Linear) else f"is a {type(layer).__name__}: factorise before quantising"
 
 

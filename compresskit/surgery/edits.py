@@ -11,15 +11,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-import torch
-from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator
-from torch import Tensor, nn
+from pydantic import BeforeValidator, SerializeAsAny
+from torch import nn
 
 from compresskit.config import Config, Registry
 from compresskit.errors import CompressKitError
 from compresskit.layers.int8_linear import Int8Linear
 from compresskit.layers.low_rank import LowRankLinear
-from compresskit.layers.pivoted_linear import PivotedLinear, pivot_columns
 from compresskit.layers.quant_embedding import QuantEmbedding
 from compresskit.layers.quant_linear import QuantLinear
 
@@ -51,10 +49,10 @@ def read_ranges(text: str, *, limit: int = MAX_INDICES) -> list[int]:
         ValueError: text that `write_ranges` does not write.
         CompressKitError: an index of `limit` or more.
     """
-    return [index for first, last in _runs(text, limit) for index in range(first, last + 1)]
+    return [index for first, last in ranges_in(text, limit) for index in range(first, last + 1)]
 
 
-def _runs(text: str, limit: int) -> list[tuple[int, int]]:
+def ranges_in(text: str, limit: int) -> list[tuple[int, int]]:
     """First and last of each run; all below `limit`."""
     found: list[tuple[int, int]] = []
     for run in text.split(","):
@@ -145,146 +143,6 @@ class MakeLowRank(_Replacing):
             )
             owner = owner or new
             set_module(model, name, new)
-
-
-def keep_outputs(module: nn.Module, keep: Tensor) -> None:
-    """Cut a linear (or the last factor of a low-rank one) to the outputs `keep`, in place."""
-    linear = module.expand if isinstance(module, LowRankLinear) else module
-    if not isinstance(linear, nn.Linear):
-        raise CompressKitError(f"cannot cut the outputs of a {type(module).__name__}", fix="prune before quantising")
-    index = keep.to(linear.weight.device)
-    linear.weight = nn.Parameter(linear.weight.detach().index_select(0, index), linear.weight.requires_grad)
-    if linear.bias is not None:
-        linear.bias = nn.Parameter(linear.bias.detach().index_select(0, index), linear.bias.requires_grad)
-    for part in (module, linear):
-        setattr(part, "out_features", len(keep))  # noqa: B010
-
-
-def keep_inputs(model: nn.Module, name: str, keep: Tensor) -> None:
-    """Cut the linear `name` (or the first factor of a low-rank one) to the inputs `keep`, in place."""
-    module = get_module(model, name)
-    linear = module.factor_in if isinstance(module, LowRankLinear) else module
-    if isinstance(module, LowRankLinear) and isinstance(linear, PivotedLinear):
-        set_module(model, name, _cut_pivoted(module, linear, keep))
-        return
-    if not isinstance(linear, nn.Linear):
-        raise CompressKitError(f"cannot cut the inputs of a {type(module).__name__}", fix="prune before quantising")
-    index = keep.to(linear.weight.device)
-    linear.weight = nn.Parameter(linear.weight.detach().index_select(1, index), linear.weight.requires_grad)
-    for part in (module, linear):
-        setattr(part, "in_features", len(keep))  # noqa: B010
-
-
-def _cut_pivoted(module: LowRankLinear, old: PivotedLinear, keep: Tensor) -> nn.Module:
-    """A low-rank layer of the inputs `keep`, with other pivots; a dense one where the rank is no longer below them."""
-    if not isinstance(old.rest, nn.Linear) or not isinstance(module.expand, nn.Linear):
-        raise CompressKitError("cannot cut the inputs of quantised factors", fix="prune before quantising")
-    inputs, outputs, weight = len(keep), module.out_features, old.rest.weight
-    bias = module.expand.bias is not None
-    like: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
-    if inputs > module.rank:
-        new: nn.Module = LowRankLinear(inputs, outputs, module.rank, bias=bias, pivot=True, **like)
-    else:
-        new = nn.Linear(inputs, outputs, bias=bias, **like)
-    last = new.expand if isinstance(new, LowRankLinear) else new
-    if weight.device.type != "meta":
-        A, B = old.weight_from(weight.detach().double())[:, keep], module.expand.weight.detach().double()
-        if isinstance(new, LowRankLinear) and isinstance(new.reduce, PivotedLinear):
-            order, rest, A = pivot_columns(A)
-            new.reduce.set_columns(order, rest)
-        last.weight = nn.Parameter((B @ A).to(weight.dtype))
-    if bias:
-        last.bias = module.expand.bias
-    return new.requires_grad_(weight.requires_grad)
-
-
-class _Cutting(Edit):
-    @field_validator("keep", "keep_kv", check_fields=False)
-    @classmethod
-    def _is_ranges(cls, text: str) -> str:
-        _runs(text, MAX_INDICES)
-        return text
-
-
-def _narrowest(model: nn.Module, inputs: Iterable[str], output: str | None = None) -> int:
-    """The least of what the layers `inputs` give and `output` takes; other kinds of layers are refused when cut."""
-    widths: list[Any] = [getattr(get_module(model, name), "out_features", MAX_INDICES) for name in inputs]
-    widths += [getattr(get_module(model, output), "in_features", MAX_INDICES)] if output else []
-    return int(min(widths, default=MAX_INDICES))
-
-
-@EDITS.add
-class PruneNeurons(_Cutting):
-    """Keep some of an FFN's neurons: outputs of its first linears (up, or gate and up), inputs of its last."""
-
-    kind: Literal["prune_neurons"] = "prune_neurons"
-    inputs: tuple[str, ...]
-    output: str
-    keep: str
-
-    def apply(self, model: nn.Module) -> None:
-        """Slice the weights; real ones keep their values."""
-        width = _narrowest(model, self.inputs, self.output)
-        keep = torch.tensor(read_ranges(self.keep, limit=width))
-        for name in self.inputs:
-            keep_outputs(get_module(model, name), keep)
-        keep_inputs(model, self.output, keep)
-
-
-@EDITS.add
-class PruneHeads(_Cutting):
-    """Keep some attention heads; under grouped queries whole key/value groups, with all their queries."""
-
-    kind: Literal["prune_heads"] = "prune_heads"
-    module: str
-    query: str
-    key: str
-    value: str
-    output: str
-    head_dim: int = Field(ge=1)
-    keep: str
-    keep_kv: str
-
-    def apply(self, model: nn.Module) -> None:
-        """Slice the four projections and correct the attention module's head counts."""
-        old = _narrowest(model, (self.query,), self.output) // self.head_dim
-        rows, rows_kv = self.rows(old, _narrowest(model, (self.key, self.value)) // self.head_dim)
-        keep_outputs(get_module(model, self.query), rows)
-        keep_outputs(get_module(model, self.key), rows_kv)
-        keep_outputs(get_module(model, self.value), rows_kv)
-        keep_inputs(model, self.output, rows)
-        self._correct_counts(get_module(model, self.module), old)
-
-    def rows(self, heads: int = MAX_INDICES, kv_heads: int = MAX_INDICES) -> tuple[Tensor, Tensor]:
-        """The kept outputs of the query projection, and of the key and value projections.
-
-        Args:
-            heads: how many the query projection has, where that is known; more kept ones are refused.
-            kv_heads: how many the key and value projections have.
-        """
-        kept = torch.tensor(read_ranges(self.keep, limit=heads))
-        kept_kv = torch.tensor(read_ranges(self.keep_kv, limit=kv_heads))
-        offsets = torch.arange(self.head_dim)
-        return (
-            (kept[:, None] * self.head_dim + offsets).flatten(),
-            (kept_kv[:, None] * self.head_dim + offsets).flatten(),
-        )
-
-    def _correct_counts(self, module: nn.Module, old_heads: int) -> None:
-        """Set each integer attribute that counts heads, as transformers' modules name them."""
-        heads, kv_heads = len(read_ranges(self.keep)), len(read_ranges(self.keep_kv))
-        for name, value in list(vars(module).items()):
-            is_count = "head" in name or "key_value" in name
-            if not is_count or not isinstance(value, int) or isinstance(value, bool):
-                continue
-            if "groups" in name:
-                setattr(module, name, heads // kv_heads)
-            elif "key_value" in name or "kv" in name:
-                setattr(module, name, kv_heads)
-            elif value == old_heads * self.head_dim:
-                setattr(module, name, heads * self.head_dim)
-            elif value == old_heads and not name.endswith(("head_dim", "head_size")):
-                setattr(module, name, heads)
 
 
 @EDITS.add

@@ -25,7 +25,8 @@ from compresskit.layers.quant_linear import QuantLinear
 from compresskit.layers.tensor_train import TensorTrainEmbedding, TensorTrainHead
 from compresskit.models import STUDENT_METHOD
 from compresskit.surgery import tensor_edits  # noqa: F401 # registers its edits
-from compresskit.surgery.edits import EDITS, Edit, PruneHeads, PruneNeurons, read_ranges, replay
+from compresskit.surgery.cuts import PruneHeads, PruneNeurons
+from compresskit.surgery.edits import EDITS, Edit, read_ranges, replay
 
 METHOD = STUDENT_METHOD
 EDITS_SCHEMA = 1
@@ -102,7 +103,7 @@ class EditsQuantizer(HfQuantizer):
         return True
 
 
-_UNIFORM_WIDTH = ("intermediate_size", "ffn_dim", "hidden_dim", "n_inner")
+_UNIFORM_WIDTH = ("intermediate_size", "ffn_dim", "hidden_dim", "n_inner", "d_ff")
 
 
 def stock_config(config: PretrainedConfig, edits: list[Edit], layers: int) -> PretrainedConfig | None:

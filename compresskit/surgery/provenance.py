@@ -5,7 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from compresskit.surgery.edits import Edit, PruneHeads, PruneNeurons, read_ranges
+from compresskit.surgery.cuts import PruneFusedHeads, PruneHeads, PruneNeurons
+from compresskit.surgery.edits import Edit, read_ranges
 
 
 def kept_outputs(edits: Iterable[Edit]) -> dict[str, Tensor]:
@@ -28,4 +29,6 @@ def kept_outputs(edits: Iterable[Edit]) -> dict[str, Tensor]:
             cut(edit.query, rows)
             cut(edit.key, rows_kv)
             cut(edit.value, rows_kv)
+        elif isinstance(edit, PruneFusedHeads):
+            cut(edit.projection, edit.projection_rows())
     return kept

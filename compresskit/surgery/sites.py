@@ -1,11 +1,12 @@
 """The parts of a transformer that passes work on, found by running it once and watching which linears read what.
 
 No table of model names: blocks are the elements of the outermost ModuleLists that hold linears; linears called with the
-same tensor share an input site; three of them followed by a linear as wide as the queries are an attention; one or two
+same tensor share an input site; three of them followed by a linear as wide as the queries are an attention, and so is
+one Conv1D three times as wide as what follows (GPT-2's queries, keys and values, one after another); one or two
 followed by a linear as wide as they are an FFN. The run needs shapes only, so it works on the meta device.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -14,18 +15,15 @@ from itertools import takewhile
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from compresskit.config import did_you_mean
 from compresskit.errors import CompressKitError
-from compresskit.layers.int8_linear import Int8Linear
+from compresskit.layers.linear import LinearLike, layer_widths
 from compresskit.layers.low_rank import LowRankLinear
 from compresskit.layers.pivoted_linear import PivotedLinear
-from compresskit.layers.quant_linear import QuantLinear
 
-LinearLike = nn.Linear | LowRankLinear | QuantLinear | Int8Linear
-
-
-#: What a model raises that cannot be run on token ids alone, without values, or with the widths that it has.
+#: What a model raises that cannot be run on blank inputs alone, without values, or with the widths that it has.
 CANNOT_RUN = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
 
 
@@ -40,7 +38,10 @@ class Site:
 
 @dataclass(frozen=True)
 class Attention:
-    """Self-attention: the module that knows the head counts, its projections, its shape."""
+    """Self-attention: the module that knows the head counts, its projections, its shape.
+
+    Where one layer projects queries, keys and values, one after another, it is named three times.
+    """
 
     block: int
     module: str
@@ -51,6 +52,11 @@ class Attention:
     heads: int
     kv_heads: int
     head_dim: int
+
+    @property
+    def fused(self) -> bool:
+        """Whether one layer projects queries, keys and values."""
+        return self.query == self.key
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,7 @@ class _Call:
     source: tuple[int, str]  # of the tensor it reads; pivoted factors read inputs of their own choice
     in_features: int
     out_features: int
+    is_conv1d: bool
 
 
 def find_blocks(model: nn.Module) -> tuple[str, ...]:
@@ -101,23 +108,32 @@ def find_blocks(model: nn.Module) -> tuple[str, ...]:
 
 
 def find_anatomy(model: PreTrainedModel, *, factors: bool = False) -> Anatomy:
-    """Blocks, input sites, attentions and FFNs of a text model, dense or already compressed.
+    """Blocks, input sites, attentions and FFNs of a text or image model, dense or already compressed.
 
     Args:
-        model: on the meta device or with weights; run once on a batch of (2, 4) tokens, not changed.
+        model: on the meta device or with weights; run once on a small batch of blank inputs, not changed.
         factors: see low-rank layers as the two linears they are made of, for passes that work on single matrices.
 
     Raises:
-        CompressKitError: a model that this walk does not understand (no blocks, no input_ids, encoder and decoder).
+        CompressKitError: a model that this walk does not understand (no blocks, sound, encoder and decoder).
     """
     blocks = find_blocks(model)
     where = type(model).__name__
     if not blocks:
-        what = "no repeated blocks with linear layers (GPT-2's Conv1D and fused projections are not seen as such)"
+        what = "no repeated blocks with linear layers"
         raise CompressKitError(what, where=where, fix="use an encoder or decoder made of nn.Linear")
-    if model.main_input_name != "input_ids" or model.config.is_encoder_decoder:
-        what = f"reads {model.main_input_name!r}" if not model.config.is_encoder_decoder else "has encoder and decoder"
-        raise CompressKitError(f"the model {what}; only text encoders and decoders are understood", where=where)
+    if model.config.is_encoder_decoder:
+        raise CompressKitError(
+            "the model has encoder and decoder: what cross-attention reads is no plain chain of blocks",
+            where=where,
+            fix="use an encoder or a decoder alone (of T5, task: token-classification is its encoder)",
+        )
+    if model.main_input_name not in ("input_ids", "pixel_values"):
+        raise CompressKitError(
+            f"the model reads {model.main_input_name!r}: only text and images are understood",
+            where=where,
+            fix="use a text encoder, a text decoder or an image classifier",
+        )
     groups = _group_by_input(_trace(model, blocks, factors=False))
     attentions = [found for block in range(len(blocks)) for found in _find_attentions(model, block, groups)]
     taken = {name for a in attentions for name in (a.query, a.key, a.value, a.output)}
@@ -148,14 +164,19 @@ def without_cache(model: PreTrainedModel) -> Iterator[None]:
 
 
 @torch.no_grad()
-def run_on_tokens(model: PreTrainedModel) -> None:
-    """Run a model, on the meta device perhaps, on (2, 4) token ids for the sake of its hooks or its errors.
+def run_once(model: PreTrainedModel) -> None:
+    """Run a model, on the meta device perhaps, on (2, 4) token ids or two blank images: for its hooks or its errors.
 
     Raises:
         One of CANNOT_RUN: it needs values that the meta device has not, other inputs, or other shapes than it has.
     """
     with model.device:  # a decoder without a cache looks for packed sequences, which meta cannot
-        model(input_ids=torch.zeros(2, 4, dtype=torch.long))
+        if model.main_input_name == "pixel_values":
+            size: int | Sequence[int] = model.config.image_size
+            sides = (size, size) if isinstance(size, int) else size
+            model(pixel_values=torch.zeros(2, model.config.num_channels, *sides))
+        else:
+            model(input_ids=torch.zeros(2, 4, dtype=torch.long))
 
 
 def _trace(model: PreTrainedModel, blocks: tuple[str, ...], *, factors: bool) -> list[_Call]:
@@ -182,7 +203,8 @@ def _trace(model: PreTrainedModel, blocks: tuple[str, ...], *, factors: bool) ->
                 )
             if earlier is not None:  # the first factor of several low-rank layers
                 return
-            calls.append(_Call(name, block, source, int(module.in_features), int(module.out_features)))  # type: ignore[arg-type]
+            outputs, inputs = layer_widths(module)
+            calls.append(_Call(name, block, source, inputs, outputs, isinstance(module, Conv1D)))
 
         # A pivoted factor picks its inputs anew for each layer that shares it: watch what it picks them from.
         return pivoted.get(name, module).register_forward_pre_hook(hook)
@@ -195,12 +217,12 @@ def _trace(model: PreTrainedModel, blocks: tuple[str, ...], *, factors: bool) ->
             if isinstance(module, LinearLike) and not skip:
                 handles.append(watch(name, index, module))
     try:
-        run_on_tokens(model)
+        run_once(model)
     except CANNOT_RUN as error:
         raise CompressKitError(
-            f"the model cannot be run on token ids alone, or not without its weights: {error}",
+            f"the model cannot be run on {model.main_input_name} alone, or not without its weights: {error}",
             where=type(model).__name__,
-            fix="use another text encoder or decoder",
+            fix="use another encoder or decoder",
         ) from error
     finally:
         for handle in handles:
@@ -227,26 +249,24 @@ def _find_attentions(model: PreTrainedModel, block: int, groups: list[list[_Call
     found = []
     for index, group in enumerate(groups):
         after = _followers(groups, index)
-        if group[0].block != block or len(group) != 3 or len(after) != 1:
+        if group[0].block != block or len(after) != 1:
             continue
-        query, key, value = sorted(group, key=lambda call: -call.out_features)  # stable: equal widths keep call order
-        if key.out_features != value.out_features or after[0].in_features != query.out_features:
+        width = after[0].in_features
+        if len(group) == 1 and group[0].is_conv1d and group[0].out_features == 3 * width:
+            query = key = value = group[0]
+            widths = (width, width)
+        elif len(group) == 3:
+            query, key, value = sorted(group, key=lambda call: -call.out_features)  # stable: equal widths in call order
+            widths = (query.out_features, key.out_features)
+            if key.out_features != value.out_features or query.out_features != width:
+                continue
+        else:
             continue
         module = _common_parent([call.name for call in group])
         head_dim = _head_dim(model, module)
-        found.append(
-            Attention(
-                block=block,
-                module=module,
-                query=query.name,
-                key=key.name,
-                value=value.name,
-                output=after[0].name,
-                heads=query.out_features // head_dim,
-                kv_heads=key.out_features // head_dim,
-                head_dim=head_dim,
-            )
-        )
+        heads, kv_heads = (one // head_dim for one in widths)
+        names = (query.name, key.name, value.name, after[0].name)
+        found.append(Attention(block, module, *names, heads, kv_heads, head_dim))
     return found
 
 
@@ -257,7 +277,11 @@ def _common_parent(names: list[str]) -> str:
 
 def _head_dim(model: PreTrainedModel, module: str) -> int:
     for name, value in vars(model.get_submodule(module)).items():
-        if name.endswith(("head_dim", "head_size")) and not name.startswith("all") and isinstance(value, int):
+        if (
+            name.endswith(("head_dim", "head_size", "key_value_proj_dim"))
+            and not name.startswith("all")
+            and isinstance(value, int)
+        ):
             return value
     config = model.config.get_text_config()
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -294,7 +318,10 @@ def select(names: list[str], pattern: str, *, where: str = "targets") -> list[st
     """
     chosen = [name for name in names if fnmatchcase(name, pattern)]
     if not chosen:
-        near = did_you_mean(pattern.strip("*."), names) or next(iter(names), "")
+        if not names:
+            what = f"{where} {pattern!r} match no module: the model has no layer of a kind that this pass works on"
+            raise CompressKitError(what, fix="leave this pass out; `compresskit modules MODEL` lists the layers")
+        near = did_you_mean(pattern.strip("*."), names) or names[0]
         raise CompressKitError(
             f"{where} {pattern!r} match no module",
             fix=f"names look like {near!r}; `compresskit modules MODEL` lists them",

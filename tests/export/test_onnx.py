@@ -35,7 +35,8 @@ from compresskit.layers.grid import quantize_weight
 from compresskit.layers.int8_linear import Int8Linear
 from compresskit.layers.low_rank import LowRankLinear
 from compresskit.student import Student
-from compresskit.surgery.edits import MakeLowRank, PruneHeads, QuantizeEmbedding, QuantizeLinears, get_module
+from compresskit.surgery.cuts import PruneHeads
+from compresskit.surgery.edits import MakeLowRank, QuantizeEmbedding, QuantizeLinears, get_module
 
 FAST = {"baselines": False, "rounds": 3, "threads": 1, "texts": 24, "accuracy_level": 0}
 BERT = "encoder.layer.{}.{}"

@@ -10,7 +10,7 @@ from compresskit.layers.pivoted_linear import PivotedLinear, pivot_columns
 from compresskit.layerwise.weights import dense_weight, set_factors, set_weight
 from compresskit.passes.low_rank import LowRank
 from compresskit.passes.quantize import Quantize
-from compresskit.surgery.edits import keep_inputs, keep_outputs
+from compresskit.surgery.cuts import keep_inputs, keep_outputs
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

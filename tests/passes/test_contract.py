@@ -18,7 +18,13 @@ EXAMPLES: dict[str, list[dict[str, object]]] = {
         {"keep": 0.6, "round_to": 16, "on_misfit": "keep", "allocation": "uniform", "share": True},
         {"rank": 8, "anchor": 0.5, "share": False, "pivot": False, "metric": "output"},
     ],
-    "prune_width": [{"keep": {"ffn": 0.5, "heads": 0.5}}, {"keep": 0.75, "anchor": 1.0, "round_to": 16}],
+    "prune_width": [
+        {"keep": {"ffn": 0.5, "heads": 0.5}},
+        {"keep": 0.75, "anchor": 1.0, "round_to": 16},
+        {"keep": {"ffn": 0.5, "heads": 0.5}, "score": "obs", "repair": "bias", "bias": True, "anchor": 0.0},
+        {"keep": 0.5, "score": "taylor", "repair": "none"},
+        {"keep": {"heads": 0.5}, "score": "random"},
+    ],
     "quantize": [
         {"bits": 8, "group_size": 16},
         {"bits": 4, "group_size": 16, "anchor": 0.5},

@@ -1,32 +1,25 @@
 """Width pruning: scores, counts, refit and stock checkpoints."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
-from families import DECODERS, FAMILIES, answer, tiny, tiny_student
+from families import DECODERS, ENCODER_SHAPE, FAMILIES, answer, tiny, tiny_student
 from pydantic import ValidationError
+from transformers import AlbertConfig, AutoModel
 
 from compresskit.errors import CompressKitError
-from compresskit.layerwise.moments import Moments
+from compresskit.layerwise import width_survey
 from compresskit.passes.low_rank import LowRank
-from compresskit.passes.prune_width import PruneWidth, fluctuation_scores, top_indices
+from compresskit.passes.prune_width import PruneWidth
+from compresskit.passes.quantize import Quantize
+from compresskit.surgery.parts import heads_of
 from compresskit.surgery.sites import find_anatomy
 
 
 def prune(**options: object) -> PruneWidth:
     return PruneWidth.model_validate(options)
-
-
-def test_scores_are_the_variance_times_the_squared_column_norm():
-    x = torch.randn(50, 6, dtype=torch.float64) * torch.arange(6) + 3
-    weight = torch.randn(4, 6, dtype=torch.float64)
-    moments = Moments.zeros(6, 4)
-    moments.update(x, x @ weight.T)
-    scores = fluctuation_scores(weight, moments.mean(centred=True))
-    torch.testing.assert_close(scores, x.var(0, unbiased=False) * weight.square().sum(0), rtol=1e-9, atol=1e-9)
-
-
-def test_ties_go_to_the_lower_index():
-    assert top_indices(torch.tensor([1.0, 3.0, 1.0, 1.0]), 3).tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -136,3 +129,136 @@ def test_a_cut_that_cuts_nothing_is_refused(options, match):
 def test_heads_alone_can_be_cut_whatever_the_ffn_is_a_multiple_of():
     edits = PruneWidth.model_validate({"keep": {"heads": 0.5}, "round_to": 48}).plan(tiny("bert"))
     assert len(edits) == 2
+
+
+@pytest.mark.parametrize("score", ["magnitude", "wanda", "flap", "leverage", "taylor", "obs"])
+@pytest.mark.parametrize("family", ["bert", "qwen3", "gpt2"])
+def test_every_score_but_chance_drops_what_does_nothing(family, score):
+    original = tiny(family)
+    anatomy = find_anatomy(original)
+    with torch.no_grad():
+        for ffn in anatomy.feed_forwards:
+            output = original.get_submodule(ffn.output)
+            columns = output.weight if family == "gpt2" else output.weight.T
+            columns[8:40] = 0
+            for name in ffn.inputs:
+                layer = original.get_submodule(name)
+                rows = layer.weight.T if family == "gpt2" else layer.weight
+                rows[8:40] = 0
+                if layer.bias is not None:
+                    layer.bias[8:40] = 0
+    student = tiny_student(family, original=original)
+    prune(keep=0.5, score=score).apply(student, generator=torch.Generator())
+    assert [edit.keep for edit in student.edits] == ["0-7,40-63"] * 2
+    torch.testing.assert_close(answer(student.model), answer(original), atol=1e-4, rtol=1e-4)
+
+
+def test_a_random_choice_follows_the_generator():
+    keeps = []
+    for seed in (1, 1, 2):
+        student = tiny_student("bert")
+        prune(keep=0.5, score="random").apply(student, generator=torch.Generator().manual_seed(seed))
+        keeps.append([edit.keep for edit in student.edits])
+    assert keeps[0] == keeps[1] != keeps[2]
+    assert keeps[0][0] != keeps[0][1], "blocks draw on their own"
+
+
+@pytest.mark.parametrize("repair", ["bias", "least_squares"])
+def test_a_bias_is_added_where_there_is_none_and_takes_the_mean(repair):
+    student = tiny_student("llama")
+    notes = prune(keep=0.5, repair=repair, bias=True, anchor=0).apply(student, generator=torch.Generator())
+    assert [edit.kind for edit in student.edits] == ["add_bias", "prune_neurons"] * 2
+    for ffn in find_anatomy(student.model).feed_forwards:
+        bias = student.model.get_submodule(ffn.output).bias
+        assert bias.abs().max() > 0
+        assert all(student.model.get_submodule(name).bias is None for name in ffn.inputs)
+    assert all(one["relative_error"] < one["relative_error_unrepaired"] for one in notes["layers"].values())
+
+
+def lopsided(family="bert"):
+    """A model whose first FFN hardly says anything."""
+    original = tiny(family)
+    with torch.no_grad():
+        original.get_submodule(find_anatomy(original).feed_forwards[0].output).weight.mul_(1e-3)
+    return original
+
+
+def weights_of(model):
+    return sum(p.numel() for p in model.parameters() if p.dim() > 1)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("keep", [{"ffn": 0.5}, {"ffn": 0.5, "heads": 0.5}])
+def test_per_layer_keeps_more_where_more_is_lost_in_no_more_weights(family, keep):
+    even, uneven = (tiny_student(family, original=lopsided(family)) for _ in range(2))
+    prune(keep=keep).apply(even, generator=torch.Generator())
+    notes = prune(keep=keep, allocation="per_layer").apply(uneven, generator=torch.Generator())
+    first, second = (ffn.neurons for ffn in find_anatomy(uneven.model).feed_forwards)
+    assert first < 32 < second or "heads" in keep
+    assert first % 8 == second % 8 == 0
+    assert 0.9 * weights_of(even.model) < weights_of(uneven.model) <= weights_of(even.model)
+    said = notes["allocation"]
+    assert said["weights_kept"] <= said["weights_even"]
+    assert weights_of(even.model) - weights_of(uneven.model) == said["weights_even"] - said["weights_kept"]
+    assert said["predicted_loss"] < said["predicted_loss_even"]
+    for edit in uneven.edits:
+        assert edit.kind in ("prune_neurons", "prune_heads")
+
+
+def test_the_survey_of_widths_is_taken_once_and_serves_every_keep(monkeypatch):
+    taken = []
+    measure = width_survey._try_widths
+    monkeypatch.setattr(width_survey, "_try_widths", lambda *args: taken.append(1) or measure(*args))
+    original, shapes = lopsided(), []
+    for keep, seed in ((0.5, 3), (0.5, 3), (0.75, 3), (0.5, 4)):
+        student = tiny_student("bert", original=copy.deepcopy(original))
+        generator = torch.Generator().manual_seed(seed)
+        prune(keep=keep, allocation="per_layer", score="random").apply(student, generator=generator)
+        shapes.append([edit.keep for edit in student.edits])
+    assert len(taken) == 2, "one for each seed"
+    assert shapes[0] == shapes[1], "a cached survey draws nothing"
+
+
+@pytest.mark.parametrize("floor", [0.5, 1.0])
+def test_no_block_goes_below_the_floor(floor):
+    student = tiny_student("bert", original=lopsided())
+    prune(keep=0.5, allocation="per_layer", floor=floor).apply(student, generator=torch.Generator())
+    widths = [ffn.neurons for ffn in find_anatomy(student.model).feed_forwards]
+    assert min(widths) == 32 * floor
+
+
+def test_a_bias_that_nothing_fills_is_refused():
+    with pytest.raises(ValidationError, match="repair: bias"):
+        prune(keep=0.5, repair="none", bias=True)
+
+
+def test_a_mean_without_a_bias_to_go_into_is_refused():
+    with pytest.raises(CompressKitError, match="has none") as caught:
+        prune(keep=0.5, repair="bias").plan(tiny("llama"))
+    assert caught.value.where == "repair"
+    assert "bias: true" in str(caught.value.fix)
+    assert prune(keep=0.5, repair="bias").plan(tiny("bert"))
+
+
+def test_quantised_layers_are_refused_before_anything_is_cut():
+    student = tiny_student("bert")
+    Quantize(bits=8, group_size=16).apply(student, generator=torch.Generator())
+    before = list(student.edits)
+    for keep in ({"ffn": 0.5}, {"heads": 0.5}):
+        with pytest.raises(CompressKitError, match="held in integers") as caught:
+            prune(keep=keep).apply(student, generator=torch.Generator())
+        assert caught.value.fix == "prune before quantising"
+    assert student.edits == before
+
+
+def test_heads_that_the_key_value_heads_do_not_divide_are_refused():
+    model = tiny("llama")
+    attention = replace(find_anatomy(model).attentions[0], heads=4, kv_heads=3)
+    with pytest.raises(CompressKitError, match="4 heads cannot share 3 key/value heads evenly"):
+        heads_of(attention, model)
+
+
+def test_blocks_that_are_shared_are_refused():
+    config = AlbertConfig(**ENCODER_SHAPE, embedding_size=16)
+    with pytest.raises(CompressKitError, match="runs more than once"):
+        prune(keep=0.5).plan(AutoModel.from_config(config))

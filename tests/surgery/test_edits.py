@@ -10,16 +10,16 @@ from compresskit.errors import CompressKitError
 from compresskit.passes.low_rank import LowRank
 from compresskit.passes.prune_width import PruneWidth
 from compresskit.passes.quantize import Quantize
+from compresskit.surgery.cuts import AddBias, PruneFusedHeads, PruneHeads, PruneNeurons
 from compresskit.surgery.edits import (
     EDITS,
     MakeLowRank,
-    PruneHeads,
-    PruneNeurons,
     get_module,
     read_ranges,
     replay,
     write_ranges,
 )
+from compresskit.surgery.provenance import kept_outputs
 from compresskit.surgery.sites import find_anatomy
 
 
@@ -55,7 +55,7 @@ def test_neurons_and_heads_that_the_layer_lacks_cannot_be_kept(device):
     names = {name: getattr(attention, name) for name in ("module", "query", "key", "value", "output")}
     edits = (
         PruneNeurons(inputs=ffn.inputs, output=ffn.output, keep="0-64"),
-        PruneHeads(**names, head_dim=8, keep="0-4", keep_kv="0-1"),
+        PruneHeads(**names, head_dim=8, keep="0-5", keep_kv="0-1"),
         PruneHeads(**names, head_dim=8, keep="0-3", keep_kv="2"),
         PruneHeads(**names, head_dim=10**12, keep="0", keep_kv="0"),
     )
@@ -143,3 +143,48 @@ def test_a_module_that_is_not_there_is_named():
 def test_unknown_keys_of_an_edit_are_refused():
     with pytest.raises(ValidationError, match="Extra inputs"):
         EDITS.parse({"kind": "low_rank", "targets": ["a"], "rank": 2, "bias": False, "import": "os"})
+
+
+def test_an_edit_that_names_a_layer_twice_is_refused():
+    with pytest.raises(ValidationError, match="up is listed twice"):
+        PruneNeurons(inputs=("up", "up"), output="down", keep="0")
+    with pytest.raises(ValidationError, match="key is listed twice"):
+        PruneHeads(module="m", query="query", key="key", value="key", output="o", head_dim=8, keep="0", keep_kv="0")
+
+
+def test_heads_that_cannot_share_what_is_kept_of_keys_and_values_are_refused():
+    names = {name: name for name in ("module", "query", "key", "value", "output")}
+    with pytest.raises(ValidationError, match="3 kept heads cannot share 2 key/value heads evenly"):
+        PruneHeads(**names, head_dim=8, keep="0-2", keep_kv="0-1")
+
+
+def test_fused_heads_are_cut_in_queries_keys_and_values():
+    model = tiny("gpt2")
+    attention = find_anatomy(model).attentions[0]
+    assert attention.fused
+    layer = model.get_submodule(attention.query)
+    before, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
+    said = {"module": attention.module, "projection": attention.query, "output": attention.output, "head_dim": 8}
+    edit = PruneFusedHeads(**said, heads=4, keep="1,3")
+    edit.apply(model)
+    rows = [32 * third + 8 * head + i for third in range(3) for head in (1, 3) for i in range(8)]
+    assert torch.equal(layer.weight, before[:, rows])
+    assert torch.equal(layer.bias, bias[rows])
+    assert kept_outputs([edit])[attention.query].tolist() == rows
+    assert find_anatomy(model).attentions[0].heads == 2
+    with pytest.raises(CompressKitError, match="not 4 heads of 8"):
+        edit.apply(model)
+
+
+def test_a_bias_is_added_once_and_only_to_linears():
+    model = tiny("llama")
+    name = find_anatomy(model).feed_forwards[0].output
+    edit = AddBias(targets=(name,))
+    edit.apply(model)
+    layer = model.get_submodule(name)
+    assert layer.bias.tolist() == [0.0] * 32
+    torch.nn.init.ones_(layer.bias)
+    edit.apply(model)
+    assert layer.bias.tolist() == [1.0] * 32
+    with pytest.raises(CompressKitError, match="cannot add a bias to a layer of type Embedding"):
+        AddBias(targets=("model.embed_tokens",)).apply(model)

@@ -1,0 +1,65 @@
+"""The bench of widths: shares that leave what was asked, and methods that say what they are."""
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+from families import tiny_student
+
+from compresskit.errors import CompressKitError
+from compresskit.passes.prune_width import PruneWidth
+from compresskit.surgery.sites import find_anatomy
+
+_FILE = Path(__file__).parent.parent / "tools" / "methods_width.py"
+
+
+@pytest.fixture(scope="module")
+def methods():
+    spec = importlib.util.spec_from_file_location("methods_width", _FILE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["methods_width"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["methods_width"]
+
+
+def linear_weights(model):
+    return sum(model.get_submodule(name).weight.numel() for name in find_anatomy(model).linears())
+
+
+@pytest.mark.parametrize("parts", [["ffn"], ["ffn", "heads"]])
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_what_stays_of_the_block_linears_is_what_was_asked(methods, family, parts):
+    student = tiny_student(family)
+    before = linear_weights(student.model)
+    shares = methods.kept_shares(student, 0.75, parts)
+    assert set(shares) == (set(parts) if family == "bert" else {"ffn"}), "of two key/value groups 0.75 keeps both"
+    student, _ = methods.compress(student, "flap-ls-uniform", 0.75, 0, argparse.Namespace(parts=parts))
+    assert linear_weights(student.model) / before == pytest.approx(0.75, abs=0.05)
+
+
+def test_every_score_repair_and_allocation_is_a_method_with_valid_options(methods):
+    assert len(methods.METHODS) == 7 * 3 * 2 + 1
+    for name, said in methods.METHODS.items():
+        if name != "torch-pruning":
+            PruneWidth.model_validate({"keep": 0.5, **said})
+    assert set(methods.QUICK) <= set(methods.METHODS)
+
+
+def test_shares_that_cannot_be_kept_are_refused(methods):
+    with pytest.raises(CompressKitError, match="cannot be kept by cutting ffn"):
+        methods.kept_shares(tiny_student("bert"), 0.1, ["ffn"])
+
+
+def test_torch_pruning_is_not_given_grouped_queries(methods, monkeypatch):
+    options = argparse.Namespace(parts=["ffn"], blocks=0, model="m", task="t")
+    monkeypatch.setattr(methods.importlib.util, "find_spec", lambda name: object())
+    with pytest.raises(CompressKitError, match="does not end on grouped-query attention"):
+        methods.compress(tiny_student("llama"), "torch-pruning", 0.75, 0, options)
+    monkeypatch.setattr(methods.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(CompressKitError, match="not installed"):
+        methods.compress(tiny_student("bert"), "torch-pruning", 0.75, 0, options)
