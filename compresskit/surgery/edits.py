@@ -198,7 +198,9 @@ def _cut_pivoted(module: LowRankLinear, old: PivotedLinear, keep: Tensor) -> nn.
     return new.requires_grad_(weight.requires_grad)
 
 
-class _Cutting(Edit):
+class Cutting(Edit):
+    """Edits that keep some of several things, told as ranges."""
+
     @field_validator("keep", "keep_kv", check_fields=False)
     @classmethod
     def _is_ranges(cls, text: str) -> str:
@@ -214,7 +216,7 @@ def _narrowest(model: nn.Module, inputs: Iterable[str], output: str | None = Non
 
 
 @EDITS.add
-class PruneNeurons(_Cutting):
+class PruneNeurons(Cutting):
     """Keep some of an FFN's neurons: outputs of its first linears (up, or gate and up), inputs of its last."""
 
     kind: Literal["prune_neurons"] = "prune_neurons"
@@ -232,7 +234,7 @@ class PruneNeurons(_Cutting):
 
 
 @EDITS.add
-class PruneHeads(_Cutting):
+class PruneHeads(Cutting):
     """Keep some attention heads; under grouped queries whole key/value groups, with all their queries."""
 
     kind: Literal["prune_heads"] = "prune_heads"

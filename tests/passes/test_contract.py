@@ -19,6 +19,7 @@ EXAMPLES: dict[str, list[dict[str, object]]] = {
         {"rank": 8, "anchor": 0.5, "share": False, "pivot": False, "metric": "output"},
     ],
     "prune_width": [{"keep": {"ffn": 0.5, "heads": 0.5}}, {"keep": 0.75, "anchor": 1.0, "round_to": 16}],
+    "prune_depth": [{"keep": 0.5}, {"unit": "ffn", "blocks": [1]}],
     "quantize": [
         {"bits": 8, "group_size": 16},
         {"bits": 4, "group_size": 16, "anchor": 0.5},
