@@ -13,13 +13,15 @@ from transformers import PreTrainedModel
 
 from compresskit.errors import CompressKitError, ManyErrors
 from compresskit.evaluate import count_parameters, state_dict_bytes
-from compresskit.models import ModelSource, load_config, load_empty, stored_dtype
+from compresskit.models import ModelSource, load_empty, stored_dtype
 from compresskit.passes import Pass
 from compresskit.recipe import Recipe
 from compresskit.surgery.cuts import PruneFusedHeads, PruneHeads, PruneNeurons
+from compresskit.surgery.depth_edits import DropBlocks, EmptyLinears
 from compresskit.surgery.edits import Edit, replay
 from compresskit.surgery.plugin import stock_config
-from compresskit.surgery.sites import CANNOT_RUN, find_blocks, run_once
+from compresskit.surgery.provenance import Provenance
+from compresskit.surgery.sites import CANNOT_RUN, run_once
 
 FLOAT_BYTES = 4
 
@@ -80,7 +82,7 @@ def foretell(recipe: Recipe, source: ModelSource, task: str) -> Forecast:
         steps=tuple(steps),
         memory_bytes=in_memory + largest + max(largest, activations),
         is_stock=all(one.plans_shapes() for one in recipe.passes)
-        and _is_stock(source, edits, load_empty(source, task)),
+        and (not edits or stock_config(load_empty(source, task), edits) is not None),
         warnings=(*_overlaps(steps, weights), *_late_strength(recipe.passes, steps)),
     )
 
@@ -93,7 +95,11 @@ def _replay_and_run(edits: Sequence[Edit], model: PreTrainedModel, kind: str) ->
     """
     cut = {
         word
-        for word, edit_kind in (("heads", PruneHeads | PruneFusedHeads), ("neurons", PruneNeurons))
+        for word, edit_kind in (
+            ("heads", PruneHeads | PruneFusedHeads),
+            ("neurons", PruneNeurons),
+            ("blocks", DropBlocks),
+        )
         for e in edits
         if isinstance(e, edit_kind)
     }
@@ -103,10 +109,10 @@ def _replay_and_run(edits: Sequence[Edit], model: PreTrainedModel, kind: str) ->
     obstacle = _obstacle(model) if ran else None
     if obstacle:
         widths = " or ".join(sorted(cut))
-        names = " or ".join({"heads": "heads", "neurons": "ffn"}[word] for word in sorted(cut))
+        names = " or ".join({"heads": "heads", "neurons": "ffn"}[word] for word in sorted(cut - {"blocks"}))
         raise CompressKitError(
             f"a part of {type(model).__name__} depends on the number of {widths} that {kind} changes ({obstacle})",
-            fix=f"leave {names} out of keep",
+            fix=f"leave {names} out of keep" if names else f"leave {kind} out",
         )
 
 
@@ -125,10 +131,6 @@ def _each(error: CompressKitError, where: str) -> list[CompressKitError]:
     return [error.at(where)]
 
 
-def _is_stock(source: ModelSource, edits: list[Edit], empty: PreTrainedModel) -> bool:
-    return not edits or stock_config(load_config(source), edits, len(find_blocks(empty))) is not None
-
-
 def _activation_bytes(recipe: Recipe, model: PreTrainedModel) -> int:
     """Two streams (original and student) of the calibration sequences."""
     if model.main_input_name != "input_ids":
@@ -137,16 +139,23 @@ def _activation_bytes(recipe: Recipe, model: PreTrainedModel) -> int:
     return 2 * recipe.data.calibration * recipe.data.max_length * width * FLOAT_BYTES
 
 
-def _touched(step: Expected, weights: set[str]) -> set[str]:
-    """The original's matrices that the edits of a step name."""
-    said = (value for edit in step.edits for value in edit.model_dump().values())
-    names = (name for value in said for name in (value if isinstance(value, tuple | list) else (value,)))
-    return {name for name in names if isinstance(name, str) and name in weights}
+def _touched(steps: Sequence[Expected], weights: set[str]) -> list[set[str]]:
+    """The original's matrices that the edits of each step name; those that are taken away whole do not count."""
+    provenance, found = Provenance(), []
+    for step in steps:
+        here: set[str] = set()
+        for edit in step.edits:
+            said = () if isinstance(edit, EmptyLinears) else edit.model_dump().values()
+            names = (name for value in said for name in (value if isinstance(value, tuple | list) else (value,)))
+            here |= {provenance.original_name(name) for name in names if isinstance(name, str)} & weights
+            provenance.add(edit)
+        found.append(here)
+    return found
 
 
 def _overlaps(steps: Sequence[Expected], weights: set[str]) -> list[str]:
     """Matrices that are both factorised and pruned."""
-    touched = [_touched(step, weights) for step in steps]
+    touched = _touched(steps, weights)
     found: list[str] = []
     for index, step in enumerate(steps):
         for before in range(1, index):

@@ -15,7 +15,6 @@ from compresskit.processors import Processor
 from compresskit.sentence import MEAN_POOLED, SentenceEmbedding
 from compresskit.surgery.edits import Edit
 from compresskit.surgery.plugin import config_with_edits, edits_of
-from compresskit.surgery.sites import find_blocks
 
 
 @dataclass
@@ -68,8 +67,7 @@ def save_student(student: Student, folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     save_file(student_weights(student.model), folder / "model.safetensors", metadata={"format": "pt"})
-    blocks = len(find_blocks(student.original))
-    config = config_with_edits(student.original.config, student.edits, blocks)
+    config = config_with_edits(student.original, student.edits)
     config.architectures = [type(student.model).__name__]
     config.save_pretrained(folder)
     if student.model.can_generate() and student.model.generation_config is not None:

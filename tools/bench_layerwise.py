@@ -79,7 +79,7 @@ def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             for method in options.methods:
                 student = Student(copy.deepcopy(original), original, tokenizer, options.task, corpus)
                 reset_peak()
-start, start_cpu = time.perf_counter(), time.process_time()
+                start, start_cpu = time.perf_counter(), time.process_time()
                 student, used = PASSES[options.compared].compress(student, method, keep, seed, options)
                 kept = dense - (_matrix_weights(original) - _matrix_weights(student.model))
                 row = {

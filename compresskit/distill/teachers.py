@@ -1,5 +1,7 @@
 """Teachers: whatever gives the outputs that a student should give."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -28,17 +30,27 @@ class LiveTeacher:
     Args:
         model: in eval mode on the device of the batches; never modified.
         pooling: how hidden states become sentence embeddings.
+        layers: which of its hidden states (0 the embeddings) stand for the student's, in order; by default all.
     """
 
-    def __init__(self, model: PreTrainedModel, pooling: SentenceEmbedding = MEAN_POOLED) -> None:
-        self.model, self.pooling = model, pooling
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        pooling: SentenceEmbedding = MEAN_POOLED,
+        *,
+        layers: Sequence[int] | None = None,
+    ) -> None:
+        self.model, self.pooling, self.layers = model, pooling, layers
         self._sentences: dict[int, Tensor] = {}
 
     @torch.no_grad()
     def __call__(self, batch: Batch, rows: list[int], needs: frozenset[Need]) -> Outputs:
         """The original's outputs for this batch."""
         if needs != {"sentence"}:
-            return observe(self.model, batch, needs, self.pooling)
+            outputs = observe(self.model, batch, needs, self.pooling)
+            if self.layers is None or outputs.hidden is None:
+                return outputs
+            return replace(outputs, hidden=tuple(outputs.hidden[layer] for layer in self.layers))
         new = [i for i, row in enumerate(rows) if row not in self._sentences]
         if new:
             part = {name: values[new] for name, values in batch.items()}

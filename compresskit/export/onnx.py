@@ -43,7 +43,6 @@ from compresskit.export.runtime import (
 from compresskit.export.trace import OUTPUTS, trace
 from compresskit.student import Student
 from compresskit.surgery.plugin import config_with_edits
-from compresskit.surgery.sites import find_blocks
 from compresskit.whole import whole_folder
 
 MODEL_FILE = "model.onnx"
@@ -181,8 +180,7 @@ def write_companions(student: Student, folder: Path) -> None:
     once it was read from a checkpoint), without the record of edits: here the graph says it all.
     """
     student.tokenizer.save_pretrained(folder)
-    blocks = len(find_blocks(student.original))
-    config = config_with_edits(student.original.config, student.edits, blocks).to_dict()
+    config = config_with_edits(student.original, student.edits).to_dict()
     for record in ("quantization_config", "compresskit_edits"):
         config.pop(record, None)
     config["architectures"] = [type(student.model).__name__]

@@ -12,7 +12,7 @@ from compresskit.data import Batch
 from compresskit.errors import CompressKitError
 from compresskit.surgery.sites import find_blocks
 
-_NO_WALK = "low_rank, prune_width and quantize need a plain chain of blocks; distil it into one, or use another model"
+_NO_WALK = "all passes but tensor and distill need a plain chain of blocks; distil it into one, or use another model"
 
 
 def hidden_of(output: Any) -> Tensor:
@@ -27,17 +27,18 @@ def real_tokens(batch: Batch, tokens: torch.Size) -> Tensor:
 
 
 @torch.no_grad()
-def check_chain(model: PreTrainedModel, batch: Batch) -> None:
+def check_chain(model: PreTrainedModel, batch: Batch, blocks: Sequence[str] | None = None) -> None:
     """Make sure that walking from block to block is what the model itself does.
 
     Args:
         batch: two sequences, say; the model is run on them once.
+        blocks: their names; by default those of `find_blocks`.
 
     Raises:
         CompressKitError: blocks that run in another order than they are listed, more than once, or on anything but
-            the (batch, length, width) output of the block before.
+            the (batch, length, width) output of the block before; blocks that change its shape.
     """
-    blocks = find_blocks(model)
+    blocks = find_blocks(model) if blocks is None else blocks
     calls: list[tuple[str, Any, Any]] = []
 
     def record(name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -71,9 +72,11 @@ def _broken_link(blocks: Sequence[str], calls: Sequence[tuple[str, Any, Any]], s
     """What keeps `calls` (name, input, output) from being a plain chain of `blocks` over (batch, length) tokens."""
     if tuple(name for name, _, _ in calls) != tuple(blocks):
         return "its blocks do not run once each, in the order in which they are listed"
-    for index, (name, given, _) in enumerate(calls):
-        if not isinstance(given, Tensor) or given.shape[:2] != shape:
+    for index, (name, given, output) in enumerate(calls):
+        if not isinstance(given, Tensor) or given.dim() != 3 or given.shape[:2] != shape:
             return f"{name} does not read hidden states of shape (batch, length, width)"
         if index and not torch.equal(given, calls[index - 1][2]):
             return f"{name} does not read what the block before it gives"
+        if output.shape != given.shape:
+            return f"{name} gives another shape than it reads"
     return None

@@ -27,35 +27,46 @@ class Trials:
     Args:
         model: as it is now; in eval mode.
         batches: held in memory with every block's output and the answers (a vocabulary wide, for language models).
+        blocks: their names; by default those of `find_blocks`.
+        answers: what to compare with, `answers` of earlier trials; by default the model's own.
     """
 
     @torch.no_grad()
-    def __init__(self, model: PreTrainedModel, batches: Sequence[Batch]) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batches: Sequence[Batch],
+        *,
+        blocks: Sequence[str] | None = None,
+        answers: Sequence[Tensor] | None = None,
+    ) -> None:
         self._model, self._batches = model, batches
-        self._blocks = [model.get_submodule(name) for name in find_blocks(model)]
+        self._blocks = [model.get_submodule(name) for name in (find_blocks(model) if blocks is None else blocks)]
         self._outputs: list[list[Any]] = []
-        self._answers: list[Tensor] = []
+        given: list[Tensor] = []
         with without_cache(model):
             for batch in batches:
                 outputs: list[Any] = []
                 handles = [
-                    block.register_forward_hook(lambda _module, _args, given, keep=outputs: keep.append(given))
+                    block.register_forward_hook(lambda _module, _args, output, keep=outputs: keep.append(output))
                     for block in self._blocks
                 ]
                 try:
-                    self._answers.append(read_answer(model, batch))
+                    given.append(read_answer(model, batch))
                 finally:
                     for handle in handles:
                         handle.remove()
                 self._outputs.append(outputs)
+        #: (N, V) for each batch
+        self.answers: Sequence[Tensor] = given if answers is None else answers
 
     @torch.no_grad()
     def divergence(self, block: int) -> float:
-        """Nats an answer between the model as it was and as it is now, changed in `block` alone (counted from 0)."""
+        """Nats an answer between `answers` and the model as it is now, changed in `block` alone (counted from 0)."""
         kind = answer_kind(self._model)
         total, count = 0.0, 0
         with without_cache(self._model):
-            for batch, outputs, answer in zip(self._batches, self._outputs, self._answers, strict=True):
+            for batch, outputs, answer in zip(self._batches, self._outputs, self.answers, strict=True):
                 before = outputs[block - 1] if block else None
                 with replaced_forwards(self._blocks[:block], lambda *args, given=before, **kwargs: given):
                     now = read_answer(self._model, batch)

@@ -8,10 +8,11 @@ earlier blocks, sites and passes are seen by the later ones, which can repair th
     at a writer of the stream  t = y + α (s₀ − s)              s the residual stream after the addition
     where that is not seen     t = y                           the output is normalised or scaled before the addition
 
-Of image models the tokens are what the first block makes of each image: its patches.
-Outputs that were pruned away are left out of y₀. Memory: both models, the moments of one site, and of all calibration
-tokens the hidden states at one depth and, where anchored, the original's outputs at the sites of one block that are
-still to be visited.
+Of image models the tokens are what the first block makes of each image: its patches. Outputs that were pruned away are
+left out of y₀. Where blocks were dropped, y₀ and s₀ are those of the block that the student's block was in the
+original, s₀ with what the blocks between did: the first writer after a gap is asked for it. Memory: both models, the
+moments of one site, and of all calibration tokens the hidden states at one depth and, where anchored, the original's
+outputs at the sites of one block that are still to be visited.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,7 +33,7 @@ from compresskit.layerwise.watch import AllSeenError, Watch, check_token_rows, r
 from compresskit.layerwise.weights import stacked_weight
 from compresskit.progress import track
 from compresskit.student import Student
-from compresskit.surgery.provenance import kept_outputs
+from compresskit.surgery.provenance import Provenance
 from compresskit.surgery.sites import Site, find_blocks, without_cache
 
 #: Sequences without which nothing can be kept apart to choose the shrinkage by.
@@ -86,19 +87,24 @@ class BlockBatch:
     held_out_rows: Tensor
 
 
+_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
 @dataclass
 class _Lane:
     """One batch on its way: what each block is called with, and the hidden states before the current block.
 
     Attributes:
         calls: positional and named arguments of each block but the hidden states; the same tensors in all.
+        original_calls: those of the original's blocks, where it has others.
         student, original: hidden states, (batch, length, width); the original's only where anchored.
         beside: of the current block of the original, the outputs (tokens, O) of each target layer that is still to be
             visited, padding included, and under `…+` the stream after they were added.
         fit_rows, held_out_rows: flat indices of real tokens.
     """
 
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    calls: Sequence[_Arguments]
+    original_calls: Sequence[_Arguments]
     student: Tensor
     original: Tensor | None
     fit_rows: Tensor
@@ -106,19 +112,25 @@ class _Lane:
     beside: dict[str, Tensor] = field(default_factory=dict)
 
     def run(self, block: nn.Module, index: int, hidden: Tensor) -> Tensor:
-        """The block's output hidden states, (batch, length, width)."""
-        args, kwargs = self.calls[index]
-        if "hidden_states" in kwargs:
-            output = block(*args, **(kwargs | {"hidden_states": hidden}))
-        else:
-            output = block(hidden, *args, **kwargs)
-        return hidden_of(output)
+        """What a block of the student gives, (batch, length, width)."""
+        return _call(block, self.calls[index], hidden)
+
+    def run_original(self, block: nn.Module, index: int, hidden: Tensor) -> Tensor:
+        """What a block of the original gives, (batch, length, width)."""
+        return _call(block, self.original_calls[index], hidden)
 
     def forget(self, names: Iterable[str]) -> None:
         """Drop what these layers of the original gave: each is visited once."""
         for name in names:
             self.beside.pop(name, None)
             self.beside.pop(f"{name}+", None)
+
+
+def _call(block: nn.Module, arguments: _Arguments, hidden: Tensor) -> Tensor:
+    args, kwargs = arguments
+    if "hidden_states" in kwargs:
+        return hidden_of(block(*args, **(kwargs | {"hidden_states": hidden})))
+    return hidden_of(block(hidden, *args, **kwargs))
 
 
 def _block_calls(model: nn.Module, blocks: Sequence[str], batch: Batch) -> tuple[list[Any], Tensor]:
@@ -183,7 +195,8 @@ class Walk:
     ) -> None:
         self._student, self._anchor, self._finish = student, anchor, finish
         self._blocks = find_blocks(student.model)
-        self._kept = kept_outputs(student.edits)
+        self._provenance = Provenance(student.edits)
+        self._original_blocks = find_blocks(student.original)
         self._original_modules = dict(student.original.named_modules())
         self._batch_tokens = batch_tokens
 
@@ -261,8 +274,13 @@ class Walk:
         period = min(4, len(calibration))
         for batch in calibration.batches(max(1, self._batch_tokens // self._longest(calibration))):
             calls, hidden = _block_calls(student, self._blocks, batch)
-            beside = _block_calls(original, self._blocks[:1], batch)[1] if self._anchor or self._finish else None
-            lanes.append(_Lane(calls, hidden, beside, *_split_rows(batch, hidden.shape[:2], sequences, period)))
+            original_calls, beside = calls, None
+            if self._anchor or self._finish:
+                other = self._original_blocks != self._blocks
+                original_calls, beside = _block_calls(original, self._original_blocks[: None if other else 1], batch)
+                original_calls = original_calls if other else calls
+            split = _split_rows(batch, hidden.shape[:2], sequences, period)
+            lanes.append(_Lane(calls, original_calls, hidden, beside, *split))
             sequences += len(hidden)
         return lanes
 
@@ -273,8 +291,9 @@ class Walk:
         return _block_calls(self._student.model, self._blocks[:1], next(calibration.batches(1)))[1].shape[1]
 
     def _advance_original(self, index: int, sites: Sequence[Site], lanes: list[_Lane]) -> None:
-        """Run the original's block, keeping what its layers at `sites` give."""
-        block = self._student.original.get_submodule(self._blocks[index])
+        """Run the original up to and with the block that the student's was, keeping what its layers at `sites` give."""
+        now = self._number(index)
+        block = self._student.original.get_submodule(self._original_blocks[now])
         watched = sites if self._anchor else ()
         names = {self._original_name(name): site for site in watched for name in site.linears}
         linears = {name: self._original_modules[name] for name in names if name in self._original_modules}
@@ -282,10 +301,17 @@ class Walk:
         for lane in lanes:
             if lane.original is None:
                 return
+            for dropped in range(self._number(index - 1) + 1 if index else 0, now):
+                module = self._student.original.get_submodule(self._original_blocks[dropped])
+                lane.original = lane.run_original(module, dropped, lane.original)
             watch = Watch(linears, writers, read={}, stop_early=False)
-            lane.original = watch.run(partial(lane.run, block, index, lane.original))
+            lane.original = watch.run(partial(lane.run_original, block, now, lane.original))
             lane.beside = {name: _flat(output) for name, output in watch.outputs.items()}
             lane.beside |= {f"{name}+": _flat(stream) for name, stream in watch.streams.items()}
+
+    def _number(self, index: int) -> int:
+        """Which of the original's blocks the student's block `index` is."""
+        return self._original_blocks.index(self._original_name(self._blocks[index]))
 
     def _block_batches(self, index: int, lanes: list[_Lane]) -> list[BlockBatch]:
         block = self._student.model.get_submodule(self._blocks[index])
@@ -302,7 +328,7 @@ class Walk:
 
     def _original_name(self, name: str) -> str:
         """The original's layer that gives what this one gives: a low-rank layer's last factor stands for the layer."""
-        return name.removesuffix(".expand")
+        return self._provenance.original_name(name.removesuffix(".expand"))
 
     def _collect(self, site: Site, lanes: list[_Lane]) -> SiteMoments:
         linears = {name: self._student.model.get_submodule(name) for name in site.linears}
@@ -352,7 +378,7 @@ class Walk:
         return torch.lerp(torch.cat(given, dim=1), y0, self._anchor) if given else y0
 
     def _keep(self, name: str, outputs: Tensor) -> Tensor:
-        kept = self._kept.get(self._original_name(name))
+        kept = self._provenance.kept.get(self._original_name(name))
         return outputs if kept is None else outputs[:, kept]
 
 

@@ -26,7 +26,9 @@ from compresskit.models import ModelSource, answer_kind, find_model, load_empty,
 from compresskit.passes.base import PASSES, Part, Pass, Trait
 from compresskit.sentence import read_sentence_embedding
 from compresskit.student import Student
+from compresskit.surgery.depth_edits import get_stack
 from compresskit.surgery.edits import Edit
+from compresskit.surgery.provenance import Provenance
 
 LOG = logging.getLogger(__name__)
 
@@ -55,6 +57,14 @@ def _check_same_ids(teacher: ModelSource, student: Student) -> None:
             f"{ours.get(token)} here"
         )
         raise CompressKitError(what, where="teacher", fix="use a teacher of the same tokenizer")
+
+
+def _layers_left(student: Student) -> tuple[int, ...] | None:
+    """Which of the original's hidden states the student's stand for, where blocks were dropped."""
+    for stack in Provenance(student.edits).stacks:
+        blocks = len(get_stack(student.original, stack))
+        return Provenance(student.edits).hidden_layers(stack, blocks)
+    return None
 
 
 @PASSES.add
@@ -94,12 +104,12 @@ class Distill(TrainingOptions, Pass):
         """Train `student.model` in place against its teacher; eval mode, no gradients afterwards."""
         training = student.corpus.training
         assert isinstance(training, Sequences)
-        teacher, sentence = student.original, student.sentence
+        teacher, sentence, layers = student.original, student.sentence, _layers_left(student)
         if self.teacher is not None:
             source = find_model(self.teacher)
             _check_same_ids(source, student)
             teacher = load_model(source, student.task).requires_grad_(False)
-            sentence = read_sentence_embedding(source.folder)
+            sentence, layers = read_sentence_embedding(source.folder), None
         losses = self._checked_losses(student.model, teacher)
         accelerator = Accelerator()
         home = student.model.device
@@ -108,7 +118,7 @@ class Distill(TrainingOptions, Pass):
         try:
             result = train(
                 student.model,
-                LiveTeacher(teacher, sentence),
+                LiveTeacher(teacher, sentence, layers=layers),
                 losses,
                 training,
                 self,

@@ -73,7 +73,9 @@ def _cut_pivoted(module: LowRankLinear, old: PivotedLinear, keep: Tensor) -> nn.
     return new.requires_grad_(weight.requires_grad)
 
 
-class _Cutting(Edit):
+class Cutting(Edit):
+    """An edit whose fields `keep` and `keep_kv` hold ranges of what stays."""
+
     @field_validator("keep", "keep_kv", check_fields=False)
     @classmethod
     def _is_ranges(cls, text: str) -> str:
@@ -99,7 +101,7 @@ def _refuse_twice(names: Iterable[str]) -> None:
 
 
 @EDITS.add
-class PruneNeurons(_Cutting):
+class PruneNeurons(Cutting):
     """Keep some of an FFN's neurons: outputs of its first linears (up, or gate and up), inputs of its last."""
 
     kind: Literal["prune_neurons"] = "prune_neurons"
@@ -122,7 +124,7 @@ class PruneNeurons(_Cutting):
 
 
 @EDITS.add
-class PruneHeads(_Cutting):
+class PruneHeads(Cutting):
     """Keep some attention heads; under grouped queries whole key/value groups, with all their queries."""
 
     kind: Literal["prune_heads"] = "prune_heads"
@@ -187,7 +189,7 @@ def _correct_counts(module: nn.Module, head_dim: int, old_heads: int, heads: int
 
 
 @EDITS.add
-class PruneFusedHeads(_Cutting):
+class PruneFusedHeads(Cutting):
     """Keep some attention heads where one layer projects queries, keys and values, one after another."""
 
     kind: Literal["prune_fused_heads"] = "prune_fused_heads"

@@ -16,6 +16,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from compresskit.layers.empty_linear import EmptyLinear
 from compresskit.layers.int8_linear import Int8Linear
 from compresskit.layers.low_rank import LowRankLinear
 from compresskit.layers.low_rank_embedding import LowRankEmbedding
@@ -26,7 +27,10 @@ from compresskit.layers.tensor_train import TensorTrainEmbedding, TensorTrainHea
 from compresskit.models import STUDENT_METHOD
 from compresskit.surgery import tensor_edits  # noqa: F401 # registers its edits
 from compresskit.surgery.cuts import PruneHeads, PruneNeurons
+from compresskit.surgery.depth_edits import DropBlocks, cut_config
 from compresskit.surgery.edits import EDITS, Edit, read_ranges, replay
+from compresskit.surgery.provenance import Provenance
+from compresskit.surgery.sites import find_blocks
 
 METHOD = STUDENT_METHOD
 EDITS_SCHEMA = 1
@@ -43,7 +47,7 @@ def dump_edits(edits: list[Edit]) -> list[dict[str, Any]]:
 
 
 _INSERTED_TABLES = (QuantEmbedding, LowRankEmbedding, TensorTrainEmbedding)
-_INSERTED = (LowRankLinear, PivotedLinear, QuantLinear, Int8Linear, TensorTrainHead, *_INSERTED_TABLES)
+_INSERTED = (EmptyLinear, LowRankLinear, PivotedLinear, QuantLinear, Int8Linear, TensorTrainHead, *_INSERTED_TABLES)
 
 
 def _stand_in(module: nn.Module) -> list[str]:
@@ -106,42 +110,66 @@ class EditsQuantizer(HfQuantizer):
 _UNIFORM_WIDTH = ("intermediate_size", "ffn_dim", "hidden_dim", "n_inner", "d_ff")
 
 
-def stock_config(config: PretrainedConfig, edits: list[Edit], layers: int) -> PretrainedConfig | None:
+def stock_config(original: PreTrainedModel, edits: list[Edit]) -> PretrainedConfig | None:
     """A stock config that says the student's shapes, or None where only the plug-in can.
 
-    FFN width is said where every block has the same; fewer heads of the same size only where the config has `head_dim`.
+    Fewer blocks are said where they are what a model of that depth would have there, FFN width where every block has
+    the same; fewer heads of the same size only where the config has `head_dim`.
+
+    Args:
+        original: may be on the meta device.
+        edits: what was done to it.
     """
-    if not all(isinstance(edit, PruneNeurons | PruneHeads) for edit in edits):
+    if not all(isinstance(edit, PruneNeurons | PruneHeads | DropBlocks) for edit in edits):
         return None
+    config: PretrainedConfig | None = original.config
+    drops = [edit for edit in edits if isinstance(edit, DropBlocks)]
+    if drops:
+        config = cut_config(original, drops)
+    widths = None if config is None else _uniform_widths(config, find_blocks(original), edits)
+    return None if config is None or widths is None else type(config).from_dict(config.to_dict() | widths)
+
+
+def _uniform_widths(config: PretrainedConfig, blocks: tuple[str, ...], edits: list[Edit]) -> dict[str, int] | None:
+    """What a config says of the widths that edits of the original's `blocks` left; None where it cannot."""
+    neurons: dict[str, int] = {}
+    heads: dict[str, tuple[int, int, int]] = {}
+    provenance = Provenance()
+    for edit in edits:
+        if isinstance(edit, PruneNeurons):
+            neurons[provenance.original_name(edit.output)] = len(read_ranges(edit.keep))
+        elif isinstance(edit, PruneHeads):
+            counts = len(read_ranges(edit.keep)), len(read_ranges(edit.keep_kv))
+            heads[provenance.original_name(edit.module)] = (*counts, edit.head_dim)
+        provenance.add(edit)
+    left = sum(map(provenance.is_left, blocks))
+    of_neurons = [count for name, count in neurons.items() if provenance.is_left(name)]
+    of_heads = [counts for name, counts in heads.items() if provenance.is_left(name)]
     changed: dict[str, int] = {}
-    neurons: dict[str, int] = {e.output: len(read_ranges(e.keep)) for e in edits if isinstance(e, PruneNeurons)}
-    if neurons:
+    if of_neurons:
         key = next((name for name in _UNIFORM_WIDTH if hasattr(config, name)), None)
-        if key is None or len(neurons) != layers or len(set(neurons.values())) != 1:
+        if key is None or len(of_neurons) != left or len(set(of_neurons)) != 1:
             return None
-        changed[key] = next(iter(neurons.values()))
-    heads = {
-        e.module: (len(read_ranges(e.keep)), len(read_ranges(e.keep_kv))) for e in edits if isinstance(e, PruneHeads)
-    }
-    if heads:
-        if not hasattr(config, "head_dim") or len(heads) != layers or len(set(heads.values())) != 1:
+        changed[key] = of_neurons[0]
+    if of_heads:
+        if not hasattr(config, "head_dim") or len(of_heads) != left or len(set(of_heads)) != 1:
             return None
-        changed["num_attention_heads"], changed["num_key_value_heads"] = next(iter(heads.values()))
-        changed["head_dim"] = next(e.head_dim for e in edits if isinstance(e, PruneHeads))
-    return type(config).from_dict(config.to_dict() | changed)
+        names = ("num_attention_heads", "num_key_value_heads", "head_dim")
+        changed |= zip(names, of_heads[0], strict=True)
+    return changed
 
 
-def config_with_edits(config: PretrainedConfig, edits: list[Edit], layers: int) -> PretrainedConfig:
+def config_with_edits(original: PreTrainedModel, edits: list[Edit]) -> PretrainedConfig:
     """A copy of the original's config that makes `from_pretrained` rebuild the student.
 
     Where a stock config can say its shapes, that one, with the edits as a record under `compresskit_edits`; else the
     original's with the edits as `quantization_config`, for the plug-in.
     """
-    stock = stock_config(config, edits, layers)
+    stock = stock_config(original, edits)
     if stock is not None:
         stock.compresskit_edits = dump_edits(edits)
         return stock
-    said = copy.deepcopy(config)
+    said = copy.deepcopy(original.config)
     said.quantization_config = {"quant_method": METHOD, "schema": EDITS_SCHEMA, "edits": dump_edits(edits)}
     return said
 

@@ -1,4 +1,4 @@
-"""Which outputs of the original's linears the student still has: the map between the two, read from the edits."""
+"""What of the original the student still has: the map between their names, read from the record of edits."""
 
 from collections.abc import Iterable
 
@@ -6,29 +6,66 @@ import torch
 from torch import Tensor
 
 from compresskit.surgery.cuts import PruneFusedHeads, PruneHeads, PruneNeurons
+from compresskit.surgery.depth_edits import DropBlocks
 from compresskit.surgery.edits import Edit, read_ranges
 
 
-def kept_outputs(edits: Iterable[Edit]) -> dict[str, Tensor]:
-    """For each linear whose outputs were cut: the indices, in the original's numbering, that are left, ascending.
+class Provenance:
+    """Where the student's modules come from. Cuts compose: the second one's indices count what the first left.
 
-    Linears that are absent kept all their outputs. Cuts compose: the second one's indices count what the first left.
+    Args:
+        edits: what was done to the original, in order. Edits name modules as the model called them at their time.
+
+    Attributes:
+        kept: for each linear of the original whose outputs were cut, the indices that are left, ascending; linears
+            that are absent kept all their outputs.
+        stacks: for each list of blocks that was cut, which of the original's blocks its blocks are.
     """
-    kept: dict[str, Tensor] = {}
 
-    def cut(name: str, keep: Tensor) -> None:
-        kept[name] = kept[name][keep] if name in kept else keep
+    def __init__(self, edits: Iterable[Edit] = ()) -> None:
+        self.kept: dict[str, Tensor] = {}
+        self.stacks: dict[str, list[int]] = {}
+        for edit in edits:
+            self.add(edit)
 
-    for edit in edits:
+    def add(self, edit: Edit) -> None:
+        """Take one more edit into account."""
         if isinstance(edit, PruneNeurons):
-            keep = torch.tensor(read_ranges(edit.keep))
-            for name in edit.inputs:
-                cut(name, keep)
+            self._cut(edit.inputs, torch.tensor(read_ranges(edit.keep)))
         elif isinstance(edit, PruneHeads):
             rows, rows_kv = edit.rows()
-            cut(edit.query, rows)
-            cut(edit.key, rows_kv)
-            cut(edit.value, rows_kv)
+            self._cut((edit.query,), rows)
+            self._cut((edit.key, edit.value), rows_kv)
         elif isinstance(edit, PruneFusedHeads):
-            cut(edit.projection, edit.projection_rows())
-    return kept
+            self._cut((edit.projection,), edit.projection_rows())
+        elif isinstance(edit, DropBlocks):
+            kept, before = read_ranges(edit.keep), self.stacks.get(edit.stack)
+            self.stacks[edit.stack] = kept if before is None else [before[index] for index in kept]
+
+    def _cut(self, names: Iterable[str], keep: Tensor) -> None:
+        for name in map(self.original_name, names):
+            self.kept[name] = self.kept[name][keep] if name in self.kept else keep
+
+    def original_name(self, name: str) -> str:
+        """What the original calls the student's module `name` (the same, but for the numbers of blocks)."""
+        for stack, blocks in self.stacks.items():
+            if name.startswith(f"{stack}."):
+                number, dot, rest = name[len(stack) + 1 :].partition(".")
+                return f"{stack}.{blocks[int(number)]}{dot}{rest}"
+        return name
+
+    def is_left(self, name: str) -> bool:
+        """Whether the block that holds the original's module `name` is still there."""
+        for stack, blocks in self.stacks.items():
+            if name.startswith(f"{stack}."):
+                return int(name[len(stack) + 1 :].partition(".")[0]) in blocks
+        return True
+
+    def hidden_layers(self, stack: str, blocks: int) -> tuple[int, ...]:
+        """Of the original's hidden states (0 the embeddings, N = `blocks` the last), those the student's stand for.
+
+        What a student's block gives should be what the next one's original read: the state before it. So what the
+        blocks between them did is asked of the block before the gap, and the last state is the last.
+        """
+        kept = self.stacks.get(stack, list(range(blocks)))
+        return (0, *kept[1:], blocks)

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from compresskit.config import did_you_mean
 from compresskit.errors import CompressKitError
+from compresskit.layers.empty_linear import EmptyLinear
 from compresskit.layers.linear import LinearLike, layer_widths
 from compresskit.layers.low_rank import LowRankLinear
 from compresskit.layers.pivoted_linear import PivotedLinear
@@ -102,7 +103,7 @@ def find_blocks(model: nn.Module) -> tuple[str, ...]:
         names.extend(
             f"{name}.{key}" if name else key
             for key, child in module.named_children()
-            if any(isinstance(part, LinearLike) for part in child.modules())
+            if any(isinstance(part, LinearLike | EmptyLinear) for part in child.modules())
         )
     return tuple(names)
 

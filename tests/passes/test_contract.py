@@ -25,6 +25,7 @@ EXAMPLES: dict[str, list[dict[str, object]]] = {
         {"keep": 0.5, "score": "taylor", "repair": "none"},
         {"keep": {"heads": 0.5}, "score": "random"},
     ],
+    "prune_depth": [{"keep": 0.5}, {"unit": "ffn", "blocks": [1]}],
     "quantize": [
         {"bits": 8, "group_size": 16},
         {"bits": 4, "group_size": 16, "anchor": 0.5},

@@ -19,7 +19,7 @@ from compresskit.surgery.edits import (
     replay,
     write_ranges,
 )
-from compresskit.surgery.provenance import kept_outputs
+from compresskit.surgery.provenance import Provenance
 from compresskit.surgery.sites import find_anatomy
 
 
@@ -170,7 +170,7 @@ def test_fused_heads_are_cut_in_queries_keys_and_values():
     rows = [32 * third + 8 * head + i for third in range(3) for head in (1, 3) for i in range(8)]
     assert torch.equal(layer.weight, before[:, rows])
     assert torch.equal(layer.bias, bias[rows])
-    assert kept_outputs([edit])[attention.query].tolist() == rows
+    assert Provenance([edit]).kept[attention.query].tolist() == rows
     assert find_anatomy(model).attentions[0].heads == 2
     with pytest.raises(CompressKitError, match="not 4 heads of 8"):
         edit.apply(model)

@@ -2,8 +2,10 @@
 
     mse:    ‖s − t‖² / ‖t‖²        cosine:  1 − cos(s, t)        averaged over real tokens, then over layers
 
-Layer 0 is the embeddings' output, layer k that of block k. A student with fewer blocks is mapped evenly: its layer k to
-the teacher's layer round(k · N_t / N_s). Both measures are free of the hidden states' scale.
+Layer 0 is the embeddings' output, layer k that of block k. Where blocks of the original were dropped, a layer is mapped
+to the state that the next block read there, the last one to the last. A student with fewer blocks than another teacher
+is mapped evenly: its layer k to the teacher's layer round(k · N_t / N_s). Both measures are free of the scale of hidden
+states.
 
 Where blocks were dropped, a hidden loss beside `kl` helps a little (Minitron, arXiv:2407.14679: 2.155 → 2.141), where
 only widths were pruned it does not (58.3 → 58.0 MMLU).

@@ -159,15 +159,16 @@ class _Slabs:
         self.width, teacher = problem.vocabulary, problem.teacher
         self.head, self.shared = problem.head, isinstance(teacher, Projected) and _same_weight(problem.head, teacher)
         theirs = teacher.head.readout if isinstance(teacher, Projected) else Readout()
-        self.readouts = tuple(
-            Readout(None if one.bias is None else one.bias[: self.width], one.scale, one.softcap)
-            for one in (problem.head.readout, theirs)
-        )
+        self.readouts = self._cut(problem.head.readout), self._cut(theirs)
         dtypes, device = _slab_dtypes(problem), problem.hidden.device
         if self.shared:
             self.memory = [large_empty(2 * self.width * tokens, dtype=dtypes[0], device=device)]
         else:
             self.memory = [large_empty(self.width * tokens, dtype=dtype, device=device) for dtype in dtypes]
+
+    def _cut(self, one: Readout) -> Readout:
+        """The readout of the vocabulary that is compared."""
+        return Readout(None if one.bias is None else one.bias[: self.width], one.scale, one.softcap)
 
     def _slab(self, number: int, tokens: int) -> Tensor:
         return self.memory[number][: self.width * tokens].view(self.width, tokens)

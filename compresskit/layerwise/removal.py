@@ -1,0 +1,166 @@
+"""What a model loses without a block, or without the attention or FFN of one; and which go first.
+
+    influence    1 − E[cos(h, h₋)]    h what the block gives, h₋ what it gives without the part; of a whole block h₋
+                                      is what it reads (ShortGPT's block influence, arXiv:2403.03853)
+    kl           KL(answer ‖ answer without the part), in nats an answer
+
+The part that loses least goes, and the others are scored again without it (SLEB, arXiv:2402.09025), until enough are
+gone.
+Influence costs about two forwards a round, kl one for every two blocks left.
+"""
+
+# N tokens, H hidden
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from compresskit.data import Batch
+from compresskit.layerwise.chain import hidden_of
+from compresskit.layerwise.trials import Trials
+from compresskit.layerwise.watch import replaced_forwards
+from compresskit.progress import track
+from compresskit.surgery.sites import without_cache
+
+
+@dataclass(frozen=True)
+class Part:
+    """A block that can go, or a branch of one.
+
+    Attributes:
+        block: its number, from 0.
+        module: the block, or the linear by which the branch writes into the stream.
+        linears: of a branch, all its linears; none of a block.
+    """
+
+    block: int
+    module: str
+    linears: tuple[str, ...] = ()
+
+
+Scores = Mapping[Part, float]
+
+
+@dataclass(frozen=True)
+class Removal:
+    """A part that goes, and what its loss was when it went."""
+
+    part: Part
+    score: float
+
+
+@contextmanager
+def without(model: nn.Module, part: Part) -> Iterator[None]:
+    """Inside, the block hands on what it reads, or the branch adds nothing."""
+    module = model.get_submodule(part.module)
+    with replaced_forwards([module], partial(_give_zeros if part.linears else _hand_on, module.forward)):
+        yield
+
+
+def _give_zeros(own: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    return torch.zeros_like(own(*args, **kwargs))
+
+
+def _hand_on(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The hidden states as they come, in the form and with the other outputs (position biases, say) of the block."""
+    hidden = _read(args, kwargs).clone()
+    output = own(*args, **kwargs)
+    return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
+
+
+def _read(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+
+
+def choose_removals(
+    model: nn.Module, parts: Sequence[Part], count: int, score: Callable[[Sequence[Part]], Scores], *, label: str
+) -> list[Removal]:
+    """The `count` of `parts` to remove, in the order in which they go; equal scores: the first.
+
+    Args:
+        model: unchanged afterwards.
+        score: what each of the parts that are left loses, on the model without those that went.
+        label: shown beside the progress bar.
+    """
+    removals: list[Removal] = []
+    with ExitStack() as removed:
+        for _ in track(range(count), label):
+            gone = {removal.part for removal in removals}
+            scores = score([part for part in parts if part not in gone])
+            part = min(scores, key=lambda part: scores[part])
+            removals.append(Removal(part, scores[part]))
+            removed.enter_context(without(model, part))
+    return removals
+
+
+@torch.no_grad()
+def influence(
+    model: PreTrainedModel, blocks: Sequence[str], batches: Iterable[Batch], parts: Sequence[Part]
+) -> dict[Part, float]:
+    """1 − E[cos(h, h₋)] of each part over real tokens (all, where inputs have no mask), in [0, 2]."""
+    sums, counts = dict.fromkeys(parts, 0.0), dict.fromkeys(parts, 0)
+
+    def look(real: Tensor, here: Sequence[Part], own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        less = {part: _less(model, part, own, args, kwargs) for part in here}
+        output = own(*args, **kwargs)
+        for part, hidden in less.items():
+            cosine = F.cosine_similarity(hidden_of(output).double(), hidden.double(), dim=-1)
+            sums[part] += float((1 - cosine[real]).sum())
+            counts[part] += cosine[real].numel()
+        return output
+
+    with without_cache(model):
+        for batch in batches:
+            mask = batch.get("attention_mask")
+            real: Any = ... if mask is None else mask.bool()
+            with ExitStack() as watched:
+                for number in {part.block for part in parts}:
+                    here = [part for part in parts if part.block == number]
+                    block = model.get_submodule(blocks[number])
+                    watched.enter_context(replaced_forwards([block], partial(look, real, here, block.forward)))
+                model(**batch)
+    return {part: sums[part] / counts[part] for part in parts}
+
+
+def _less(
+    model: nn.Module, part: Part, own: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Tensor:
+    """What a block gives without the part; it may change in place what it reads, so it reads a copy."""
+    hidden = _read(args, kwargs).clone()
+    if not part.linears:
+        return hidden
+    with without(model, part):
+        if "hidden_states" in kwargs:
+            return hidden_of(own(*args, **(kwargs | {"hidden_states": hidden})))  # type: ignore[operator]
+        return hidden_of(own(hidden, *args[1:], **kwargs))
+
+
+class Divergences:
+    """Scores by trial: the divergence of the model's answer without a part from its answer when this was made.
+
+    Args:
+        model: in eval mode.
+        blocks: names of its blocks.
+        batches: held in memory with every block's output and the answers (a vocabulary wide, for language models).
+    """
+
+    def __init__(self, model: PreTrainedModel, blocks: Sequence[str], batches: Sequence[Batch]) -> None:
+        self._model, self._blocks, self._batches = model, blocks, batches
+        self._answers: Sequence[Tensor] | None = None
+
+    def __call__(self, parts: Sequence[Part]) -> dict[Part, float]:
+        """Nats an answer lost without each part, on the model as it is now."""
+        trials = Trials(self._model, self._batches, blocks=self._blocks, answers=self._answers)
+        self._answers = trials.answers
+        found: dict[Part, float] = {}
+        for part in parts:
+            with without(self._model, part):
+                found[part] = trials.divergence(part.block)
+        return found
