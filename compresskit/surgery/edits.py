@@ -54,6 +54,12 @@ def read_ranges(text: str, *, limit: int = MAX_INDICES) -> list[int]:
     return [index for first, last in _runs(text, limit) for index in range(first, last + 1)]
 
 
+def check_ranges(text: str) -> str:
+    """`text` itself, where `write_ranges` could have written it; same errors as `read_ranges`."""
+    _runs(text, MAX_INDICES)
+    return text
+
+
 def _runs(text: str, limit: int) -> list[tuple[int, int]]:
     """First and last of each run; all below `limit`."""
     found: list[tuple[int, int]] = []
@@ -204,8 +210,7 @@ class Cutting(Edit):
     @field_validator("keep", "keep_kv", check_fields=False)
     @classmethod
     def _is_ranges(cls, text: str) -> str:
-        _runs(text, MAX_INDICES)
-        return text
+        return check_ranges(text)
 
 
 def _narrowest(model: nn.Module, inputs: Iterable[str], output: str | None = None) -> int:
