@@ -13,7 +13,17 @@ from compresskit.distill.losses import KL, LOSSES, Embedding, Hidden
 from compresskit.engine import run
 from compresskit.errors import CompressKitError, ManyErrors, RunFailedError
 from compresskit.export import EXPORTERS, Exporter, OnnxExport
-from compresskit.passes import PASSES, Distill, LowRank, Pass, PruneDepth, PruneWidth, Quantize, TensorDecomposition
+from compresskit.passes import (
+    PASSES,
+    Distill,
+    LowRank,
+    Pass,
+    PruneDepth,
+    PruneFilters,
+    PruneWidth,
+    Quantize,
+    TensorDecomposition,
+)
 from compresskit.recipe import Recipe, dump_recipe, load_recipe
 from compresskit.student import Student
 
@@ -34,6 +44,7 @@ __all__ = [
     "OnnxExport",
     "Pass",
     "PruneDepth",
+    "PruneFilters",
     "PruneWidth",
     "Quantize",
     "Recipe",

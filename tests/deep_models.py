@@ -14,6 +14,7 @@ from transformers import (
     ModernBertConfig,
     PretrainedConfig,
     PreTrainedModel,
+    ResNetConfig,
     T5Config,
     ViTConfig,
 )
@@ -48,6 +49,9 @@ CONFIGS: dict[str, tuple[Any, PretrainedConfig]] = {
                                                        num_attention_heads=4, image_size=32, patch_size=8,
                                                        num_labels=5)),
 }  # fmt: skip
+RESNET = ResNetConfig(
+    embedding_size=16, hidden_sizes=[16, 32], depths=[1, 2], layer_type="basic", num_labels=3, hidden_act="relu"
+)
 MODERNBERT = ModernBertConfig(
     **ENCODER_SHAPE | {"num_hidden_layers": BLOCKS}, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2,
     global_attn_every_n_layers=2, local_attention=8,

@@ -4,6 +4,7 @@ from compresskit.passes.base import PASSES, Pass, Trait
 from compresskit.passes.distill import Distill
 from compresskit.passes.low_rank import LowRank
 from compresskit.passes.prune_depth import PruneDepth
+from compresskit.passes.prune_filters import PruneFilters
 from compresskit.passes.prune_width import PruneWidth
 from compresskit.passes.quantize import Quantize
 from compresskit.passes.tensor import TensorDecomposition
@@ -14,6 +15,7 @@ __all__ = [
     "LowRank",
     "Pass",
     "PruneDepth",
+    "PruneFilters",
     "PruneWidth",
     "Quantize",
     "TensorDecomposition",

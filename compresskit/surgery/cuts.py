@@ -16,7 +16,7 @@ from compresskit.errors import CompressKitError
 from compresskit.layers.linear import LinearLike, layer_widths
 from compresskit.layers.low_rank import LowRankLinear
 from compresskit.layers.pivoted_linear import PivotedLinear, pivot_columns
-from compresskit.surgery.edits import EDITS, MAX_INDICES, Edit, get_module, ranges_in, read_ranges, set_module
+from compresskit.surgery.edits import EDITS, MAX_INDICES, Edit, check_ranges, get_module, read_ranges, set_module
 
 
 def keep_outputs(module: nn.Module, keep: Tensor) -> None:
@@ -79,8 +79,7 @@ class Cutting(Edit):
     @field_validator("keep", "keep_kv", check_fields=False)
     @classmethod
     def _is_ranges(cls, text: str) -> str:
-        ranges_in(text, MAX_INDICES)
-        return text
+        return check_ranges(text)
 
 
 def _narrowest(model: nn.Module, inputs: Iterable[str], output: str | None = None) -> int:

@@ -49,10 +49,16 @@ def read_ranges(text: str, *, limit: int = MAX_INDICES) -> list[int]:
         ValueError: text that `write_ranges` does not write.
         CompressKitError: an index of `limit` or more.
     """
-    return [index for first, last in ranges_in(text, limit) for index in range(first, last + 1)]
+    return [index for first, last in _runs(text, limit) for index in range(first, last + 1)]
 
 
-def ranges_in(text: str, limit: int) -> list[tuple[int, int]]:
+def check_ranges(text: str) -> str:
+    """`text` itself, where `write_ranges` could have written it; same errors as `read_ranges`."""
+    _runs(text, MAX_INDICES)
+    return text
+
+
+def _runs(text: str, limit: int) -> list[tuple[int, int]]:
     """First and last of each run; all below `limit`."""
     found: list[tuple[int, int]] = []
     for run in text.split(","):

@@ -25,7 +25,7 @@ from compresskit.layers.quant_embedding import QuantEmbedding
 from compresskit.layers.quant_linear import QuantLinear
 from compresskit.layers.tensor_train import TensorTrainEmbedding, TensorTrainHead
 from compresskit.models import STUDENT_METHOD
-from compresskit.surgery import tensor_edits  # noqa: F401 # registers its edits
+from compresskit.surgery import channel_edits, tensor_edits  # noqa: F401 # register their edits
 from compresskit.surgery.cuts import PruneHeads, PruneNeurons
 from compresskit.surgery.depth_edits import DropBlocks, cut_config
 from compresskit.surgery.edits import EDITS, Edit, read_ranges, replay

@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 import yaml
-from families import answer, tiny, tiny_student
+from deep_models import RESNET, build, deep_student, reply
+from families import tiny
+from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from compresskit.models import find_model, load_empty
 from compresskit.passes import PASSES, Pass
@@ -26,6 +28,7 @@ EXAMPLES: dict[str, list[dict[str, object]]] = {
         {"keep": {"heads": 0.5}, "score": "random"},
     ],
     "prune_depth": [{"keep": 0.5}, {"unit": "ffn", "blocks": [1]}],
+    "prune_filters": [{"keep": 0.5}, {"keep": 0.75, "importance": "taylor", "round_to": 4}],
     "quantize": [
         {"bits": 8, "group_size": 16},
         {"bits": 4, "group_size": 16, "anchor": 0.5},
@@ -34,7 +37,18 @@ EXAMPLES: dict[str, list[dict[str, object]]] = {
     "tensor": [{"keep": 0.5}, {"keep": 0.5, "embeddings": "tensor_train"}],
     "distill": [{"steps": 2, "batch_size": 4}],
 }
-CASES = [(kind, options, family) for kind, many in EXAMPLES.items() for options in many for family in ("bert", "llama")]
+#: What a pass is tried on, where it is not made for text.
+FAMILIES = {"prune_filters": ("resnet",)}
+CASES = [
+    (kind, options, family)
+    for kind, many in EXAMPLES.items()
+    for options in many
+    for family in FAMILIES.get(kind, ("bert", "llama"))
+]
+
+
+def original_of(family: str) -> PreTrainedModel:
+    return build(AutoModelForImageClassification, RESNET) if family == "resnet" else tiny(family)
 
 
 def make(kind: str, options: dict[str, object]) -> Pass:
@@ -54,11 +68,11 @@ def test_every_registered_pass_says_which_text_it_needs_and_whether_it_learns(ki
 @pytest.mark.parametrize(("kind", "options", "family"), CASES)
 def test_a_pass_keeps_the_contract(kind, options, family, tmp_path):
     step = make(kind, options)
-    original = tiny(family)
+    original = original_of(family)
     before = copy.deepcopy(original.state_dict())
     students = []
     for _ in range(2):
-        student = tiny_student(family, original=original)
+        student = deep_student(original)
         planned = step.plan(student.model)
         notes = step.apply(student, generator=torch.Generator().manual_seed(7))
         students.append(student)
@@ -71,18 +85,18 @@ def test_a_pass_keeps_the_contract(kind, options, family, tmp_path):
     replay(planned, foreseen)
     shapes = {name: tuple(tensor.shape) for name, tensor in foreseen.state_dict().items()}
     assert shapes == {name: tuple(tensor.shape) for name, tensor in first.items()}, "plan foretells the shapes"
-    assert torch.isfinite(answer(student.model)).all()
+    assert torch.isfinite(reply(student.model)).all()
     assert not student.model.training
 
 
 @pytest.mark.parametrize(("kind", "options", "family"), CASES)
 def test_a_student_reloads_bit_for_bit_with_the_same_edits(kind, options, family, tmp_path):
-    student = tiny_student(family)
+    student = deep_student(original_of(family))
     make(kind, options).apply(student, generator=torch.Generator().manual_seed(7))
     save_student(student, tmp_path)
     model, edits = load_student_model(tmp_path, student.task)
     assert edits == student.edits
-    assert torch.equal(answer(model), answer(student.model))
+    assert torch.equal(reply(model), reply(student.model))
     assert type(model) is type(student.model)
 
 
@@ -96,8 +110,12 @@ def test_options_survive_the_recipe_and_have_a_source(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", list(PASSES))
-def test_planning_on_the_meta_device_changes_nothing_and_agrees(kind, tiny_bert_folder):
-    empty = load_empty(find_model(tiny_bert_folder), "feature-extraction")
+def test_planning_on_the_meta_device_changes_nothing_and_agrees(kind, tiny_bert_folder, tmp_path):
+    if FAMILIES.get(kind) == ("resnet",):
+        original_of("resnet").save_pretrained(tmp_path)
+        empty = load_empty(find_model(tmp_path), "image-classification")
+    else:
+        empty = load_empty(find_model(tiny_bert_folder), "feature-extraction")
     names = {name: tuple(t.shape) for name, t in empty.state_dict().items()}
     make(kind, EXAMPLES[kind][0]).plan(empty)
     assert names == {name: tuple(t.shape) for name, t in empty.state_dict().items()}
