@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "compresskit"
 #: lowest first; a package is one room
 _ROOMS = """
-errors config models kernels layers data surgery student layerwise evaluate distill passes export
+errors config models kernels layers data vocabulary surgery student layerwise evaluate distill passes export
 recipe forecast store job report engine api cli
 """
 ROOMS = _ROOMS.split()

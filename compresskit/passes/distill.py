@@ -27,6 +27,7 @@ from compresskit.passes.base import PASSES, Part, Pass, Trait
 from compresskit.sentence import read_sentence_embedding
 from compresskit.student import Student
 from compresskit.surgery.edits import Edit
+from compresskit.surgery.vocabulary_edits import narrowed
 
 LOG = logging.getLogger(__name__)
 
@@ -46,8 +47,9 @@ def _check_same_ids(teacher: ModelSource, student: Student) -> None:
     Raises:
         CompressKitError: a token has another id there, or is not known.
     """
-    assert isinstance(student.tokenizer, PreTrainedTokenizerBase)
-    ours, theirs = student.tokenizer.get_vocab(), load_tokenizer(teacher).get_vocab()
+    tokenizer = student.original_tokenizer
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    ours, theirs = tokenizer.get_vocab(), load_tokenizer(teacher).get_vocab()
     if ours != theirs:
         token = min(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
         what = (
@@ -94,11 +96,12 @@ class Distill(TrainingOptions, Pass):
         """Train `student.model` in place against its teacher; eval mode, no gradients afterwards."""
         training = student.corpus.training
         assert isinstance(training, Sequences)
-        teacher, sentence = student.original, student.sentence
+        teacher, sentence = student.reference, student.sentence
         if self.teacher is not None:
             source = find_model(self.teacher)
             _check_same_ids(source, student)
             teacher = load_model(source, student.task).requires_grad_(False)
+            teacher = narrowed(teacher, student.whole.kept) if student.whole else teacher
             sentence = read_sentence_embedding(source.folder)
         losses = self._checked_losses(student.model, teacher)
         accelerator = Accelerator()

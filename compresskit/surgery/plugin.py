@@ -3,6 +3,8 @@
     config.json   quantization_config: {quant_method: compresskit, edits: […]}
     AutoModel.from_pretrained(folder)   builds the original on the meta device, replays the edits, loads the weights
 
+A smaller vocabulary is always said by the config itself, so the edits that cut it are not replayed.
+
 Students whose shapes a stock config can say carry no quantization_config and need no plug-in (`stock_config`).
 """
 
@@ -26,6 +28,7 @@ from compresskit.layers.tensor_train import TensorTrainEmbedding, TensorTrainHea
 from compresskit.models import STUDENT_METHOD
 from compresskit.surgery import tensor_edits  # noqa: F401 # registers its edits
 from compresskit.surgery.edits import EDITS, Edit, PruneHeads, PruneNeurons, read_ranges, replay
+from compresskit.surgery.vocabulary_edits import PruneVocabulary, cut_config
 
 METHOD = STUDENT_METHOD
 EDITS_SCHEMA = 1
@@ -82,7 +85,8 @@ class EditsQuantizer(HfQuantizer):
     """Replays edits on the empty model before transformers loads the weights."""
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        replay(parse_edits(self.quantization_config.edits), model)  # pyright: ignore[reportAttributeAccessIssue]
+        edits = parse_edits(self.quantization_config.edits)  # pyright: ignore[reportAttributeAccessIssue]
+        replay((edit for edit in edits if not isinstance(edit, PruneVocabulary)), model)
         inserted = [module for module in model.modules() if isinstance(module, _INSERTED)]
         self._stand_ins = [(module, name) for module in inserted for name in _stand_in(module)]
 
@@ -108,10 +112,12 @@ _UNIFORM_WIDTH = ("intermediate_size", "ffn_dim", "hidden_dim", "n_inner")
 def stock_config(config: PretrainedConfig, edits: list[Edit], layers: int) -> PretrainedConfig | None:
     """A stock config that says the student's shapes, or None where only the plug-in can.
 
-    FFN width is said where every block has the same; fewer heads of the same size only where the config has `head_dim`.
+    FFN width is said where every block has the same; fewer heads of the same size only where the config has `head_dim`;
+    fewer tokens always.
     """
-    if not all(isinstance(edit, PruneNeurons | PruneHeads) for edit in edits):
+    if not all(isinstance(edit, PruneNeurons | PruneHeads | PruneVocabulary) for edit in edits):
         return None
+    config = _with_vocabulary(config, edits)
     changed: dict[str, int] = {}
     neurons: dict[str, int] = {e.output: len(read_ranges(e.keep)) for e in edits if isinstance(e, PruneNeurons)}
     if neurons:
@@ -130,6 +136,15 @@ def stock_config(config: PretrainedConfig, edits: list[Edit], layers: int) -> Pr
     return type(config).from_dict(config.to_dict() | changed)
 
 
+def _with_vocabulary(config: PretrainedConfig, edits: list[Edit]) -> PretrainedConfig:
+    """A copy of the config that says the tokens which the edits leave."""
+    said = copy.deepcopy(config)
+    for edit in edits:
+        if isinstance(edit, PruneVocabulary):
+            cut_config(said, edit.kept())
+    return said
+
+
 def config_with_edits(config: PretrainedConfig, edits: list[Edit], layers: int) -> PretrainedConfig:
     """A copy of the original's config that makes `from_pretrained` rebuild the student.
 
@@ -140,7 +155,7 @@ def config_with_edits(config: PretrainedConfig, edits: list[Edit], layers: int) 
     if stock is not None:
         stock.compresskit_edits = dump_edits(edits)
         return stock
-    said = copy.deepcopy(config)
+    said = _with_vocabulary(config, edits)
     said.quantization_config = {"quant_method": METHOD, "schema": EDITS_SCHEMA, "edits": dump_edits(edits)}
     return said
 
