@@ -19,6 +19,7 @@ EXAMPLES: dict[str, list[dict[str, object]]] = {
         {"rank": 8, "anchor": 0.5, "share": False, "pivot": False, "metric": "output"},
     ],
     "prune_width": [{"keep": {"ffn": 0.5, "heads": 0.5}}, {"keep": 0.75, "anchor": 1.0, "round_to": 16}],
+    "prune_vocab": [{"keep": 0.5}, {"keep": 0.75, "round_to": 16}],
     "quantize": [
         {"bits": 8, "group_size": 16},
         {"bits": 4, "group_size": 16, "anchor": 0.5},
@@ -64,7 +65,7 @@ def test_a_pass_keeps_the_contract(kind, options, family, tmp_path):
     replay(planned, foreseen)
     shapes = {name: tuple(tensor.shape) for name, tensor in foreseen.state_dict().items()}
     assert shapes == {name: tuple(tensor.shape) for name, tensor in first.items()}, "plan foretells the shapes"
-    assert torch.isfinite(answer(student.model)).all()
+    assert torch.isfinite(answer(student.model, student.corpus.evaluation)).all()
     assert not student.model.training
 
 
@@ -75,7 +76,8 @@ def test_a_student_reloads_bit_for_bit_with_the_same_edits(kind, options, family
     save_student(student, tmp_path)
     model, edits = load_student_model(tmp_path, student.task)
     assert edits == student.edits
-    assert torch.equal(answer(model), answer(student.model))
+    text = student.corpus.evaluation
+    assert torch.equal(answer(model, text), answer(student.model, text))
     assert type(model) is type(student.model)
 
 
