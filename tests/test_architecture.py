@@ -78,7 +78,7 @@ def test_a_module_imports_only_rooms_below_its_own(path: Path) -> None:
 def test_an_upward_import_is_named() -> None:
     source = "import torch\n\nfrom compresskit.passes.base import Pass\n"
     said = upward_imports(PACKAGE / "student.py", source)
-    assert said == ["student.py:3: student (room 7) imports passes (room 11)"]
+    assert said == ["student.py:3: student (room 8) imports passes (room 12)"]
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
