@@ -23,7 +23,7 @@ from compresskit.recipe_text import parse_yaml
 from compresskit.report import SCHEMA_VERSION
 from compresskit.sentence import read_sentence_embedding
 from compresskit.store import RUN_FILE, Store
-from compresskit.student import load_student_model
+from compresskit.student import Student, load_student_model
 
 
 def compress(
@@ -153,8 +153,12 @@ def measure(
     teacher = load_model(source, task).requires_grad_(False)
     corpus = prepare_examples(text, processor, teacher.config, task=task, seed=facts.get("seed", 0))
     fidelity = Fidelity(teacher, corpus.evaluation, task=task, sentence=read_sentence_embedding(source.folder))
-    models = {"original": teacher, "student": load_student_model(student, task)[0]}
-    figures = {label: evaluate_model(model, fidelity, processor) for label, model in models.items()}
+    model, edits = load_student_model(student, task)
+    made = Student(model, teacher, processor, task, corpus).with_edits(edits)
+    figures = {
+        "original": evaluate_model(teacher, fidelity, processor),
+        "student": evaluate_model(model, fidelity, made.tokenizer, held_out=made.held_out),
+    }
     figures["original"]["size_bytes"] = state_dict_bytes(teacher, stored_dtype(source))
     return figures
 

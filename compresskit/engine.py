@@ -128,8 +128,8 @@ class _Run:
         """The same step with the figures that an earlier run did not want; its pass is not done again."""
         self.progress(f"[{index}/{len(self.kinds) - 1}] {self.kinds[index]}: measuring …")
         with self._named(f"passes[{index - 1}] ({self.kinds[index]})" if index else "original"):
-            model = load_student_model(step.student, self.job.task)[0] if index else self.original
-            record = self.records[index] = self.records[index] | {"metrics": self._figures(model)}
+            student = self._read_student(step) if index else self._untouched(self.original)
+            record = self.records[index] = self.records[index] | {"metrics": self._figures(student)}
 
             def write(folder: Path) -> None:
                 write_json(folder / "record.json", record)
@@ -139,12 +139,18 @@ class _Run:
             return self.store.save(index, self.kinds[index], self.prints.steps[index], write)
 
     def _student_after(self, step: Step | None) -> Student:
-        job = self.job
         if step is None or len(self.records) == 1:
-            model, edits = load_model(job.source, job.task), []
-        else:
-            model, edits = load_student_model(step.student, job.task)
-        return Student(model, self.original, job.tokenizer, job.task, job.corpus, edits, job.sentence)
+            return self._untouched(load_model(self.job.source, self.job.task))
+        return self._read_student(step)
+
+    def _untouched(self, model: PreTrainedModel) -> Student:
+        """A student that is as the original still, but for its weights."""
+        job = self.job
+        return Student(model, self.original, job.tokenizer, job.task, job.corpus, sentence=job.sentence)
+
+    def _read_student(self, step: Step) -> Student:
+        model, edits = load_student_model(step.student, self.job.task)
+        return self._untouched(model).with_edits(edits)
 
     def _do(self, index: int) -> None:
         """Apply, verify, measure and save pass `index` - 1; index 0 is the original."""
@@ -166,7 +172,7 @@ class _Run:
                 "options": one.model_dump(mode="json", serialize_as_any=True, exclude={"kind"}) if one else {},
                 "params": count_parameters(self.student.model),
                 "size_bytes": state_dict_bytes(self.student.model) if one else self.job.forecast.steps[0].size_bytes,
-                "metrics": self._figures(self.student.model) if self._measures(index) else {},
+                "metrics": self._figures(self.student) if self._measures(index) else {},
                 "elapsed_s": round(elapsed_s, 3),
                 "versions": computing_versions(),
                 "notes": notes,
@@ -192,12 +198,12 @@ class _Run:
             fix = f"leave this pass out, or report the bug together with the recipe and {log}"
             raise RunFailedError(what, fix=fix) from error
 
-    def _figures(self, model: PreTrainedModel) -> dict[str, int | float]:
+    def _figures(self, student: Student) -> dict[str, int | float]:
         if self._fidelity is None:
             self._fidelity = Fidelity(
                 self.original, self.job.corpus.evaluation, task=self.job.task, sentence=self.job.sentence
             )
-        figures = evaluate(model, self._fidelity, self.job.tokenizer)
+        figures = evaluate(student.model, self._fidelity, student.tokenizer, held_out=student.held_out)
         return {name: figure for name, figure in figures.items() if name not in ("params", "size_bytes")}
 
     def _write_result(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from compresskit.data import Corpus, check_max_length, prepare_examples
+from compresskit.data.source import open_source
 from compresskit.environment import exporting_versions
 from compresskit.errors import CompressKitError, ManyErrors
 from compresskit.evaluate.quality import LEAST_COMPARED
@@ -56,6 +57,7 @@ def prepare(recipe: Recipe) -> Job:
     processor, config = load_processor(source, task), load_config(source)
     corpus = prepare_examples(recipe.data, processor, config, task=task, seed=recipe.seed)
     _check_amounts(recipe, task, corpus)
+    _check_text(recipe, processor, corpus)
     sentence = read_sentence_embedding(source.folder)
     return Job(recipe, source, task, load_processor(source, task), corpus, sentence, forecast)
 
@@ -90,6 +92,22 @@ def _check_amounts(recipe: Recipe, task: str, corpus: Corpus) -> None:
         raise ManyErrors(found)
 
 
+def _check_text(recipe: Recipe, processor: Processor, corpus: Corpus) -> None:
+    """Refuse a tokenizer or a text that a pass cannot work with.
+
+    Raises:
+        ManyErrors: what each pass says.
+    """
+    found: list[CompressKitError] = []
+    for index, one in enumerate(recipe.passes):
+        try:
+            one.check_text(processor, corpus)
+        except CompressKitError as error:
+            found.append(error.at(f"passes[{index}] ({one.kind})"))
+    if found:
+        raise ManyErrors(found)
+
+
 def _more_text(part: str, asked: int, least: int) -> str:
     return f"use {part}: {least} or more" if asked < least else "give more text"
 
@@ -98,7 +116,13 @@ def take_prints(job: Job) -> Prints:
     """The fingerprints of a job; the model's files are read for it."""
     recipe = job.recipe
     start = digest([job.source.fingerprint, job.task, job.corpus.fingerprint, recipe.seed])
-    read = [[find_model(name).fingerprint for name in one.models_read()] for one in recipe.passes]
+    read = [
+        [
+            *(find_model(name).fingerprint for name in one.models_read()),
+            *(open_source(t).digest for t in one.texts_read()),
+        ]
+        for one in recipe.passes
+    ]
     steps = (start, *chain(start, recipe.passes, read))
     written = [[one.version, one.model_dump(mode="json", serialize_as_any=True)] for one in recipe.export]
     result = digest([steps[-1], written, recipe.evaluate, exporting_versions() if written else {}])

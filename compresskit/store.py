@@ -51,7 +51,7 @@ def chain(start: str, passes: Sequence[Pass], read: Sequence[Sequence[str]] | No
     Args:
         start: what the first pass builds on.
         passes: in order.
-        read: for each pass, the fingerprints of the models that it reads besides the original.
+        read: for each pass, the fingerprints of the models and texts that it reads besides the original and its own.
     """
     prints: list[str] = []
     for one, models in zip(passes, read or [()] * len(passes), strict=True):

@@ -6,15 +6,52 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compresskit.data import Corpus
+from compresskit.data import Corpus, Sequences, token_rows
 from compresskit.errors import CompressKitError
 from compresskit.models import ModelSource, load_model
 from compresskit.processors import Processor
 from compresskit.sentence import MEAN_POOLED, SentenceEmbedding
 from compresskit.surgery.edits import Edit
 from compresskit.surgery.plugin import config_with_edits, edits_of
+from compresskit.surgery.vocabulary_edits import PruneVocabulary, narrowed
+from compresskit.vocabulary import Translator, cut_tokenizer
+
+
+@dataclass(frozen=True)
+class Whole:
+    """How the original reads, beside a student with fewer tokens.
+
+    Attributes:
+        tokenizer, corpus: the original's.
+        kept: the ids that the student kept, ascending.
+        narrowed: the original with these tokens alone.
+        growth: tokens of the held-out text as the student reads it, for one of the original's.
+        kept_share: the share of the original's tokens of the held-out text that are kept.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    corpus: Corpus
+    kept: tuple[int, ...]
+    narrowed: PreTrainedModel
+    growth: float
+    kept_share: float
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out text as a student with fewer tokens reads it.
+
+    Attributes:
+        sequences: one for each of the original's.
+        reference: the original, reading these and answering in the student's tokens.
+        growth: tokens here for one of the original's.
+    """
+
+    sequences: Sequences
+    reference: PreTrainedModel
+    growth: float
 
 
 @dataclass
@@ -24,11 +61,12 @@ class Student:
     Attributes:
         model: the student so far, float32 or quantised, eval mode between passes.
         original: the untouched model, frozen, same task; never modified.
-        tokenizer: shared by both; of a vision model its image processor.
+        tokenizer: the student's, and the original's until tokens are dropped; of a vision model its image processor.
         task: a key of `compresskit.models.TASKS`.
-        corpus: calibration, training and evaluation sequences.
+        corpus: calibration, training and evaluation sequences, in the student's tokens.
         edits: what was done to the architecture, in order.
         sentence: how a feature extractor's hidden states become embeddings.
+        whole: once tokens were dropped, how the original reads; else the two read the same.
     """
 
     model: PreTrainedModel
@@ -38,11 +76,64 @@ class Student:
     corpus: Corpus
     edits: list[Edit] = field(default_factory=list)
     sentence: SentenceEmbedding = MEAN_POOLED
+    whole: Whole | None = None
+
+    @property
+    def reference(self) -> PreTrainedModel:
+        """The original as it reads the student's tokens: where some were dropped, a twin with the kept ones alone."""
+        return self.whole.narrowed if self.whole else self.original
+
+    @property
+    def original_corpus(self) -> Corpus:
+        """The same sequences as `corpus`, in the original's tokens."""
+        return self.whole.corpus if self.whole else self.corpus
+
+    @property
+    def original_tokenizer(self) -> Processor:
+        """The original's."""
+        return self.whole.tokenizer if self.whole else self.tokenizer
+
+    @property
+    def held_out(self) -> HeldOut | None:
+        """The held-out text as the student reads it, where that is not how the original does."""
+        if self.whole is None:
+            return None
+        sequences = self.corpus.evaluation
+        assert isinstance(sequences, Sequences)
+        return HeldOut(sequences, self.whole.narrowed, self.whole.growth)
 
     def edit(self, edit: Edit) -> None:
         """Apply an edit to the model and record it."""
         edit.apply(self.model)
+        self._record(edit)
+
+    def with_edits(self, edits: list[Edit]) -> "Student":
+        """Itself, where `edits` have been applied to the model already: a checkpoint that was read."""
+        for edit in edits:
+            self._record(edit)
+        return self
+
+    def _record(self, edit: Edit) -> None:
         self.edits.append(edit)
+        if isinstance(edit, PruneVocabulary):
+            self._read_with(edit.kept())
+
+    def _read_with(self, kept: list[int]) -> None:
+        """Change tokenizer and text to the tokens `kept` of today's; what they replace is found under `whole`."""
+        tokenizer = self.tokenizer
+        assert isinstance(tokenizer, PreTrainedTokenizerBase)
+        smaller = cut_tokenizer(tokenizer, kept)
+        before, rows = self.whole, token_rows(self.corpus.evaluation)
+        translator = Translator(tokenizer, smaller, kept)
+        self.whole = Whole(
+            tokenizer=before.tokenizer if before else tokenizer,
+            corpus=before.corpus if before else self.corpus,
+            kept=tuple(before.kept[index] for index in kept) if before else tuple(kept),
+            narrowed=narrowed(self.reference, kept),
+            growth=translator.growth(rows) * (before.growth if before else 1.0),
+            kept_share=translator.kept_share(rows) * (before.kept_share if before else 1.0),
+        )
+        self.tokenizer, self.corpus = smaller, translator.corpus(self.corpus)
 
 
 def student_weights(model: PreTrainedModel) -> dict[str, Tensor]:

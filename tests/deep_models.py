@@ -4,7 +4,7 @@ import copy
 from typing import Any
 
 import torch
-from families import DECODERS, ENCODER_SHAPE, ENCODERS, NoTokenizer, random_sequences
+from families import DECODERS, ENCODER_SHAPE, ENCODERS, family_tokenizer, random_sequences
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -19,7 +19,7 @@ from transformers import (
     ViTConfig,
 )
 
-from compresskit.data import Batch, Corpus, ModelInputs
+from compresskit.data import Batch, Corpus, Examples, ModelInputs
 from compresskit.models import task_of
 from compresskit.student import Student
 
@@ -83,13 +83,13 @@ def deep_student(model: PreTrainedModel) -> Student:
     """A copy of the model beside it, with random calibration inputs."""
     draw = images if model.main_input_name == "pixel_values" else lambda count, seed: random_sequences(count, seed=seed)
     corpus = Corpus(draw(32, 1), draw(32, 2), draw(8, 3), "random")
-    return Student(copy.deepcopy(model), model, NoTokenizer(), task_of(model), corpus)
+    return Student(copy.deepcopy(model), model, family_tokenizer(), task_of(model), corpus)
 
 
 @torch.no_grad()
-def reply(model: PreTrainedModel) -> torch.Tensor:
-    """The model's first output; of a padded batch at real tokens only."""
+def reply(model: PreTrainedModel, inputs: Examples | None = None) -> torch.Tensor:
+    """The model's first output on `inputs`, or on random ones; of a padded batch at real tokens only."""
     vision = model.main_input_name == "pixel_values"
-    batch: Batch = next((images(4, 3) if vision else random_sequences(8, seed=3)).batches(8))
+    batch: Batch = next((inputs or (images(4, 3) if vision else random_sequences(8, seed=3))).batches(8))
     output = model(**batch)[0]
     return output if vision else output[batch["attention_mask"].bool()]

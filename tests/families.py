@@ -1,8 +1,11 @@
 """Tiny random models of several architectures, and a corpus of random tokens for them."""
 
 import copy
+import string
+from functools import cache
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     BertConfig,
     DistilBertConfig,
@@ -13,6 +16,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
     Qwen3Config,
     RobertaConfig,
     T5Config,
@@ -123,6 +127,23 @@ class NoTokenizer(PreTrainedTokenizerBase):
         return ()
 
 
+@cache
+def _tokenizer() -> PreTrainedTokenizerFast:
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    pairs = [a + b for a in string.ascii_lowercase for b in "aei"]
+    pieces = [*special, *string.ascii_lowercase, *pairs][:96]
+    tokenizer = Tokenizer(models.WordPiece(vocab={piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.decoder = decoders.WordPiece()  # pyright: ignore[reportAttributeAccessIssue]
+    names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **dict(zip(names, special, strict=True)))
+
+
+def family_tokenizer() -> PreTrainedTokenizerFast:
+    """A WordPiece tokenizer of the families' 96 tokens: five special ones, letters, and words of two."""
+    return copy.deepcopy(_tokenizer())
+
+
 def tiny_student(family: str, *, original: PreTrainedModel | None = None, sequences: int = 32) -> Student:
     """A fresh copy of a tiny original beside it, with random calibration tokens."""
     original = original or tiny(family)
@@ -132,7 +153,7 @@ def tiny_student(family: str, *, original: PreTrainedModel | None = None, sequen
         evaluation=random_examples(family, 8, seed=3),
         fingerprint="random",
     )
-    return Student(copy.deepcopy(original), original, NoTokenizer(), task_of(family), corpus)
+    return Student(copy.deepcopy(original), original, family_tokenizer(), task_of(family), corpus)
 
 
 @torch.no_grad()

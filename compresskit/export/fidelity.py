@@ -16,8 +16,9 @@ from compresskit.sentence import SentenceEmbedding
 
 def session_fidelity(
     original: PreTrainedModel,
-    sessions: Mapping[str, ort.InferenceSession],
     batches: Sequence[Batch],
+    sessions: Mapping[str, ort.InferenceSession],
+    given: Mapping[str, Sequence[Batch]],
     *,
     output: str,
     sentence: SentenceEmbedding,
@@ -26,8 +27,9 @@ def session_fidelity(
 
     Args:
         original: the untouched model.
-        sessions: files with one output, (batch, length, width).
         batches: three texts or more, with every input that the files have.
+        sessions: files with one output, (batch, length, width).
+        given: by the session's name, the same batches in the ids that it reads.
         output: the original's name of that output.
         sentence: how embeddings are pooled.
     """
@@ -37,7 +39,8 @@ def session_fidelity(
 
     with evaluating(original):
         expected = torch.cat([pooled(original(**batch)[output].numpy(), batch) for batch in batches])
-    return {
-        name: compare_embeddings(expected, torch.cat([pooled(run_session(session, batch), batch) for batch in batches]))
+    found = {
+        name: torch.cat([pooled(run_session(session, batch), batch) for batch in given[name]])
         for name, session in sessions.items()
     }
+    return {name: compare_embeddings(expected, embeddings) for name, embeddings in found.items()}

@@ -136,10 +136,14 @@ class OnnxExport(Exporter):
             entry[name] = {"size_bytes": model_bytes(paths[name]), "latency_ms": latency_entry(rows[name])}
         entry["stock_int8"]["speed"] = speed_entry(rows["stock_int8"])
         if is_text and student.task == "feature-extraction" and len(student.corpus.evaluation) >= LEAST_COMPARED:
-            batches = [complete_batch(student, one) for one in student.corpus.evaluation.batches(16, limit=self.texts)]
-            output = OUTPUTS[student.task]
+            original, own = (
+                [complete_batch(student, one) for one in corpus.evaluation.batches(16, limit=self.texts)]
+                for corpus in (student.original_corpus, student.corpus)
+            )
+            given = {name: own if name == "student" else original for name in sessions}
+            output, sentence = OUTPUTS[student.task], student.sentence
             found = fidelity.session_fidelity(
-                student.original, sessions, batches, output=output, sentence=student.sentence
+                student.original, original, sessions, given, output=output, sentence=sentence
             )
             entry["fidelity"], entry["stock_int8"]["fidelity"] = found["student"], found["stock_int8"]
         return entry

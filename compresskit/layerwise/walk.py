@@ -196,8 +196,8 @@ class Walk:
         self._student, self._anchor, self._finish = student, anchor, finish
         self._blocks = find_blocks(student.model)
         self._provenance = Provenance(student.edits)
-        self._original_blocks = find_blocks(student.original)
-        self._original_modules = dict(student.original.named_modules())
+        self._original_blocks = find_blocks(student.reference)
+        self._original_modules = dict(student.reference.named_modules())
         self._batch_tokens = batch_tokens
 
     @torch.no_grad()
@@ -245,7 +245,7 @@ class Walk:
         by_block: dict[int, list[Site]] = {}
         for site in sites:
             by_block.setdefault(site.block, []).append(site)
-        with without_cache(self._student.model), without_cache(self._student.original):
+        with without_cache(self._student.model), without_cache(self._student.reference):
             require_tokens(self._student.corpus.calibration)
             check_chain(self._student.model, next(self._student.corpus.calibration.batches(2)))
             lanes = self._open_lanes()
@@ -262,7 +262,7 @@ class Walk:
             )
 
     def _open_lanes(self) -> list[_Lane]:
-        student, original = self._student.model, self._student.original
+        student, original = self._student.model, self._student.reference
         lanes, sequences = [], 0
         calibration = self._student.corpus.calibration.by_length()
         if len(calibration) < LEAST_CALIBRATION:
@@ -293,7 +293,7 @@ class Walk:
     def _advance_original(self, index: int, sites: Sequence[Site], lanes: list[_Lane]) -> None:
         """Run the original up to and with the block that the student's was, keeping what its layers at `sites` give."""
         now = self._number(index)
-        block = self._student.original.get_submodule(self._original_blocks[now])
+        block = self._student.reference.get_submodule(self._original_blocks[now])
         watched = sites if self._anchor else ()
         names = {self._original_name(name): site for site in watched for name in site.linears}
         linears = {name: self._original_modules[name] for name in names if name in self._original_modules}
@@ -302,7 +302,7 @@ class Walk:
             if lane.original is None:
                 return
             for dropped in range(self._number(index - 1) + 1 if index else 0, now):
-                module = self._student.original.get_submodule(self._original_blocks[dropped])
+                module = self._student.reference.get_submodule(self._original_blocks[dropped])
                 lane.original = lane.run_original(module, dropped, lane.original)
             watch = Watch(linears, writers, read={}, stop_early=False)
             lane.original = watch.run(partial(lane.run_original, block, now, lane.original))

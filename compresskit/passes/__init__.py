@@ -5,6 +5,7 @@ from compresskit.passes.distill import Distill
 from compresskit.passes.low_rank import LowRank
 from compresskit.passes.prune_depth import PruneDepth
 from compresskit.passes.prune_filters import PruneFilters
+from compresskit.passes.prune_vocab import PruneVocab
 from compresskit.passes.prune_width import PruneWidth
 from compresskit.passes.quantize import Quantize
 from compresskit.passes.tensor import TensorDecomposition
@@ -16,6 +17,7 @@ __all__ = [
     "Pass",
     "PruneDepth",
     "PruneFilters",
+    "PruneVocab",
     "PruneWidth",
     "Quantize",
     "TensorDecomposition",

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 
 from compresskit.config import Config, Registry
+from compresskit.data import Corpus, DataSource
+from compresskit.processors import Processor
 from compresskit.student import Student
 from compresskit.surgery.edits import Edit
 
@@ -46,6 +48,18 @@ class Pass(Config, ABC):
     def models_read(self) -> tuple[str, ...]:
         """Models that it reads besides the original, as the user names them: their files count as options."""
         return ()
+
+    def texts_read(self) -> tuple[DataSource, ...]:
+        """Text that it reads besides the recipe's own: what it holds counts as an option."""
+        return ()
+
+    def check_text(self, processor: Processor, corpus: Corpus) -> None:
+        """Refuse a tokenizer or a text that this pass cannot work with, before any weight is read.
+
+        Raises:
+            CompressKitError: what does not fit.
+        """
+        return
 
     @abstractmethod
     def apply(self, student: Student, *, generator: torch.Generator) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from compresskit.student import Student
 from compresskit.surgery.depth_edits import get_stack
 from compresskit.surgery.edits import Edit
 from compresskit.surgery.provenance import Provenance
+from compresskit.surgery.vocabulary_edits import narrowed
 
 LOG = logging.getLogger(__name__)
 
@@ -48,8 +49,9 @@ def _check_same_ids(teacher: ModelSource, student: Student) -> None:
     Raises:
         CompressKitError: a token has another id there, or is not known.
     """
-    assert isinstance(student.tokenizer, PreTrainedTokenizerBase)
-    ours, theirs = student.tokenizer.get_vocab(), load_tokenizer(teacher).get_vocab()
+    tokenizer = student.original_tokenizer
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    ours, theirs = tokenizer.get_vocab(), load_tokenizer(teacher).get_vocab()
     if ours != theirs:
         token = min(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
         what = (
@@ -104,11 +106,12 @@ class Distill(TrainingOptions, Pass):
         """Train `student.model` in place against its teacher; eval mode, no gradients afterwards."""
         training = student.corpus.training
         assert isinstance(training, Sequences)
-        teacher, sentence, layers = student.original, student.sentence, _layers_left(student)
+        teacher, sentence, layers = student.reference, student.sentence, _layers_left(student)
         if self.teacher is not None:
             source = find_model(self.teacher)
             _check_same_ids(source, student)
             teacher = load_model(source, student.task).requires_grad_(False)
+            teacher = narrowed(teacher, student.whole.kept) if student.whole else teacher
             sentence, layers = read_sentence_embedding(source.folder), None
         losses = self._checked_losses(student.model, teacher)
         accelerator = Accelerator()

@@ -280,7 +280,7 @@ def _conv_moments(student: Student, name: str, conv: Conv, anchor: float) -> Sit
     parts = [Moments.zeros(weight.shape[1], weight.shape[0]) for _ in range(2)]
     for index, batch in enumerate(calibration.batches(1)):
         x, y = probe(student.model, name, batch)
-        target = torch.lerp(y, probe(student.original, name, batch)[1], anchor) if anchor else y
+        target = torch.lerp(y, probe(student.reference, name, batch)[1], anchor) if anchor else y
         rows, wanted = patches(conv, x), target.flatten(2).transpose(1, 2).flatten(0, 1)
         held_out = index % period == period - 1
         for some, t in zip(rows.split(_PLACES_AT_A_TIME), wanted.split(_PLACES_AT_A_TIME), strict=True):

@@ -3,6 +3,8 @@
     config.json   quantization_config: {quant_method: compresskit, edits: […]}
     AutoModel.from_pretrained(folder)   builds the original on the meta device, replays the edits, loads the weights
 
+A smaller vocabulary is always said by the config itself, so the edits that cut it are not replayed.
+
 Students whose shapes a stock config can say carry no quantization_config and need no plug-in (`stock_config`).
 """
 
@@ -31,6 +33,7 @@ from compresskit.surgery.depth_edits import DropBlocks, cut_config
 from compresskit.surgery.edits import EDITS, Edit, read_ranges, replay
 from compresskit.surgery.provenance import Provenance
 from compresskit.surgery.sites import find_blocks
+from compresskit.surgery.vocabulary_edits import PruneVocabulary, say_vocabulary
 
 METHOD = STUDENT_METHOD
 EDITS_SCHEMA = 1
@@ -87,7 +90,8 @@ class EditsQuantizer(HfQuantizer):
     """Replays edits on the empty model before transformers loads the weights."""
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        replay(parse_edits(self.quantization_config.edits), model)  # pyright: ignore[reportAttributeAccessIssue]
+        edits = parse_edits(self.quantization_config.edits)  # pyright: ignore[reportAttributeAccessIssue]
+        replay((edit for edit in edits if not isinstance(edit, PruneVocabulary)), model)
         inserted = [module for module in model.modules() if isinstance(module, _INSERTED)]
         self._stand_ins = [(module, name) for module in inserted for name in _stand_in(module)]
 
@@ -114,20 +118,23 @@ def stock_config(original: PreTrainedModel, edits: list[Edit]) -> PretrainedConf
     """A stock config that says the student's shapes, or None where only the plug-in can.
 
     Fewer blocks are said where they are what a model of that depth would have there, FFN width where every block has
-    the same; fewer heads of the same size only where the config has `head_dim`.
+    the same; fewer heads of the same size only where the config has `head_dim`; fewer tokens always.
 
     Args:
         original: may be on the meta device.
         edits: what was done to it.
     """
-    if not all(isinstance(edit, PruneNeurons | PruneHeads | DropBlocks) for edit in edits):
+    if not all(isinstance(edit, PruneNeurons | PruneHeads | DropBlocks | PruneVocabulary) for edit in edits):
         return None
     config: PretrainedConfig | None = original.config
     drops = [edit for edit in edits if isinstance(edit, DropBlocks)]
     if drops:
         config = cut_config(original, drops)
-    widths = None if config is None else _uniform_widths(config, find_blocks(original), edits)
-    return None if config is None or widths is None else type(config).from_dict(config.to_dict() | widths)
+    if config is None:
+        return None
+    widths = _uniform_widths(config, find_blocks(original), edits)
+    said = _with_vocabulary(config, edits).to_dict()
+    return None if widths is None else type(config).from_dict(said | widths)
 
 
 def _uniform_widths(config: PretrainedConfig, blocks: tuple[str, ...], edits: list[Edit]) -> dict[str, int] | None:
@@ -159,6 +166,15 @@ def _uniform_widths(config: PretrainedConfig, blocks: tuple[str, ...], edits: li
     return changed
 
 
+def _with_vocabulary(config: PretrainedConfig, edits: list[Edit]) -> PretrainedConfig:
+    """A copy of the config that says the tokens which the edits leave."""
+    said = copy.deepcopy(config)
+    for edit in edits:
+        if isinstance(edit, PruneVocabulary):
+            say_vocabulary(said, edit.kept())
+    return said
+
+
 def config_with_edits(original: PreTrainedModel, edits: list[Edit]) -> PretrainedConfig:
     """A copy of the original's config that makes `from_pretrained` rebuild the student.
 
@@ -169,7 +185,7 @@ def config_with_edits(original: PreTrainedModel, edits: list[Edit]) -> Pretraine
     if stock is not None:
         stock.compresskit_edits = dump_edits(edits)
         return stock
-    said = copy.deepcopy(original.config)
+    said = _with_vocabulary(original.config, edits)
     said.quantization_config = {"quant_method": METHOD, "schema": EDITS_SCHEMA, "edits": dump_edits(edits)}
     return said
 

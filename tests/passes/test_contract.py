@@ -28,6 +28,7 @@ EXAMPLES: dict[str, list[dict[str, object]]] = {
         {"keep": {"heads": 0.5}, "score": "random"},
     ],
     "prune_depth": [{"keep": 0.5}, {"unit": "ffn", "blocks": [1]}],
+    "prune_vocab": [{"keep": 0.5}, {"keep": 0.75, "round_to": 16}],
     "prune_filters": [{"keep": 0.5}, {"keep": 0.75, "importance": "taylor", "round_to": 4}],
     "quantize": [
         {"bits": 8, "group_size": 16},
@@ -85,7 +86,7 @@ def test_a_pass_keeps_the_contract(kind, options, family, tmp_path):
     replay(planned, foreseen)
     shapes = {name: tuple(tensor.shape) for name, tensor in foreseen.state_dict().items()}
     assert shapes == {name: tuple(tensor.shape) for name, tensor in first.items()}, "plan foretells the shapes"
-    assert torch.isfinite(reply(student.model)).all()
+    assert torch.isfinite(reply(student.model, student.corpus.evaluation)).all()
     assert not student.model.training
 
 
@@ -96,7 +97,8 @@ def test_a_student_reloads_bit_for_bit_with_the_same_edits(kind, options, family
     save_student(student, tmp_path)
     model, edits = load_student_model(tmp_path, student.task)
     assert edits == student.edits
-    assert torch.equal(reply(model), reply(student.model))
+    text = student.corpus.evaluation
+    assert torch.equal(reply(model, text), reply(student.model, text))
     assert type(model) is type(student.model)
 
 
