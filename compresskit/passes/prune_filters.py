@@ -60,7 +60,7 @@ class PruneFilters(Pass):
         shape = (2, getattr(model.config, "num_channels", 3), *size)
         with model.device:
             batch = {"pixel_values": torch.zeros(shape)}
-        return self._edits(model, batch, importance="magnitude", seed=0)
+        return [*self._edits(model, batch, importance="magnitude", seed=0)]
 
     def apply(self, student: Student, *, generator: torch.Generator) -> dict[str, Any]:
         """Choose the channels that go, and take them out."""
