@@ -131,9 +131,7 @@ def _scaled_to_one(column_weight: Tensor) -> Tensor:
     return (column_weight.double() / greatest).float()
 
 
-def _search(
-    weight: Tensor, importance: Tensor, bits: int, with_zeros: bool, clip_points: int
-) -> tuple[Tensor, Tensor]:
+def _search(weight: Tensor, importance: Tensor, bits: int, with_zeros: bool, clip_points: int) -> tuple[Tensor, Tensor]:
     """The best (scales, zeros) of each group of `weight` (O, G, S) among the shrunk ranges."""
     low, high = weight.amin(-1).clamp(max=0), weight.amax(-1).clamp(min=0)
     best_scale, best_zero = _range_grid(low, high, bits, with_zeros)

@@ -5,7 +5,7 @@
 Column after column is rounded to nearest, and what that lost is moved onto the columns not yet rounded, by least
 squares under C (GPTQ, arXiv:2210.17323). The most used columns are rounded first, while many are left to make good
 their errors; scales belong to neighbouring columns all the same, are found before the first rounding and stay, so that
-the integers have a form that ONNX can say. Where C is diagonal nothing can be made good, and GPTQ is rounding to nearest.
+the integers have a form that ONNX can say. Where C is diagonal nothing can be made good: it rounds to nearest.
 
 Departures from the paper: M may be the anchored target (then Q also repairs what earlier layers lost); the groups'
 ranges come from a clip search weighted by diag(C); everything is float64. Not worth its time at 8 bits.
@@ -50,12 +50,19 @@ def plan_compensation(moment: Tensor, *, damping: float = DAMPING) -> Compensati
 
     Cost: a Cholesky factor, an inverse and another factor of (I, I), in float64.
     """
+    importance = column_importance(moment, damping=damping)
     H = damped(moment, damping)
-    importance = H.diagonal().clone()
     order = torch.argsort(importance, descending=True, stable=True)
     H = H[order][:, order]
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(H))
     return Compensation(order, torch.linalg.cholesky(inverse, upper=True), importance)
+
+
+def column_importance(moment: Tensor, *, damping: float = DAMPING) -> Tensor:
+    """diag(C + λ I), (I,) float64: what an error in each column costs; never zero, not even for dead columns."""
+    power = moment.diagonal().double().clamp_min(0)
+    level = float(power.mean())
+    return power + damping * level if level > 0 else torch.ones_like(power)
 
 
 def damped(moment: Tensor, damping: float = DAMPING) -> Tensor:
@@ -83,20 +90,22 @@ def quantize_gptq(
         target: M, any float dtype; computed in float64; not modified.
         compensation: of the layer's inputs.
         bits, group_size, symmetric: the grid, as for `find_scales`.
+    """
+    scales, zeros = find_scales(
+        target, bits=bits, group_size=group_size, symmetric=symmetric, column_weight=compensation.importance
+    )
+    codes = round_with(compensation, target, scales, zeros, bits=bits, group_size=group_size)
+    return Codes(codes, scales, zeros)
+
+
+def round_with(
+    compensation: Compensation, target: Tensor, scales: Tensor, zeros: Tensor | None, *, bits: int, group_size: int
+) -> Tensor:
+    """The codes (O, I) uint8 of M on a given grid, scales and zeros (O, G).
 
     Cost: about O·I² multiplications, and I short steps over O numbers.
     """
     M = target.detach().double()
-    scales, zeros = find_scales(
-        M, bits=bits, group_size=group_size, symmetric=symmetric, column_weight=compensation.importance
-    )
-    return Codes(_round_in_order(M, scales, zeros, compensation, bits, group_size), scales, zeros)
-
-
-def _round_in_order(
-    M: Tensor, scales: Tensor, zeros: Tensor | None, compensation: Compensation, bits: int, group_size: int
-) -> Tensor:
-    """The codes (O, I) uint8 of M on a given grid."""
     order, U = compensation.order, compensation.factor
     columns = M.shape[1]
     group = order // (group_size or columns)

@@ -53,20 +53,24 @@ def test_errors_under_the_moment_are_less_than_those_of_rounding_to_nearest(bits
         assert _error(weight, ours, moment, bits, size) < _error(weight, nearest, moment, bits, size)
 
 
-def test_on_tiny_problems_it_comes_near_the_best_of_all_roundings():
-    """Four columns of 3 bits: all 4096 codes of a row are tried. At most a quarter above the optimum on average."""
-    over = []
+def test_on_tiny_problems_it_mostly_finds_the_best_of_all_roundings():
+    """Four columns of 3 bits: all 4096 codes of a row are tried. The best in 16 of 20; rounding to nearest, in 10."""
+    optimal = nearest_optimal = 0
     for seed in range(20):
         weight, moment = _problem(seed, rows=1, columns=4)
-        codes = quantize_gptq(weight, plan_compensation(moment, damping=1e-6), bits=3, group_size=0)
+        plan = plan_compensation(moment, damping=1e-6)
+        codes = quantize_gptq(weight, plan, bits=3, group_size=0)
+        nearest = quantize_weight(weight, bits=3, group_size=0, column_weight=plan.importance)
         assert codes.zeros is not None
         every = torch.tensor(list(product(range(8), repeat=4)), dtype=torch.float64)
         gaps = weight - (every - codes.zeros.double()) * codes.scales.double()
         best = float(((gaps @ moment) * gaps).sum(-1).min())
         found = _error(weight, codes, moment, 3, 0)
         assert found >= best * (1 - 1e-4)
-        over.append(found / best)
-    assert sum(over) / len(over) < 1.25
+        optimal += found <= best * (1 + 1e-4)
+        nearest_optimal += _error(weight, nearest, moment, 3, 0) <= best * (1 + 1e-4)
+    assert optimal >= 15
+    assert nearest_optimal < optimal
 
 
 def test_blocks_of_columns_change_nothing(monkeypatch):
