@@ -84,11 +84,12 @@ def task_of(family: str) -> str:
     return _TASKS.get(family) or ("text-generation" if family in DECODERS else "feature-extraction")
 
 
-def tiny(family: str, seed: int = 0) -> PreTrainedModel:
-    """A random model whose biases and norms are not at their initial ones and zeros."""
+def tiny(family: str, seed: int = 0, **changes: int) -> PreTrainedModel:
+    """A random model whose biases and norms are not at their initial ones and zeros; `changes` go to its config."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         config = copy.deepcopy({**FAMILIES, **OTHERS}[family])
+        config.update(changes)
         model = TASKS[task_of(family)].from_config(config).eval()
         with torch.no_grad():
             for parameter in model.parameters():

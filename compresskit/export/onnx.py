@@ -9,6 +9,8 @@ agrees with torch on held-out text.
 Weight-only products (`MatMulNBits`) have fast kernels only where their input is rounded to 8 bits too (accuracy level
 4; SmolLM2-135M in 8 bit, one token on 2 cores: 17 ms, against 355 ms in float32). The student in torch multiplies in
 float32, so the file is proven at level 0, and then shipped at level 4 with the difference that makes in the report.
+
+`target: standard` writes ONNX's own operators alone (`compresskit.export.standard`), for other runtimes.
 """
 
 import inspect
@@ -18,14 +20,14 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from compresskit.cache import cache_folder
 from compresskit.data import Batch, Sequences, token_positions
 from compresskit.evaluate.latency import random_batch
 from compresskit.evaluate.quality import LEAST_COMPARED
-from compresskit.export import fidelity, parity
+from compresskit.export import fidelity, parity, standard
 from compresskit.export.base import EXPORTERS, Exporter
 from compresskit.export.baseline import Baseline, export_baseline
 from compresskit.export.files import count_operators, model_bytes, save_graph
@@ -53,11 +55,14 @@ class OnnxExport(Exporter):
     """Write ONNX for ONNX Runtime on a CPU."""
 
     kind: Literal["onnx"] = "onnx"  # pyright: ignore[reportIncompatibleVariableOverride]
+    #: ort: ONNX Runtime's own operators; standard: ONNX's alone, integer weights as blocked DequantizeLinear
+    target: Literal["ort", "standard"] = "ort"
     #: ONNX operator set; None is the newest that the exporter knows
     opset: int | None = Field(default=None, ge=18, le=23)
-    #: use ONNX Runtime's fused operators; false gives a plainer graph that computes the same
+    #: use ONNX Runtime's fused operators; false gives a plainer graph that computes the same; none in a standard file
     fuse: bool = True
-    #: of weight-only products: 4 rounds their input to 8 bits in blocks, up to 20 times as fast; 0 stays in float32
+    #: of weight-only products: 4 rounds their input to 8 bits in blocks, up to 20 times as fast; 0 stays in float32; of
+    #: a standard file each session chooses (ONNX Runtime takes 4)
     accuracy_level: Literal[0, 4] = 4
     #: largest ‖onnx − torch‖ / ‖torch‖ that passes; of a segment where activations are rounded
     max_relative_error: float = Field(default=parity.BOUND, gt=0)
@@ -69,6 +74,12 @@ class OnnxExport(Exporter):
     rounds: int = Field(default=25, ge=3)
     #: threads of ONNX Runtime; None is every core this process may use
     threads: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _has_blocks(self) -> "OnnxExport":
+        if self.target == "standard" and self.opset and self.opset < standard.OPSET:
+            raise ValueError(f"target: standard needs opset {standard.OPSET} or later, for blocked DequantizeLinear")
+        return self
 
     def write(self, student: Student, folder: Path) -> dict[str, Any]:
         """Write, prove and time the student; the report's entry.
@@ -84,7 +95,11 @@ class OnnxExport(Exporter):
         batch = sample_batch(student)
         output = OUTPUTS[student.task]
         threads = self.threads or default_threads()
-        graph = trace(student.model, batch, output=output, fuse=self.fuse, opset=self.opset)
+        if self.target == "ort":
+            graph = trace(student.model, batch, output=output, fuse=self.fuse, opset=self.opset)
+        else:
+            graph = trace(student.model, batch, output=output, fuse=False, opset=self.opset or standard.OPSET)
+            standard.use_standard_operators(graph)
         with whole_folder(folder) as scratch:
             save_graph(graph, scratch / MODEL_FILE)
             write_companions(student, scratch)
@@ -106,11 +121,14 @@ class OnnxExport(Exporter):
         texts = parity.parity_batches(student.corpus.evaluation, texts=self.texts // 2)
         batches = [complete_batch(student, batch) for batch in texts]
         open_model = partial(open_session, threads=threads)
-        found = parity.check_parity(path, open_model, student.model, batches, output=output)
+        exact = partial(open_model, exact=True)
+        found = parity.check_parity(path, exact, student.model, batches, output=output)
         parity.judge_parity(found, bound=self.max_relative_error, where=str(folder))
         found["bound"] = self.max_relative_error
-        if self.accuracy_level and set_accuracy(graph, self.accuracy_level):
+        ships_other = self.accuracy_level and set_accuracy(graph, self.accuracy_level)
+        if ships_other:
             save_graph(graph, path)
+        if ships_other or (self.target == "standard" and standard.has_blocks(graph)):
             found["shipped"] = parity.check_shipped(open_model(path), student.model, batches, output=output)
             noise = found.get("end_to_end", {}).get("rounding_noise", 0.0)
             parity.judge_shipped(found["shipped"], noise=noise, where=str(folder))

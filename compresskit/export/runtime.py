@@ -25,14 +25,20 @@ def default_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def open_session(model: Path, *, threads: int) -> ort.InferenceSession:
-    """A CPU session with a fixed number of threads that sleep when idle, and every optimisation on."""
+def open_session(model: Path, *, threads: int, exact: bool = False) -> ort.InferenceSession:
+    """A CPU session with a fixed number of threads that sleep when idle, and every optimisation on.
+
+    Args:
+        exact: products that ONNX Runtime makes of DequantizeLinear and MatMul keep their input in float32.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     # Spinning workers of one session would take the cores from the next one, and from themselves on a busy machine.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if exact:
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
     return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
 
 

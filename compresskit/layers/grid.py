@@ -2,25 +2,29 @@
 
     w ≈ (code − zero) · scale          one scale (and zero) for `group_size` neighbouring columns of a row, 0: the row
 
-One grid per bit width, each the form in which ONNX Runtime's `MatMulNBits` and `GatherBlockQuantized` are smallest:
+Each bit width has a usual form, in which it loses least for its bytes, and on request the other one:
 
-- 8 bit is symmetric: codes 1…255 around the zero point 128, which both operators assume where none is given, so no
-  zero points are stored. A zero of its own would win at most one bit of range, and 8 bits have it to spare.
-- 4 bit is asymmetric: codes 0…15 and a 4-bit zero point for each group. With 16 values, a group whose weights lie on
-  one side of zero would waste half of a symmetric grid.
+- 8 bit is symmetric: codes 1…255 around the zero point 128, which ONNX Runtime's `MatMulNBits` and
+  `GatherBlockQuantized` assume where none is given, so no zero points are stored. A zero of its own would win at most
+  one bit of range, and 8 bits have it to spare.
+- 4 and 3 bit are asymmetric: a zero point of as many bits for each group. With 16 or 8 values, a group whose weights
+  lie on one side of zero would waste half of a symmetric grid. Symmetric, they use all codes, around 8 and 4.
 
-Zero itself is always on the grid, so padding and pruned weights stay exactly zero. Rounding is to nearest; the range
-of each group may be shrunk by a clip search that minimises the error weighted by how strongly each column is used
-(`diag(C)` of the layer's input moment). The search runs in float32, where errors closer than its rounding count as
-equal; codes are then chosen in float64 for the float32 scale that is stored, so they are nearest for that scale.
+Zero itself is always on the grid, so padding and pruned weights stay exactly zero; the last group of a row may be a
+short one. Rounding is to nearest; the range of each group may be shrunk by a clip search that minimises the error
+weighted by how strongly each column is used (`diag(C)` of the layer's input moment). The search runs in float32, where
+errors closer than its rounding count as equal; codes are then chosen in float64 for the float32 scale that is stored,
+so they are nearest for that scale.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 # O rows (outputs, or tokens of a table), I columns, G groups of a row, S columns of a group
+WIDTHS = (3, 4, 8)
 CLIP_POINTS = 20
 _SMALLEST_SHRINK = 0.5
 # Rows are worked on in chunks whose temporaries stay in a core's cache; larger ones made the search 4 times slower.
@@ -32,7 +36,7 @@ class Codes:
     """A quantised matrix, unpacked.
 
     Attributes:
-        codes: (O, I) uint8; below 16 where bits is 4.
+        codes: (O, I) uint8, below 2^bits.
         scales: (O, G) float32, positive.
         zeros: (O, G) uint8 zero points, or None where every zero point is 2^(bits − 1).
     """
@@ -43,25 +47,25 @@ class Codes:
 
 
 def count_groups(columns: int, group_size: int) -> int:
-    """How many groups a row of `columns` has.
+    """How many groups a row of `columns` has; the last may be short.
 
     Raises:
-        ValueError: a negative group size, or one that does not divide `columns`.
+        ValueError: a negative group size.
     """
-    if group_size < 0 or (group_size and columns % group_size):
-        raise ValueError(f"group size {group_size} does not divide {columns} columns")
-    return columns // group_size if group_size else 1
+    if group_size < 0:
+        raise ValueError(f"group size {group_size} is negative")
+    return -(-columns // group_size) if group_size else 1
 
 
-def has_zeros(bits: int) -> bool:
-    """Whether the grid of `bits` stores zero points.
+def has_zeros(bits: int, symmetric: bool | None = None) -> bool:
+    """Whether a grid stores zero points; without word on symmetry, whether the usual one of `bits` does.
 
     Raises:
-        ValueError: bits other than 4 and 8.
+        ValueError: bits other than 3, 4 and 8.
     """
-    if bits not in (4, 8):
-        raise ValueError(f"grids have 4 or 8 bits, not {bits}")
-    return bits == 4
+    if bits not in WIDTHS:
+        raise ValueError(f"grids have 3, 4 or 8 bits, not {bits}")
+    return not symmetric if symmetric is not None else bits < 8
 
 
 def packed_columns(columns: int, bits: int) -> int:
@@ -74,6 +78,7 @@ def find_scales(
     *,
     bits: int,
     group_size: int,
+    symmetric: bool | None = None,
     column_weight: Tensor | None = None,
     clip_points: int = CLIP_POINTS,
 ) -> tuple[Tensor, Tensor | None]:
@@ -81,8 +86,9 @@ def find_scales(
 
     Args:
         weight: (O, I), any float dtype; computed in float32; not modified.
-        bits: 4 or 8.
-        group_size: columns that share a scale; divides I; 0 is the whole row.
+        bits: 3, 4 or 8.
+        group_size: columns that share a scale; 0 is the whole row.
+        symmetric: whether every zero point is the middle code; None: as is usual for `bits`.
         column_weight: (I,), the weight of each column's squared error, not negative; None weighs all alike.
         clip_points: shrink factors tried from 1 down to 0.5, 1 first; 1 is no search. A factor wins only where its
             error is strictly less, so the result is never worse than no clip.
@@ -99,17 +105,24 @@ def find_scales(
     groups = count_groups(columns, group_size)
     if column_weight is not None and column_weight.shape != (columns,):
         raise ValueError(f"column_weight has shape {tuple(column_weight.shape)}, expected ({columns},)")
-    with_zeros = has_zeros(bits)
+    with_zeros = has_zeros(bits, symmetric)
     importance = torch.ones(columns) if column_weight is None else _scaled_to_one(column_weight)
-    importance = importance.to(weight.device).view(1, groups, -1)
+    importance = _grouped(importance.to(weight.device)[None], groups, group_size)
     scales = torch.empty(rows, groups, dtype=torch.float32, device=weight.device)
     zeros = torch.empty(rows, groups, dtype=torch.uint8, device=weight.device)
     step = max(1, _CHUNK_ELEMENTS // columns)
     for start in range(0, rows, step):
-        chunk = weight[start : start + step].detach().float().view(-1, groups, columns // groups)
-        part = _search(chunk, importance, bits, clip_points)
+        chunk = _grouped(weight[start : start + step].detach().float(), groups, group_size)
+        part = _search(chunk, importance, bits, with_zeros, clip_points)
         scales[start : start + step], zeros[start : start + step] = part
     return scales, zeros if with_zeros else None
+
+
+def _grouped(matrix: Tensor, groups: int, group_size: int) -> Tensor:
+    """(…, I) as (…, G, S), a short last group filled up with zeros."""
+    size = group_size or -(-matrix.shape[-1] // groups)
+    missing = groups * size - matrix.shape[-1]
+    return (F.pad(matrix, (0, missing)) if missing else matrix).unflatten(-1, (groups, size))
 
 
 def _scaled_to_one(column_weight: Tensor) -> Tensor:
@@ -118,14 +131,14 @@ def _scaled_to_one(column_weight: Tensor) -> Tensor:
     return (column_weight.double() / greatest).float()
 
 
-def _search(weight: Tensor, importance: Tensor, bits: int, clip_points: int) -> tuple[Tensor, Tensor]:
+def _search(weight: Tensor, importance: Tensor, bits: int, with_zeros: bool, clip_points: int) -> tuple[Tensor, Tensor]:
     """The best (scales, zeros) of each group of `weight` (O, G, S) among the shrunk ranges."""
     low, high = weight.amin(-1).clamp(max=0), weight.amax(-1).clamp(min=0)
-    best_scale, best_zero = _range_grid(low, high, bits)
-    best = _group_error(weight, importance, best_scale, best_zero, bits)
+    best_scale, best_zero = _range_grid(low, high, bits, with_zeros)
+    best = _group_error(weight, importance, best_scale, best_zero, bits, with_zeros)
     for shrink in torch.linspace(1.0, _SMALLEST_SHRINK, max(clip_points, 1)).tolist()[1:]:
-        scale, zero = _range_grid(low * shrink, high * shrink, bits)
-        error = _group_error(weight, importance, scale, zero, bits)
+        scale, zero = _range_grid(low * shrink, high * shrink, bits, with_zeros)
+        error = _group_error(weight, importance, scale, zero, bits, with_zeros)
         better = error < best
         best = torch.where(better, error, best)
         best_scale = torch.where(better, scale, best_scale)
@@ -133,39 +146,48 @@ def _search(weight: Tensor, importance: Tensor, bits: int, clip_points: int) -> 
     return best_scale, best_zero.to(torch.uint8)
 
 
-def _range_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def _range_grid(low: Tensor, high: Tensor, bits: int, with_zeros: bool) -> tuple[Tensor, Tensor]:
     """Scale and zero of groups that reach from `low` ≤ 0 to `high` ≥ 0, float32."""
     top = 2**bits - 1
-    scale = (high - low) / top if has_zeros(bits) else torch.maximum(high, -low) / (top // 2)
+    scale = (high - low) / top if with_zeros else torch.maximum(high, -low) / (top // 2)
     # A group of zeros, or one below float32's normal range, gets scale 1 and the codes of zero.
     scale = torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
-    zero = (-low / scale).round().clamp(0, top) if has_zeros(bits) else torch.full_like(scale, 2 ** (bits - 1))
+    zero = (-low / scale).round().clamp(0, top) if with_zeros else torch.full_like(scale, 2 ** (bits - 1))
     return scale, zero
 
 
-def _group_error(weight: Tensor, importance: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+def _group_error(
+    weight: Tensor, importance: Tensor, scale: Tensor, zero: Tensor, bits: int, with_zeros: bool
+) -> Tensor:
     scale, zero = scale[..., None], zero[..., None]
-    codes = _round_codes(weight / scale, zero, bits)
+    codes = round_codes(weight / scale, zero, bits=bits, symmetric=not with_zeros)
     return (codes.sub_(zero).mul_(scale).sub_(weight).square_() * importance).sum(-1)
 
 
-def _round_codes(steps: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """Nearest codes, ties to even, for weights given in steps of their scale."""
-    lowest = 0 if has_zeros(bits) else 1
+def round_codes(steps: Tensor, zero: Tensor, *, bits: int, symmetric: bool) -> Tensor:
+    """Nearest codes, ties to even, for weights given in steps of their scale; in the dtype of `steps`."""
+    # 8-bit symmetric codes are negated by no product: −128 is left out, as integer kernels want it.
+    lowest = 1 if symmetric and bits == 8 else 0
     return (steps.round() + zero).clamp(lowest, 2**bits - 1)
 
 
-def encode(weight: Tensor, scales: Tensor, zeros: Tensor | None, *, bits: int) -> Tensor:
-    """The nearest codes (O, I) uint8 of `weight` on a given grid; `scales` (O, G) split the columns evenly."""
+def encode(weight: Tensor, scales: Tensor, zeros: Tensor | None, *, bits: int, group_size: int = 0) -> Tensor:
+    """The nearest codes (O, I) uint8 of `weight` on a given grid.
+
+    Args:
+        scales, zeros: (O, G); no zeros is the symmetric grid.
+        group_size: columns of a group; 0: `scales` split the columns evenly.
+    """
     rows, columns = weight.shape
     groups = scales.shape[1]
     codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
     step = max(1, _CHUNK_ELEMENTS // columns)
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        steps = weight[part].detach().double().view(-1, groups, columns // groups) / scales[part].double()[..., None]
+        steps = _grouped(weight[part].detach().double(), groups, group_size) / scales[part].double()[..., None]
         zero = torch.full_like(scales[part], 2 ** (bits - 1)) if zeros is None else zeros[part]
-        codes[part] = _round_codes(steps, zero.double()[..., None], bits).view(-1, columns).to(torch.uint8)
+        found = round_codes(steps, zero.double()[..., None], bits=bits, symmetric=zeros is None)
+        codes[part] = found.flatten(-2)[:, :columns].to(torch.uint8)
     return codes
 
 
@@ -174,38 +196,54 @@ def quantize_weight(
     *,
     bits: int,
     group_size: int,
+    symmetric: bool | None = None,
     column_weight: Tensor | None = None,
     clip_points: int = CLIP_POINTS,
 ) -> Codes:
     """`weight` rounded to nearest on the grid of `find_scales` (same arguments and errors)."""
     scales, zeros = find_scales(
-        weight, bits=bits, group_size=group_size, column_weight=column_weight, clip_points=clip_points
+        weight,
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        column_weight=column_weight,
+        clip_points=clip_points,
     )
-    return Codes(encode(weight, scales, zeros, bits=bits), scales, zeros)
+    return Codes(encode(weight, scales, zeros, bits=bits, group_size=group_size), scales, zeros)
 
 
-def decode(codes: Tensor, scales: Tensor, zeros: Tensor | None, *, bits: int) -> Tensor:
-    """(code − zero) · scale in float32, shape of `codes` (…, I); `scales` and `zeros` (…, G) split I evenly.
+def decode(codes: Tensor, scales: Tensor, zeros: Tensor | None, *, bits: int, group_size: int = 0) -> Tensor:
+    """(code − zero) · scale in float32, shape of `codes` (…, I); `scales` and `zeros` are (…, G), as in `encode`.
 
     The difference is an exact integer and the product is rounded once, which is also what ONNX Runtime's operators do.
     """
-    groups = scales.shape[-1]
-    grouped = codes.unflatten(-1, (groups, codes.shape[-1] // groups)).float()
+    columns = codes.shape[-1]
+    grouped = _grouped(codes, scales.shape[-1], group_size).float()
     zero = 2.0 ** (bits - 1) if zeros is None else zeros.float()[..., None]
-    return ((grouped - zero) * scales[..., None]).flatten(-2)
+    return ((grouped - zero) * scales[..., None]).flatten(-2)[..., :columns]
 
 
 def pack(codes: Tensor, *, bits: int) -> Tensor:
-    """Codes (…, I) as bytes (…, ⌈I·bits/8⌉) uint8: 4-bit codes in pairs, the first in the low half, zero-padded."""
+    """Codes (…, I) as bytes (…, ⌈I·bits/8⌉) uint8, without gaps, the first code in the lowest bits, zero-padded."""
     if bits == 8:
         return codes
-    if codes.shape[-1] % 2:
-        codes = torch.nn.functional.pad(codes, (0, 1))
-    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+    if bits == 4:
+        codes = F.pad(codes, (0, codes.shape[-1] % 2))
+        return codes[..., 0::2] | (codes[..., 1::2] << 4)
+    width = packed_columns(codes.shape[-1], bits)
+    octets = F.pad(codes, (0, -codes.shape[-1] % 8)).unflatten(-1, (-1, 8)).to(torch.int32)
+    words = (octets << (bits * torch.arange(8, device=codes.device))).sum(-1)
+    parts = [(words >> (8 * byte)) & 255 for byte in range(bits)]
+    return torch.stack(parts, dim=-1).flatten(-2)[..., :width].to(torch.uint8)
 
 
 def unpack(packed: Tensor, columns: int, *, bits: int) -> Tensor:
     """The codes (…, columns) that `pack` packed."""
     if bits == 8:
         return packed[..., :columns]
-    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)[..., :columns]
+    if bits == 4:
+        return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)[..., :columns]
+    octets = F.pad(packed, (0, -packed.shape[-1] % bits)).unflatten(-1, (-1, bits)).to(torch.int32)
+    words = (octets << (8 * torch.arange(bits, device=packed.device))).sum(-1)
+    codes = (words[..., None] >> (bits * torch.arange(8, device=packed.device))) & (2**bits - 1)
+    return codes.flatten(-2)[..., :columns].to(torch.uint8)

@@ -31,14 +31,14 @@ def emitting() -> bool:
     return _EMITTING.get() or torch.onnx.is_in_onnx_export()
 
 
-def check_group_size(columns: int, group_size: int) -> None:
-    """Accept 0 and the block sizes of ONNX Runtime that divide `columns`.
+def check_group_size(columns: int, group_size: int, *, pad: bool = False) -> None:
+    """Accept 0 and the block sizes of ONNX Runtime that divide `columns`, or any of them where a row may be padded.
 
     Raises:
         ValueError: any other group size.
     """
-    if group_size and (group_size not in BLOCK_SIZES or columns % group_size):
-        sizes = [size for size in BLOCK_SIZES if columns % size == 0]
+    if group_size and (group_size not in BLOCK_SIZES or (columns % group_size and not pad)):
+        sizes = [size for size in BLOCK_SIZES if pad or columns % size == 0]
         raise ValueError(f"group size {group_size} does not fit {columns} columns; use 0 (the row) or one of {sizes}")
 
 
@@ -61,7 +61,7 @@ def matmul_nbits(
 
     Args:
         x: (…, in) float32.
-        codes: (out, blocks, block · bits / 8) uint8.
+        codes: (out, blocks, block · bits / 8) uint8; ONNX Runtime knows 4 and 8 bits (and 2), not 3.
         scales: (out, blocks), or (out, 1) where the whole row has one.
         zeros: packed, (out, ⌈blocks · bits / 8⌉) uint8, or (out, 1).
         bias: (out,).
@@ -69,8 +69,8 @@ def matmul_nbits(
     out_features, blocks, blob = codes.shape
     if scales.shape[1] != blocks:
         scales = scales.expand(out_features, blocks)
-        # A 4-bit zero in both halves of each byte.
-        zeros = None if zeros is None else (zeros * 17).expand(out_features, (blocks + 1) // 2)
+        if zeros is not None:  # a 4-bit zero in both halves of each byte
+            zeros = (zeros * 17 if bits == 4 else zeros).expand(out_features, (blocks * bits + 7) // 8)
     inputs = [x, codes, scales, zeros, None, bias]
     while inputs[-1] is None:
         inputs.pop()

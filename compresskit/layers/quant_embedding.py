@@ -22,8 +22,9 @@ class QuantEmbedding(nn.Module):
     Args:
         num_embeddings: rows.
         embedding_dim: columns; even where bits is 4.
-        bits: 4 (with zero points) or 8 (symmetric).
+        bits: 4 or 8; the operator has no 3.
         group_size: columns that share a scale: 0 (the row), 16, 32, 64, 128 or 256, dividing `embedding_dim`.
+        symmetric: whether the middle code stands for zero, and no zero points are stored; None: for 8 bits.
         padding_idx: kept for those who ask; lookups of it are like any other.
         multiplier: of what is looked up; no part of the table that a tied head reads.
 
@@ -33,7 +34,7 @@ class QuantEmbedding(nn.Module):
 
     codes: Tensor  # (num, dim · bits / 8) uint8
     scales: Tensor  # (num, groups) float32
-    zeros: Tensor | None  # (num, ⌈groups / 2⌉) uint8, two in a byte; None for 8 bits
+    zeros: Tensor | None  # (num, ⌈groups · bits / 8⌉) uint8, packed; None where symmetric
 
     def __init__(
         self,
@@ -42,12 +43,15 @@ class QuantEmbedding(nn.Module):
         *,
         bits: int,
         group_size: int,
+        symmetric: bool | None = None,
         padding_idx: int | None = None,
         multiplier: float = 1.0,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         check_group_size(embedding_dim, group_size)
+        if bits not in (4, 8):
+            raise ValueError(f"tables have 4 or 8 bits, not {bits}")
         if bits == 4 and embedding_dim % 2:
             raise ValueError(f"4-bit tables need an even width, not {embedding_dim}")
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
@@ -56,8 +60,8 @@ class QuantEmbedding(nn.Module):
         width = grid.packed_columns(embedding_dim, bits)
         self.register_buffer("codes", torch.zeros(num_embeddings, width, dtype=torch.uint8, device=device))
         self.register_buffer("scales", torch.zeros(num_embeddings, self.groups, device=device))
-        width = grid.packed_columns(self.groups, bits)
-        zeros = torch.zeros(num_embeddings, width, dtype=torch.uint8, device=device) if grid.has_zeros(bits) else None
+        with_zeros, width = grid.has_zeros(bits, symmetric), grid.packed_columns(self.groups, bits)
+        zeros = torch.zeros(num_embeddings, width, dtype=torch.uint8, device=device) if with_zeros else None
         self.register_buffer("zeros", zeros)
 
     def set_codes(self, values: grid.Codes) -> None:

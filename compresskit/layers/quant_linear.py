@@ -1,12 +1,13 @@
 """A linear layer whose weight is held as integers, and multiplied as float.
 
     before  y = W x + b                          W (out, in) float32                32 bits a weight
-    after   y = ((codes − zeros) · scales) x + b codes in 4 or 8 bits, packed       4 or 8 bits and 4 bytes a group
+    after   y = ((codes − zeros) · scales) x + b codes in 3, 4 or 8 bits, packed    as many bits and 4 bytes a group
 
 It saves bytes and memory traffic; the products stay float32, so a fast encoder wants `Int8Linear` instead (8 bit
 weights alone gave 1.2 times the speed of float on a 64-token input). In ONNX it is `com.microsoft::MatMulNBits`
-with these very tensors. A row with one scale (group size 0) is written as blocks that repeat that scale, because
-the operator has no larger block than 256.
+with these very tensors; it has no 3 bits, so these integers take up 4 there (`widened`). A row with one scale (group
+size 0) is written as blocks that repeat that scale, because the operator has no larger block than 256. Columns that no
+group divides are padded with codes that no input reaches.
 """
 
 import torch
@@ -24,18 +25,19 @@ class QuantLinear(nn.Module):
     Args:
         in_features: width of x, shape (…, in_features).
         out_features: width of y, shape (…, out_features).
-        bits: 4 (with zero points) or 8 (symmetric).
-        group_size: columns that share a scale: 0 (the row), 16, 32, 64, 128 or 256, dividing `in_features`.
+        bits: 3, 4 or 8.
+        group_size: columns that share a scale: 0 (the row), 16, 32, 64, 128 or 256; the last group may be short.
+        symmetric: whether the middle code stands for zero, and no zero points are stored; None: for 8 bits.
         bias: whether a float bias is added.
         table: the embedding whose integers are this weight (see `tied_to`); None where the layer owns its own.
 
     Raises:
-        ValueError: bits or a group size that do not fit.
+        ValueError: bits or a group size that no operator has.
     """
 
     codes: Tensor | None  # (out, blocks, block · bits / 8) uint8, as MatMulNBits reads them
     scales: Tensor | None  # (out, groups) float32
-    zeros: Tensor | None  # (out, ⌈groups / 2⌉) uint8, two in a byte; None for 8 bits
+    zeros: Tensor | None  # (out, ⌈groups · bits / 8⌉) uint8, packed; None where symmetric
 
     def __init__(
         self,
@@ -44,14 +46,15 @@ class QuantLinear(nn.Module):
         *,
         bits: int,
         group_size: int,
+        symmetric: bool | None = None,
         bias: bool,
         table: QuantEmbedding | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        check_group_size(in_features, group_size)
+        check_group_size(in_features, group_size, pad=True)
         self.in_features, self.out_features = in_features, out_features
-        self.bits, self.group_size = bits, group_size
+        self.bits, self.group_size, self.symmetric = bits, group_size, not grid.has_zeros(bits, symmetric)
         self.groups = grid.count_groups(in_features, group_size)
         self.block_size = group_size or row_block(in_features)
         self.blocks = -(-in_features // self.block_size)
@@ -65,7 +68,7 @@ class QuantLinear(nn.Module):
             "zeros": (
                 (out_features, grid.packed_columns(self.groups, bits)),
                 torch.uint8,
-                owns and grid.has_zeros(bits),
+                owns and not self.symmetric,
             ),
         }
         for name, (shape, dtype, stored) in shapes.items():
@@ -86,6 +89,7 @@ class QuantLinear(nn.Module):
             table.num_embeddings,
             bits=table.bits,
             group_size=table.group_size,
+            symmetric=table.zeros is None,
             bias=bias,
             table=table,
             device=table.codes.device,
@@ -114,6 +118,32 @@ class QuantLinear(nn.Module):
         if zeros is not None and values.zeros is not None:
             zeros.copy_(grid.pack(values.zeros, bits=self.bits))
 
+    def values(self) -> grid.Codes:
+        """The integers and their grid, unpacked: what `set_codes` took over."""
+        codes, scales, zeros = self.tensors()
+        unpacked = None if zeros is None else grid.unpack(zeros, self.groups, bits=self.bits)
+        return grid.Codes(grid.unpack(codes.flatten(1), self.in_features, bits=self.bits), scales, unpacked)
+
+    def widened(self) -> "QuantLinear":
+        """A layer of 4-bit integers that stand for the same weight, for operators without 3 bits.
+
+        Codes and zero points stay what they are; around a symmetric grid's middle both move up by 4.
+        """
+        wide = QuantLinear(
+            self.in_features,
+            self.out_features,
+            bits=4,
+            group_size=self.group_size,
+            symmetric=self.symmetric,
+            bias=False,
+            device=self.tensors()[0].device,
+        )
+        values = self.values()
+        shift = 8 - 2 ** (self.bits - 1) if self.symmetric else 0
+        wide.set_codes(grid.Codes(values.codes + shift, values.scales, values.zeros))
+        wide.bias = self.bias
+        return wide
+
     def dequantize(self) -> Tensor:
         """The weight that the codes stand for, (out, in) float32."""
         return self.dequantize_rows(0, self.out_features)
@@ -125,7 +155,7 @@ class QuantLinear(nn.Module):
         assert scales is not None
         codes = grid.unpack(codes.flatten(1), self.in_features, bits=self.bits)
         zeros = None if zeros is None else grid.unpack(zeros, self.groups, bits=self.bits)
-        return grid.decode(codes, scales, zeros, bits=self.bits)
+        return grid.decode(codes, scales, zeros, bits=self.bits, group_size=self.group_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Dequantise and multiply, shape (…, out_features)."""
@@ -136,5 +166,6 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Shape and grid."""
-        text = f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"
+        form = ", symmetric" if self.symmetric and self.bits < 8 else ""
+        text = f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}{form}"
         return f"{text}, group_size={self.group_size}, bias={self.bias is not None}{', tied' if self._table else ''}"

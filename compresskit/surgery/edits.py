@@ -157,9 +157,11 @@ class QuantizeLinears(_Replacing):
 
     kind: Literal["quantize_linears"] = "quantize_linears"
     targets: tuple[str, ...]
-    bits: Literal[4, 8]
+    bits: Literal[3, 4, 8]
     #: columns that share a scale; 0 is the whole row
     group_size: int
+    #: whether the middle code stands for zero; None: for 8 bits
+    symmetric: bool | None = None
     act: Literal["none", "int8"] = "none"
     #: of int8 activations: each input is multiplied by a factor of its own before it is rounded
     smooth: bool = False
@@ -172,9 +174,12 @@ class QuantizeLinears(_Replacing):
             if self.act == "int8":
                 new: nn.Module = Int8Linear(old.in_features, old.out_features, smooth=self.smooth, **shape)
             else:
-                new = QuantLinear(
-                    old.in_features, old.out_features, bits=self.bits, group_size=self.group_size, **shape
-                )
+                grid: dict[str, Any] = {
+                    "bits": self.bits,
+                    "group_size": self.group_size,
+                    "symmetric": self.symmetric,
+                }
+                new = QuantLinear(old.in_features, old.out_features, **grid, **shape)
             set_module(model, name, new)
 
 
@@ -187,6 +192,7 @@ class QuantizeEmbedding(Edit):
     head: str | None = None
     bits: Literal[4, 8]
     group_size: int
+    symmetric: bool | None = None
 
     def apply(self, model: nn.Module) -> None:
         """Insert a table of zero codes; the pass fills it."""
@@ -198,6 +204,7 @@ class QuantizeEmbedding(Edit):
             old.embedding_dim,
             bits=self.bits,
             group_size=self.group_size,
+            symmetric=self.symmetric,
             padding_idx=old.padding_idx,
             multiplier=table_multiplier(old) or 1.0,
             device=old.weight.device,

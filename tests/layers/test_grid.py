@@ -11,7 +11,7 @@ from compresskit.layers.grid import (
     unpack,
 )
 
-GRIDS = [(4, 16), (4, 0), (8, 16), (8, 0)]
+GRIDS = [(3, 16), (4, 16), (4, 0), (8, 16), (8, 0)]
 
 
 def _weight(rows: int = 12, columns: int = 48) -> torch.Tensor:
@@ -28,7 +28,7 @@ def _restored(weight: torch.Tensor, bits: int, group_size: int, **options) -> tu
     return decode(values.codes, values.scales, values.zeros, bits=bits), steps
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [3, 4, 8])
 @pytest.mark.parametrize("columns", [1, 2, 7, 48])
 def test_unpacking_gives_back_the_packed_codes(bits: int, columns: int) -> None:
     codes = torch.randint(0, 2**bits, (5, columns), dtype=torch.uint8)
@@ -103,9 +103,35 @@ def test_large_matrices_in_chunks_give_the_codes_of_their_rows_alone() -> None:
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match="does not divide 48"):
-        find_scales(_weight(), bits=4, group_size=32)
-    with pytest.raises(ValueError, match="4 or 8 bits, not 3"):
-        find_scales(_weight(), bits=3, group_size=16)
+    with pytest.raises(ValueError, match="group size -1 is negative"):
+        find_scales(_weight(), bits=4, group_size=-1)
+    with pytest.raises(ValueError, match="3, 4 or 8 bits, not 5"):
+        find_scales(_weight(), bits=5, group_size=16)
     with pytest.raises(ValueError, match="column_weight has shape"):
         find_scales(_weight(), bits=4, group_size=16, column_weight=torch.ones(5))
+
+
+def test_three_bit_codes_lie_without_gaps_from_the_lowest_bit_on() -> None:
+    codes = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 0]], dtype=torch.uint8)
+    bits = sum(code << (3 * place) for place, code in enumerate(codes[0].tolist()))
+    assert pack(codes, bits=3)[0].tolist() == list(bits.to_bytes(3, "little"))
+
+
+@pytest.mark.parametrize(("bits", "lowest"), [(3, 0), (4, 0), (8, 1)])
+def test_symmetric_grids_have_no_zeros_and_use_all_codes_but_the_lowest_of_8_bits(bits: int, lowest: int) -> None:
+    weight = torch.tensor([[-8.0, 7.0, 0.1, -9.0]]) / 8
+    values = quantize_weight(weight, bits=bits, group_size=0, symmetric=True)
+    assert values.zeros is None
+    codes = encode(torch.tensor([[-999.0, 999.0]]), torch.ones(1, 1), None, bits=bits)
+    assert codes.tolist() == [[lowest, 2**bits - 1]]
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_a_short_last_group_has_the_grid_that_it_would_have_alone(bits: int) -> None:
+    weight = _weight(columns=40)
+    whole = quantize_weight(weight, bits=bits, group_size=16)
+    rest = quantize_weight(weight[:, 32:], bits=bits, group_size=0)
+    assert torch.equal(whole.codes[:, 32:], rest.codes)
+    assert torch.equal(whole.scales[:, 2:], rest.scales)
+    restored = decode(whole.codes, whole.scales, whole.zeros, bits=bits, group_size=16)
+    assert torch.equal(restored[:, 32:], decode(rest.codes, rest.scales, rest.zeros, bits=bits))

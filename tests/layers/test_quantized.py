@@ -17,9 +17,9 @@ from compresskit.layers.quant_linear import QuantLinear
 LINEAR_GRIDS = [(64, 4, 16), (64, 8, 32), (64, 4, 0), (50, 8, 0), (50, 4, 0)]
 
 
-def _codes(rows: int, columns: int, bits: int, group_size: int) -> Codes:
+def _codes(rows: int, columns: int, bits: int, group_size: int, symmetric: bool | None = None) -> Codes:
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
-    return quantize_weight(weight, bits=bits, group_size=group_size, clip_points=3)
+    return quantize_weight(weight, bits=bits, group_size=group_size, symmetric=symmetric, clip_points=3)
 
 
 def _linear(columns: int, bits: int, group_size: int) -> QuantLinear:
@@ -166,15 +166,44 @@ def test_a_tied_head_uses_the_integers_of_its_table_without_storing_them() -> No
     assert not torch.equal(other.head.dequantize(), model.head.dequantize())
 
 
-@pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (8, 32), (4, 128)])
-def test_a_file_is_as_large_as_its_codes_scales_and_zeros(bits: int, group_size: int) -> None:
+@pytest.mark.parametrize(
+    ("bits", "group_size", "symmetric"), [(4, 32, None), (4, 64, True), (8, 32, None), (8, 64, False), (4, 128, None)]
+)
+def test_a_file_is_as_large_as_its_codes_scales_and_zeros(bits: int, group_size: int, symmetric: bool | None) -> None:
     rows, columns = 2048, 256
-    layer = QuantLinear(columns, rows, bits=bits, group_size=group_size, bias=False)
-    layer.set_codes(_codes(rows, columns, bits, group_size))
+    layer = QuantLinear(columns, rows, bits=bits, group_size=group_size, symmetric=symmetric, bias=False)
+    layer.set_codes(_codes(rows, columns, bits, group_size, symmetric))
     _, proto = _in_onnx_runtime(layer, torch.randn(2, 3, columns))
     groups = rows * columns // group_size
-    expected = rows * columns * bits / 8 + groups * (4 + (0.5 if bits == 4 else 0))
+    expected = rows * columns * bits / 8 + groups * (4 + (0 if layer.symmetric else bits / 8))
     assert abs(len(proto.SerializeToString()) / expected - 1) < 0.02
+
+
+def test_a_checkpoint_of_3_bits_holds_3_bits_a_weight() -> None:
+    layer = _linear(64, 3, 16)
+    assert layer.codes is not None
+    assert layer.codes.numel() == 24 * 64 * 3 // 8
+    wide = layer.widened()
+    assert (wide.bits, wide.zeros is None) == (4, layer.zeros is None)
+    assert torch.equal(wide.dequantize(), layer.dequantize())
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_short_last_groups_and_other_symmetries_keep_their_integers(bits: int, symmetric: bool) -> None:
+    values = _codes(24, 40, bits, 16, symmetric)
+    layer = QuantLinear(40, 24, bits=bits, group_size=16, symmetric=symmetric, bias=False)
+    layer.set_codes(values)
+    kept = layer.values()
+    assert torch.equal(kept.codes, values.codes)
+    assert torch.equal(kept.scales, values.scales)
+    assert (kept.zeros is None) == symmetric == (values.zeros is None)
+    wide = layer.widened() if bits == 3 else layer
+    assert torch.equal(wide.dequantize(), layer.dequantize())
+    run, _ = _in_onnx_runtime(wide, torch.randn(2, 3, 40))
+    x = torch.randn(3, 7, 40)
+    expected = layer(x).detach().numpy()
+    assert np.linalg.norm(run(x) - expected) <= 1e-5 * np.linalg.norm(expected)
 
 
 def test_layers_refuse_what_their_operators_cannot_read() -> None:

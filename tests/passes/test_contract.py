@@ -33,6 +33,8 @@ EXAMPLES: dict[str, list[dict[str, object]]] = {
     "quantize": [
         {"bits": 8, "group_size": 16},
         {"bits": 4, "group_size": 16, "anchor": 0.5},
+        {"bits": 3, "group_size": 32, "method": "gptq", "symmetric": True},
+        {"bits": 8, "group_size": "channel", "symmetric": False, "overrides": {"*0*": {"bits": 4, "group_size": 16}}},
         {"bits": 8, "group_size": "channel", "act": "int8"},
     ],
     "tensor": [{"keep": 0.5}, {"keep": 0.5, "embeddings": "tensor_train"}],

@@ -20,6 +20,8 @@ from compresskit.passes.quantize import Quantize, smoothing_factors
     [
         ({"bits": 8, "group_size": 16}, 0.02),
         ({"bits": 4, "group_size": 16, "embeddings": 4}, 0.4),
+        ({"bits": 4, "group_size": 16, "embeddings": 4, "symmetric": True, "method": "gptq"}, 0.4),
+        ({"bits": 8, "group_size": "channel", "symmetric": False}, 0.02),
         ({"bits": 8, "group_size": "channel", "act": "int8"}, 0.06),
     ],
 )
@@ -123,9 +125,11 @@ def test_misfits_stay_float_and_are_listed_on_request():
         ({"group_size": 100}, "100 is not a power of two in 16"),
         ({"act": "int8"}, "needs bits: 8 and group_size: channel"),
         ({"act": "int8", "bits": 4, "group_size": "channel"}, "needs bits: 8"),
-        ({"group_size": "channel"}, "weight-only layers ship in groups"),
-        ({"bits": 5}, "Input should be 4 or 8"),
-        ({"method": "gptq"}, "Input should be 'rtn'"),
+        ({"act": "int8", "group_size": "channel", "symmetric": False}, "act: int8 has symmetric weights"),
+        ({"overrides": {"*key": {"group_size": 24}}}, "24 is not a power of two in 16"),
+        ({"overrides": {"*key": {"act": "int8"}}}, "Extra inputs are not permitted"),
+        ({"bits": 5}, "Input should be 3, 4 or 8"),
+        ({"method": "awq"}, "Input should be 'rtn' or 'gptq'"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options, match):
@@ -207,3 +211,137 @@ def test_the_mean_is_exact_where_only_some_layers_of_a_site_have_a_bias():
     Quantize(bits=8, group_size=16, embeddings=None).apply(student, generator=torch.Generator())
     lost = (answer(student.model) - answer(original)).norm() / answer(original).norm()
     assert lost < 0.02
+
+
+def _lost(family, **options):
+    """The student's distance from the original on the calibration text, and what the pass said."""
+    student = tiny_student(family)
+    notes = Quantize(embeddings=None, **options).apply(student, generator=torch.Generator())
+    ours, truth = (answer(model, student.corpus.calibration) for model in (student.model, student.original))
+    return float((ours - truth).norm() / truth.norm()), notes
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("bits", [3, 4])
+def test_gptq_says_what_rounding_to_nearest_would_have_lost_and_loses_less(family, bits):
+    lost, notes = _lost(family, bits=bits, group_size=16, method="gptq")
+    inside = [note for note in notes["layers"].values() if note["method"] == "gptq"]
+    assert len(inside) >= 12
+    assert all(note["relative_error"] < note["rtn_error"] for note in inside)
+    assert notes["mean_error"]["gptq"] < notes["mean_error"]["rtn"]
+    assert lost < _lost(family, bits=bits, group_size=16)[0]
+
+
+def test_layers_outside_the_blocks_are_rounded_to_nearest_and_named():
+    _, notes = _lost("bert", bits=4, group_size=16, method="gptq")
+    assert notes["rounded_to_nearest"] == ["pooler.dense"]
+    assert notes["layers"]["pooler.dense"]["method"] == "rtn"
+    assert "rounded_to_nearest" not in _lost("bert", bits=4, group_size=16)[1]
+
+
+def _grids(student):
+    layers = student.model.named_modules()
+    return {name: (m.bits, m.group_size) for name, m in layers if isinstance(m, QuantLinear | QuantEmbedding)}
+
+
+def test_overrides_reach_linears_tables_and_heads_and_the_last_match_counts():
+    student = tiny_student("qwen3")
+    overrides = {
+        "*self_attn*": {"bits": 8},
+        "*.v_proj": {"bits": 3, "group_size": "channel"},
+        "*layers.1.mlp.down_proj": {"bits": "float"},
+        "lm_head": {"bits": 4, "group_size": 32},
+        "*embed_tokens": {"bits": 4, "group_size": 16},
+    }
+    Quantize(bits=4, group_size=16, overrides=overrides).apply(student, generator=torch.Generator())
+    grids = _grids(student)
+    assert grids["model.layers.0.self_attn.q_proj"] == (8, 16)
+    assert grids["model.layers.0.self_attn.v_proj"] == (3, 0)
+    assert grids["model.layers.0.mlp.gate_proj"] == (4, 16)
+    assert grids["lm_head"] == (4, 32)
+    assert grids["model.embed_tokens"] == (4, 16)
+    assert "model.layers.1.mlp.down_proj" not in grids
+
+
+def test_under_integer_activations_an_override_makes_its_layers_weight_only():
+    student = tiny_student("bert")
+    options = {"act": "int8", "group_size": "channel", "overrides": {"*intermediate*": {"bits": 4, "group_size": 16}}}
+    Quantize(**options).apply(student, generator=torch.Generator())
+    layer = student.model.encoder.layer[0]
+    assert isinstance(layer.intermediate.dense, QuantLinear)
+    assert layer.intermediate.dense.bits == 4
+    assert isinstance(layer.output.dense, Int8Linear)
+
+
+def test_overrides_that_match_nothing_and_tables_of_3_bits_are_refused():
+    with pytest.raises(CompressKitError, match=r"overrides '\*mlp\*' match no module"):
+        Quantize(overrides={"*mlp*": {"bits": 4}}).plan(tiny("bert"))
+    with pytest.raises(CompressKitError, match="3 bits are asked for"):
+        Quantize(overrides={"*word_embeddings": {"bits": 3}}).plan(tiny("bert"))
+
+
+def test_padding_fills_the_last_group_and_loses_no_more_than_a_group_that_fits():
+    original = BertModel(BertConfig(**FAMILIES["bert"].to_dict() | {"intermediate_size": 40}))
+    with pytest.raises(CompressKitError, match=r"40 columns \(no group fits\)"):
+        Quantize(bits=4, group_size=32).plan(original)
+    student = tiny_student("bert", original=original)
+    notes = Quantize(bits=4, group_size=32, on_misfit="pad", embeddings=None).apply(
+        student, generator=torch.Generator()
+    )
+    layer = student.model.encoder.layer[0].output.dense
+    assert notes["kept_float"] == []
+    assert layer.scales.shape == (32, 2)
+    assert layer.dequantize().shape == (32, 40)
+    assert notes["layers"]["encoder.layer.0.output.dense"]["relative_error"] < 0.15
+
+
+def test_the_message_about_misfits_lists_each_layer_with_the_sizes_that_fit():
+    model = BertModel(BertConfig(**FAMILIES["bert"].to_dict() | {"intermediate_size": 48}))
+    with pytest.raises(CompressKitError) as caught:
+        Quantize(group_size=32).plan(model)
+    said = str(caught.value)
+    assert "does not divide the columns of 2 layers" in said
+    assert all(f"encoder.layer.{i}.output.dense: 48 columns (fit: 16)" in said for i in range(2))
+    assert "use group_size 16" in said
+    assert "on_misfit: pad" in said
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_before_any_layer_is_changed(value):
+    student = tiny_student("bert")
+    with torch.no_grad():
+        student.model.encoder.layer[1].output.dense.weight[3, 5] = value
+        student.model.embeddings.word_embeddings.weight[7] = value
+    with pytest.raises(CompressKitError, match="2 layers have weights that are NaN or infinite") as caught:
+        Quantize(bits=8, group_size=16).apply(student, generator=torch.Generator())
+    assert "encoder.layer.1.output.dense: 1 of 2048" in str(caught.value)
+    assert "embeddings.word_embeddings: 32 of 3072" in str(caught.value)
+    assert student.edits == []
+
+
+def test_quantising_twice_is_refused():
+    student = tiny_student("bert")
+    Quantize(bits=8, group_size=16, targets="*query").apply(student, generator=torch.Generator())
+    with pytest.raises(CompressKitError, match="holds integers already"):
+        Quantize(bits=4, group_size=16, targets="*key").apply(student, generator=torch.Generator())
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_dead_inputs_and_constant_rows_are_rounded_like_any_others(method):
+    original = tiny("llama")
+    with torch.no_grad():
+        norm = original.model.layers[0].input_layernorm.weight
+        norm[3] = 0  # a channel that no input of the first projections ever shows
+        original.model.layers[0].self_attn.q_proj.weight[5] = 0.02
+        original.model.layers[0].self_attn.q_proj.weight[6] = 0
+    student = tiny_student("llama", original=original)
+    Quantize(bits=4, group_size=16, method=method, embeddings=None, anchor=0).apply(
+        student, generator=torch.Generator()
+    )
+    weight = student.model.model.layers[0].self_attn.q_proj.dequantize()
+    old = original.model.layers[0].self_attn.q_proj.weight
+    assert torch.isfinite(weight).all()
+    assert torch.equal(weight[6], torch.zeros(32))
+    torch.testing.assert_close(weight[5], old[5], atol=0.004, rtol=0)
+    assert (weight - old)[:, 3].norm() < 0.2 * old[:, 3].norm()
+    assert torch.isfinite(answer(student.model)).all()

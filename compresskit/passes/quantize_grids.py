@@ -1,0 +1,314 @@
+"""Which matrix gets which integers: the default, what overrides say, and what no group divides.
+
+    linears in blocks     the wanted grid           by input site
+    linears outside       8 bit in groups           poolers, untied heads
+    tables                8 bit a row, or groups    a tied head reads the table's integers
+
+All from names and shapes; the answer is edits, and the names of what stays float.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from pydantic import Field
+from torch import nn
+from transformers import PreTrainedModel
+
+from compresskit.config import Config
+from compresskit.errors import CompressKitError
+from compresskit.layers.int8_linear import Int8Linear
+from compresskit.layers.operators import BLOCK_SIZES
+from compresskit.layers.quant_embedding import QuantEmbedding
+from compresskit.layers.quant_linear import QuantLinear
+from compresskit.surgery.edits import Edit, QuantizeEmbedding, QuantizeLinears, table_multiplier
+from compresskit.surgery.sites import Anatomy, Site, find_anatomy, select, tied_heads
+
+# Tables with fewer rows, or less than this share of the largest one's (positions, token types), stay float: they hold
+# few bytes, and ONNX Runtime takes five times as long to look up integers.
+_SMALLEST_TABLE = 64
+_SMALLEST_MATRIX = 4096
+_SMALLEST_SHARE = 0.05
+# Of linears outside the blocks; the first that divides their columns.
+_OUTSIDE_GROUPS = (32, 16)
+
+GroupSize = int | Literal["channel"]
+Misfit = Literal["error", "keep", "pad"]
+
+
+class Override(Config):
+    """What matrices of some names get instead of what the others get."""
+
+    bits: Literal[3, 4, 8, "float"] | None = Field(default=None, description="float: the matrix stays as it is")
+    group_size: GroupSize | None = Field(default=None, description="columns that share a scale; channel: a whole row")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a user asks for.
+
+    Attributes:
+        bits, group_size, symmetric: of linears in the blocks; a group size of 0 is the row, symmetric None the usual.
+        targets: glob over linears.
+        tables: bits of tables; None leaves them float.
+        overrides: by glob over linears and tables; of several that match a name the last counts.
+        act, smooth: of linears in the blocks, as in `QuantizeLinears`.
+        on_misfit: what becomes of columns that no group divides.
+        chosen: bits of linears in the blocks, by name, where an allocation has chosen them.
+    """
+
+    bits: int
+    group_size: int
+    symmetric: bool | None
+    targets: str
+    tables: int | None
+    overrides: Mapping[str, Override]
+    act: Literal["none", "int8"]
+    smooth: bool
+    on_misfit: Misfit
+    chosen: Mapping[str, int] = field(default_factory=dict)
+
+    def override(self, name: str) -> Override:
+        """What is said of one name; empty where nothing is."""
+        said = [override for glob, override in self.overrides.items() if fnmatchcase(name, glob)]
+        return said[-1] if said else Override()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The edits of one quantisation.
+
+    Attributes:
+        sites: input sites in order of execution, each with an edit for the linears of one grid.
+        outside: an edit for each linear outside the blocks. tables: one for each table.
+        kept: names of what stays float although it was asked for.
+    """
+
+    sites: dict[Site, tuple[QuantizeLinears, ...]]
+    outside: tuple[QuantizeLinears, ...]
+    tables: tuple[QuantizeEmbedding, ...]
+    kept: tuple[str, ...]
+
+    def edits(self) -> list[Edit]:
+        """All of them, as `apply` makes them: tables, blocks, the rest."""
+        return [*self.tables, *(edit for edits in self.sites.values() for edit in edits), *self.outside]
+
+
+def plan_grids(model: PreTrainedModel, wanted: Wanted) -> Plan:
+    """The edits that give a model of float layers what is wanted.
+
+    Raises:
+        CompressKitError: a quantised model, globs that match nothing, and misfits, all in one message.
+    """
+    _refuse_integers(model)
+    anatomy = find_anatomy(model, factors=True)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for _, head in tied_heads(model):
+        linears.pop(head, None)
+    tables = _large_tables(model) if wanted.tables else {}
+    for glob in wanted.overrides:
+        select([*linears, *tables], glob, where="overrides")
+    chosen = [name for name in select(list(linears), wanted.targets) if wanted.override(name).bits != "float"]
+    within = set(anatomy.linears())
+    misfits = _Misfits(wanted)
+    inside = [
+        name
+        for name in chosen
+        if name in within and misfits.accepts_linear(name, linears[name].in_features, _form(name, wanted)["group_size"])
+    ]
+    outside = [_outside_edit(name, linears[name].in_features, wanted) for name in chosen if name not in within]
+    misfits.beyond |= {edit.targets[0]: linears[edit.targets[0]].in_features for edit in outside if edit.group_size < 0}
+    misfits.hidden += _other_matrices(model, anatomy.blocks) if wanted.targets == "*" else []
+    table_edits = _table_edits(model, tables, wanted, misfits)
+    misfits.raise_unless_kept()
+    return Plan(
+        _site_edits(anatomy, inside, wanted),
+        tuple(edit for edit in outside if edit.group_size >= 0),
+        tuple(table_edits),
+        tuple(misfits.names()),
+    )
+
+
+def _refuse_integers(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear | Int8Linear | QuantEmbedding):
+            raise CompressKitError(
+                f"{name} holds integers already: rounding what was rounded only adds errors",
+                fix="quantise the float model, with overrides where layers want other grids",
+            )
+
+
+def _form(name: str, wanted: Wanted) -> dict[str, Any]:
+    """How a linear in the blocks is held; one with an override multiplies float activations."""
+    said = wanted.override(name)
+    bits = said.bits if isinstance(said.bits, int) else wanted.chosen.get(name, wanted.bits)
+    own = said != Override()
+    return {
+        "bits": bits,
+        "group_size": _columns(said.group_size, wanted.group_size),
+        "symmetric": wanted.symmetric,
+        "act": "none" if own else wanted.act,
+        "smooth": wanted.smooth and not own,
+    }
+
+
+def _columns(said: GroupSize | None, otherwise: int) -> int:
+    return otherwise if said is None else 0 if said == "channel" else said
+
+
+def _site_edits(anatomy: Anatomy, inside: Sequence[str], wanted: Wanted) -> dict[Site, tuple[QuantizeLinears, ...]]:
+    """The sites of `inside` in order of execution, each with its edits."""
+    last = ("", ".reduce", ".reduce.rest")
+    averages = {f"{part.output}{factor}" for part in anatomy.attentions for factor in last}
+    found: dict[Site, tuple[QuantizeLinears, ...]] = {}
+    for site in anatomy.sites:
+        names = tuple(name for name in site.linears if name in inside)
+        edits: list[QuantizeLinears] = []
+        for name in names:
+            form = _form(name, wanted)
+            form["smooth"] = form["smooth"] and names[0] not in averages
+            alike = next((i for i, edit in enumerate(edits) if form == edit.model_dump(include=set(form))), len(edits))
+            targets = (*edits[alike].targets, name) if alike < len(edits) else (name,)
+            edits[alike : alike + 1] = [QuantizeLinears.model_validate({"targets": targets, **form})]
+        if names:
+            found[replace(site, linears=names)] = tuple(edits)
+    return found
+
+
+def _outside_edit(name: str, columns: int, wanted: Wanted) -> QuantizeLinears:
+    """8 bits, in the groups that fit, unless overridden; a group size of −1 where none does."""
+    said = wanted.override(name)
+    fitting = next((size for size in _OUTSIDE_GROUPS if columns % size == 0), -1)
+    size = _columns(said.group_size, fitting)
+    if size > 0 and columns % size:
+        size = -1
+    if size < 0 and wanted.on_misfit == "pad":
+        size = _columns(said.group_size, _OUTSIDE_GROUPS[0])
+    return QuantizeLinears.model_validate(
+        {"targets": (name,), "bits": said.bits or 8, "group_size": size, "symmetric": wanted.symmetric}
+    )
+
+
+def _large_tables(model: nn.Module) -> dict[str, nn.Embedding]:
+    tables = {name: table for name, table in model.named_modules() if isinstance(table, nn.Embedding)}
+    largest = max((table.num_embeddings for table in tables.values()), default=0)
+    least = max(_SMALLEST_TABLE, _SMALLEST_SHARE * largest)
+    return {name: table for name, table in tables.items() if table.num_embeddings >= least}
+
+
+def _table_edits(
+    model: PreTrainedModel, tables: Mapping[str, nn.Embedding], wanted: Wanted, misfits: "_Misfits"
+) -> list[QuantizeEmbedding]:
+    heads = dict(tied_heads(model))
+    edits: list[QuantizeEmbedding] = []
+    for name, table in tables.items():
+        said = wanted.override(name)
+        bits = said.bits or wanted.tables
+        if bits == "float":
+            continue
+        if bits == 3:
+            what = f"3 bits are asked for {name}, and ONNX Runtime looks up tables of 4 or 8 bits"
+            raise CompressKitError(what, where="overrides", fix="say bits: 4 or 8 for tables")
+        head = heads.get(name)
+        size = _table_group(table, bits == 8 and head is None, said.group_size, wanted)
+        if misfits.accepts_table(name, table, head, size):
+            edits.append(
+                QuantizeEmbedding.model_validate(
+                    {"target": name, "head": head, "bits": bits, "group_size": size, "symmetric": wanted.symmetric}
+                )
+            )
+    return edits
+
+
+def _table_group(table: nn.Embedding, whole_rows: bool, said: GroupSize | None, wanted: Wanted) -> int:
+    """A whole row for 8-bit tables, or where no group divides it; groups for 4 bit and for a tied head."""
+    if said is not None:
+        return _columns(said, 0)
+    if whole_rows:
+        return 0
+    sizes = [size for size in (wanted.group_size, *_OUTSIDE_GROUPS) if size]
+    return next((size for size in sizes if table.embedding_dim % size == 0), 0)
+
+
+def _other_matrices(model: nn.Module, blocks: Sequence[str]) -> list[str]:
+    """Matrices inside the blocks that belong to no linear, table or norm: the experts of a mixture, say."""
+    inside = tuple(f"{block}." for block in blocks)
+    names: list[str] = []
+    for name, module in model.named_modules():
+        if name.startswith(inside) and not isinstance(module, nn.Linear | nn.Embedding):
+            own = module.named_parameters(prefix=name, recurse=False)
+            names += [inner for inner, weight in own if weight.dim() >= 2 and weight.numel() >= _SMALLEST_MATRIX]
+    return names
+
+
+class _Misfits:
+    """What would stay float, and why; one error for all of it."""
+
+    def __init__(self, wanted: Wanted) -> None:
+        self._wanted = wanted
+        self._by_size: dict[int, dict[str, int]] = {}
+        self._tables: dict[str, tuple[str, str]] = {}
+        self.beyond: dict[str, int] = {}
+        self.hidden: list[str] = []
+
+    def accepts_linear(self, name: str, columns: int, size: int) -> bool:
+        """Whether a linear in the blocks can have groups of `size`."""
+        if size and columns % size and self._wanted.on_misfit != "pad":
+            self._by_size.setdefault(size, {})[name] = columns
+            return False
+        return True
+
+    def accepts_table(self, name: str, table: nn.Embedding, head: str | None, size: int) -> bool:
+        """Whether a table can have groups of `size`; a tied head reads no padding and no rows of one scale."""
+        columns = table.embedding_dim
+        sizes = " nor ".join(map(str, _OUTSIDE_GROUPS))
+        if table_multiplier(table) is None:
+            what = (f"{name} is a {type(table).__name__}, which does more than look up", "such tables")
+        elif size and columns % size:
+            what = (f"group size {size} does not divide the {columns} columns of {name}", "it")
+        elif head and not size and columns % _OUTSIDE_GROUPS[-1]:
+            what = (f"neither {sizes} divides the {columns} columns of {name}, whose integers {head} reads too", "it")
+        else:
+            return True
+        self._tables[name] = what
+        return False
+
+    def names(self) -> list[str]:
+        """All of them."""
+        return [*(n for group in self._by_size.values() for n in group), *self.beyond, *self.hidden, *self._tables]
+
+    def raise_unless_kept(self) -> None:
+        """Raise one error that lists all, unless they are to be kept."""
+        if self._wanted.on_misfit == "keep" or not self.names():
+            return
+        parts, fixes = [], []
+        for size, columns in self._by_size.items():
+            parts.append(f"group size {size} does not divide the columns of {len(columns)} layers:{_listed(columns)}")
+        if self._by_size:
+            widths = [columns for group in self._by_size.values() for columns in group.values()]
+            fitting = [one for one in BLOCK_SIZES if all(columns % one == 0 for columns in widths)]
+            said = f"use group_size {' or '.join(map(str, fitting))}" if fitting else "no group size fits all of these"
+            fixes += [said, "set round_to in the passes that cut these widths", "say on_misfit: pad"]
+        if self.beyond:
+            sizes = " nor ".join(map(str, _OUTSIDE_GROUPS))
+            what = f"neither {sizes} divides the columns of {len(self.beyond)} layers outside the blocks"
+            parts.append(f"{what}:{_listed(self.beyond)}")
+        if self.hidden:
+            listed = "\n    ".join(self.hidden)
+            parts.append(f"{len(self.hidden)} matrices belong to no linear layer and cannot be rounded:\n    {listed}")
+        parts += [what for what, _ in self._tables.values()]
+        if self._tables:
+            fixes.append("say embeddings: null")
+        fixes.append("say on_misfit: keep to leave them in float")
+        where = "group_size" if self._by_size else "embeddings" if self._tables else "targets"
+        raise CompressKitError("\n  ".join(parts), where=where, fix="; or ".join(fixes))
+
+
+def _listed(columns: Mapping[str, int]) -> str:
+    return "".join(f"\n    {name}: {count} columns{_that_fit(count)}" for name, count in columns.items())
+
+
+def _that_fit(columns: int) -> str:
+    sizes = [str(size) for size in BLOCK_SIZES if columns % size == 0]
+    return f" (fit: {', '.join(sizes)})" if sizes else " (no group fits)"

