@@ -119,7 +119,11 @@ class PruneDepth(Pass):
             what = f"some elements of {stack} hold no linear layer"
             raise CompressKitError(what, where="unit", fix="use unit: layer")
         if self.unit == "attention":
-            found = [(a.block, a.output, (a.query, a.key, a.value, a.output)) for a in anatomy.attentions]
+            found = [
+                # one name three times where one layer projects queries, keys and values
+                (a.block, a.output, tuple(dict.fromkeys((a.query, a.key, a.value, a.output))))
+                for a in anatomy.attentions
+            ]
         else:
             found = [(f.block, f.output, (*f.inputs, f.output)) for f in anatomy.feed_forwards]
         if not found:

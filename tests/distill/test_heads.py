@@ -77,20 +77,22 @@ def test_the_head_that_is_found_gives_the_models_logits(name):
 
 @pytest.mark.parametrize("name", sorted(MODELS))
 @pytest.mark.parametrize("alpha", [0.0, 0.25])
-def test_training_from_hidden_states_is_training_from_logits(name, alpha, sequences, run_training, unfused):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_training_from_hidden_states_is_training_from_logits(name, alpha, dtype, sequences, run_training, unfused):
     if alpha and name in ("masked", "classifier"):
         pytest.skip("alpha is for language models")
     loss, results, weights = [{"kind": "kl", "temperature": 2.0, "alpha": alpha}], [], []
     for _ in range(2):
-        student = make(name, seed=1)
-        results.append(run_training(student, make(name).requires_grad_(False), loss, learning_rate=1e-3))
+        student, teacher = make(name, seed=1).to(dtype), make(name).to(dtype).requires_grad_(False)
+        results.append(run_training(student, teacher, loss, learning_rate=1e-3))
         weights.append(student.state_dict())
         unfused()
     fused, plain = results
     assert fused.held_out_loss_before == pytest.approx(plain.held_out_loss_before, rel=1e-5)
     assert fused.held_out_loss_after == pytest.approx(plain.held_out_loss_after, rel=1e-5)
-    for tensor, other in zip(weights[0].values(), weights[1].values(), strict=True):
-        torch.testing.assert_close(tensor, other, rtol=1e-4, atol=1e-5)
+    if dtype == torch.float64:  # Adam's first steps are of the gradient's sign: in float32 rounding decides some
+        for tensor, other in zip(weights[0].values(), weights[1].values(), strict=True):
+            torch.testing.assert_close(tensor, other, rtol=1e-8, atol=1e-9)
 
 
 def test_the_students_head_is_not_run_and_runs_again_afterwards():

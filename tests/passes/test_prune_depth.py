@@ -17,6 +17,7 @@ from compresskit.distill.losses import Hidden
 from compresskit.distill.outputs import step_weights
 from compresskit.distill.teachers import LiveTeacher
 from compresskit.errors import CompressKitError
+from compresskit.evaluate import count_parameters
 from compresskit.layerwise.probe import probe
 from compresskit.layerwise.walk import Walk
 from compresskit.passes.distill import _layers_left
@@ -186,10 +187,13 @@ def test_stages_of_different_shapes_are_refused():
         prune(keep=0.5).apply(deep_student(model), generator=torch.Generator())
 
 
+@pytest.mark.parametrize("unit", ["attention", "ffn"])
 @pytest.mark.parametrize("name", ["gpt2", "vit"])
-def test_branches_that_are_not_seen_are_refused(name):
-    with pytest.raises(CompressKitError, match=r"no repeated blocks|only text"):
-        prune(keep=0.5, unit="ffn").plan(deep(name))
+def test_branches_of_transposed_linears_and_of_images_can_go(name, unit):
+    student = deep_student(deep(name))
+    prune(keep=0.5, unit=unit).apply(student, generator=torch.Generator())
+    assert torch.isfinite(reply(student.model)).all()
+    assert count_parameters(student.model) < count_parameters(student.original)
 
 
 def test_empty_calibration_text_is_refused():

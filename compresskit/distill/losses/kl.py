@@ -25,6 +25,7 @@ from compresskit.data import Batch
 from compresskit.distill.losses.base import LOSSES, Loss
 from compresskit.distill.outputs import Need, Outputs, Projection, StepWeights, has_head
 from compresskit.errors import CompressKitError
+from compresskit.kernels.divergence import working_dtype
 from compresskit.kernels.kl_div import kl_div
 from compresskit.kernels.linear_kl import Divergence, Head, linear_kl
 from compresskit.models import answer_kind
@@ -32,7 +33,7 @@ from compresskit.models import answer_kind
 
 def next_token_cross_entropy(logits: Tensor, input_ids: Tensor, next_token: Tensor) -> Tensor:
     """Σ next_token · (−log softmax(logits)[following token]), a scalar, from (B, L, V), (B, L) and (B, L − 1)."""
-    flat = logits[:, :-1].flatten(0, 1).float()
+    flat = logits[:, :-1].flatten(0, 1).to(working_dtype(logits.dtype))
     per_token = nn.functional.cross_entropy(flat, input_ids[:, 1:].flatten(), reduction="none")
     return (per_token * next_token.flatten()).sum()
 
