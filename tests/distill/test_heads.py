@@ -92,7 +92,7 @@ def test_training_from_hidden_states_is_training_from_logits(name, alpha, dtype,
     assert fused.held_out_loss_after == pytest.approx(plain.held_out_loss_after, rel=1e-5)
     if dtype == torch.float64:  # Adam's first steps are of the gradient's sign: in float32 rounding decides some
         for tensor, other in zip(weights[0].values(), weights[1].values(), strict=True):
-            torch.testing.assert_close(tensor, other, rtol=1e-8, atol=1e-9)
+            torch.testing.assert_close(tensor, other, rtol=1e-5, atol=1e-6)
 
 
 def test_the_students_head_is_not_run_and_runs_again_afterwards():
