@@ -19,12 +19,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskit.data import Sequences
 from compresskit.distill.losses import KL, AnyLoss, Hidden, Loss
-from compresskit.distill.teachers import LiveTeacher
+from compresskit.distill.outputs import Need
+from compresskit.distill.teachers import LiveTeacher, Teacher, TwoVocabularies
 from compresskit.distill.trainer import TrainingOptions, choose_parameters, train
 from compresskit.errors import CompressKitError, ManyErrors
 from compresskit.models import ModelSource, answer_kind, find_model, load_empty, load_model, load_tokenizer, task_of
 from compresskit.passes.base import PASSES, Part, Pass, Trait
-from compresskit.sentence import read_sentence_embedding
+from compresskit.sentence import SentenceEmbedding, read_sentence_embedding
 from compresskit.student import Student
 from compresskit.surgery.edits import Edit
 from compresskit.surgery.vocabulary_edits import narrowed
@@ -96,22 +97,22 @@ class Distill(TrainingOptions, Pass):
         """Train `student.model` in place against its teacher; eval mode, no gradients afterwards."""
         training = student.corpus.training
         assert isinstance(training, Sequences)
-        teacher, sentence = student.reference, student.sentence
+        teacher, sentence = student.original, student.sentence
         if self.teacher is not None:
             source = find_model(self.teacher)
             _check_same_ids(source, student)
             teacher = load_model(source, student.task).requires_grad_(False)
-            teacher = narrowed(teacher, student.whole.kept) if student.whole else teacher
             sentence = read_sentence_embedding(source.folder)
         losses = self._checked_losses(student.model, teacher)
         accelerator = Accelerator()
         home = student.model.device
         student.model.to(accelerator.device)  # type: ignore[arg-type]
         teacher.to(accelerator.device)  # type: ignore[arg-type]
+        teaching = self._teaching(student, teacher, sentence)
         try:
             result = train(
                 student.model,
-                LiveTeacher(teacher, sentence),
+                teaching,
                 losses,
                 training,
                 self,
@@ -125,6 +126,19 @@ class Distill(TrainingOptions, Pass):
         if not result.best_step:
             LOG.warning("distill: no step was better than the start, so the student stays as it was; try more steps")
         return {"losses": [loss.model_dump(mode="json") for loss in losses], **asdict(result)}
+
+    def _teaching(self, student: Student, teacher: PreTrainedModel, sentence: SentenceEmbedding) -> Teacher:
+        """What gives the targets: the teacher, and beside a student with fewer tokens a twin that reads these."""
+        live = LiveTeacher(teacher, sentence)
+        if student.whole is None:
+            return live
+        own = student.original_corpus.training
+        assert isinstance(own, Sequences)
+        of_texts: frozenset[Need] = frozenset({"sentence"})
+        if student.task == "text-classification":
+            of_texts |= {"predictions"}
+        twin = LiveTeacher(narrowed(teacher, student.whole.kept), sentence)
+        return TwoVocabularies(live, twin, own, max_length=self.max_length, of_texts=of_texts)
 
     def _checked_losses(self, model: PreTrainedModel, original: PreTrainedModel) -> tuple[Loss, ...]:
         losses, errors = self.losses or default_losses(model), []
