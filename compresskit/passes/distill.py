@@ -134,11 +134,11 @@ class Distill(TrainingOptions, Pass):
             return live
         own = student.original_corpus.training
         assert isinstance(own, Sequences)
-        of_texts: frozenset[Need] = frozenset({"sentence"})
+        of_texts: set[Need] = {"sentence"}
         if student.task == "text-classification":
-            of_texts |= {"predictions"}
+            of_texts.add("predictions")
         twin = LiveTeacher(narrowed(teacher, student.whole.kept), sentence)
-        return TwoVocabularies(live, twin, own, max_length=self.max_length, of_texts=of_texts)
+        return TwoVocabularies(live, twin, own, max_length=self.max_length, of_texts=frozenset(of_texts))
 
     def _checked_losses(self, model: PreTrainedModel, original: PreTrainedModel) -> tuple[Loss, ...]:
         losses, errors = self.losses or default_losses(model), []
