@@ -19,12 +19,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskit.data import Sequences
 from compresskit.distill.losses import KL, AnyLoss, Hidden, Loss
-from compresskit.distill.teachers import LiveTeacher
+from compresskit.distill.outputs import Need
+from compresskit.distill.teachers import LiveTeacher, Teacher, TwoVocabularies
 from compresskit.distill.trainer import TrainingOptions, choose_parameters, train
 from compresskit.errors import CompressKitError, ManyErrors
 from compresskit.models import ModelSource, answer_kind, find_model, load_empty, load_model, load_tokenizer, task_of
 from compresskit.passes.base import PASSES, Part, Pass, Trait
-from compresskit.sentence import read_sentence_embedding
+from compresskit.sentence import SentenceEmbedding, read_sentence_embedding
 from compresskit.student import Student
 from compresskit.surgery.depth_edits import get_stack
 from compresskit.surgery.edits import Edit
@@ -106,22 +107,22 @@ class Distill(TrainingOptions, Pass):
         """Train `student.model` in place against its teacher; eval mode, no gradients afterwards."""
         training = student.corpus.training
         assert isinstance(training, Sequences)
-        teacher, sentence, layers = student.reference, student.sentence, _layers_left(student)
+        teacher, sentence, layers = student.original, student.sentence, _layers_left(student)
         if self.teacher is not None:
             source = find_model(self.teacher)
             _check_same_ids(source, student)
             teacher = load_model(source, student.task).requires_grad_(False)
-            teacher = narrowed(teacher, student.whole.kept) if student.whole else teacher
             sentence, layers = read_sentence_embedding(source.folder), None
         losses = self._checked_losses(student.model, teacher)
         accelerator = Accelerator()
         home = student.model.device
         student.model.to(accelerator.device)  # type: ignore[arg-type]
         teacher.to(accelerator.device)  # type: ignore[arg-type]
+        teaching = self._teaching(student, teacher, sentence, layers)
         try:
             result = train(
                 student.model,
-                LiveTeacher(teacher, sentence, layers=layers),
+                teaching,
                 losses,
                 training,
                 self,
@@ -135,6 +136,25 @@ class Distill(TrainingOptions, Pass):
         if not result.best_step:
             LOG.warning("distill: no step was better than the start, so the student stays as it was; try more steps")
         return {"losses": [loss.model_dump(mode="json") for loss in losses], **asdict(result)}
+
+    def _teaching(
+        self,
+        student: Student,
+        teacher: PreTrainedModel,
+        sentence: SentenceEmbedding,
+        layers: tuple[int, ...] | None,
+    ) -> Teacher:
+        """What gives the targets: the teacher, and beside a student with fewer tokens a twin that reads these."""
+        live = LiveTeacher(teacher, sentence, layers=layers)
+        if student.whole is None:
+            return live
+        own = student.original_corpus.training
+        assert isinstance(own, Sequences)
+        of_texts: set[Need] = {"sentence"}
+        if student.task == "text-classification":
+            of_texts.add("predictions")
+        twin = LiveTeacher(narrowed(teacher, student.whole.kept), sentence, layers=layers)
+        return TwoVocabularies(live, twin, own, max_length=self.max_length, of_texts=frozenset(of_texts))
 
     def _checked_losses(self, model: PreTrainedModel, original: PreTrainedModel) -> tuple[Loss, ...]:
         losses, errors = self.losses or default_losses(model), []

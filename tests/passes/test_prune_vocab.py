@@ -12,7 +12,18 @@ from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig, Llam
 from vocabulary_text import lines, trained
 
 import compresskit
-from compresskit import KL, CompressKitError, Distill, ManyErrors, OnnxExport, PruneVocab, Quantize, load_recipe, run
+from compresskit import (
+    KL,
+    CompressKitError,
+    Distill,
+    Embedding,
+    ManyErrors,
+    OnnxExport,
+    PruneVocab,
+    Quantize,
+    load_recipe,
+    run,
+)
 from compresskit.data import DataSource
 from compresskit.evaluate import Fidelity
 from compresskit.job import prepare, take_prints
@@ -256,3 +267,12 @@ def test_a_recipe_says_it_in_yaml(folders, texts, tmp_path):
     assert job.forecast.is_stock
     before, after = (step.params for step in job.forecast.steps)
     assert before - after >= 250 * 32
+
+
+def test_embeddings_are_taught_by_the_original_reading_its_own_tokens(folders, texts, tmp_path):
+    learn = Distill(steps=30, batch_size=8, held_out=6, learning_rate=3e-4, losses=(Embedding(similarity=0),))
+    report = run(recipe_of(folders["bert"], texts, PruneVocab(corpus=few(texts)), learn), tmp_path)
+    _, cut, taught = report["passes"]
+    assert taught["notes"]["held_out_loss_before"] > 1e-3, "dropped words are read in pieces"
+    assert taught["notes"]["held_out_loss_after"] < taught["notes"]["held_out_loss_before"]
+    assert taught["metrics"]["mean_cosine"] > cut["metrics"]["mean_cosine"]
