@@ -55,7 +55,7 @@ def test_smollm2_with_fewer_tokens_gives_the_same_logits_of_kept_ones(tmp_path):
     assert notes["tokens"] <= 0.25 * notes["tokens_before"]
     student, tokenizer = compresskit.load(tmp_path)
     original, whole = load_model(source, "text-generation"), load_tokenizer(source)
-    text = "The function returns a list of all the names that the module exports."
+    text = "This function returns a list of all the names in the module."
     assert tokenizer.tokenize(text) == whole.tokenize(text)
     names = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
     kept = whole.convert_tokens_to_ids(names)
