@@ -41,7 +41,7 @@ from compresskit.surgery.sites import LinearLike, find_anatomy, without_cache
 SCORE_TOKENS = {"influence": 4096, "kl": 1024}
 SCORE_IMAGES = 64
 #: Tokens, or images, that run together.
-_TOGETHER, _IMAGES_TOGETHER = 1024, 16
+_TOGETHER, _IMAGES_TOGETHER = 512, 16
 _UNITS = {"layer": "blocks", "attention": "attentions", "ffn": "FFNs"}
 
 

@@ -161,9 +161,9 @@ def test_a_named_teacher_is_pooled_as_its_own_folder_says(tiny_bert_folder, bert
     used = []
 
     class Noted(LiveTeacher):
-        def __init__(self, model, pooling):
+        def __init__(self, model, pooling, *, layers=None):
             used.append(pooling)
-            super().__init__(model, pooling)
+            super().__init__(model, pooling, layers=layers)
 
     monkeypatch.setattr("compresskit.passes.distill.LiveTeacher", Noted)
     step = Distill(steps=1, batch_size=4, teacher=str(folder), losses=[Embedding()])
