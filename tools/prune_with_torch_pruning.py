@@ -21,16 +21,17 @@ from compresskit.surgery.sites import find_anatomy
 def prune(model: Any, *, ffn: float, heads: float) -> None:
     """Keep these shares of every block's neurons and heads, in place."""
     anatomy = find_anatomy(model)
-    ratios: dict[nn.Module, float] = {}
+    ratios: dict[nn.Module | tuple[nn.Module], float] = {}
     for part in anatomy.feed_forwards if ffn < 1 else ():
         ratios |= {model.get_submodule(name): 1 - ffn for name in part.inputs}
     counts: dict[nn.Module, int] = {}
     for part in anatomy.attentions if heads < 1 else ():
         counts |= {model.get_submodule(name): part.heads for name in (part.query, part.key, part.value)}
     ratios |= dict.fromkeys(counts, 1 - heads)  # heads are looked at only where the layer has a ratio too
+    inputs: Any = {name: torch.ones(1, 8, dtype=torch.long) for name in ("input_ids", "attention_mask")}
     pruner = torch_pruning.pruner.BasePruner(
         model,
-        {"input_ids": torch.ones(1, 8, dtype=torch.long), "attention_mask": torch.ones(1, 8, dtype=torch.long)},
+        inputs,
         torch_pruning.importance.GroupMagnitudeImportance(p=2),
         pruning_ratio=0.0,
         pruning_ratio_dict=ratios,

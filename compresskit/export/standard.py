@@ -110,7 +110,7 @@ def _weight(
     """Codes, scales and perhaps zeros as initializers, (O, I) and (O, G) or transposed, and the block size."""
     bits, unsigned = node.attributes.get_int("bits", 4), zeros is not None
     (name, packed), (scale_name, steps) = _constant(codes), _constant(scales)
-    block = node.attributes.get_int("block_size")
+    block = node.attributes.get_int("block_size", 0)
     columns = node.attributes.get_int("K", 0) or packed.shape[-1] * 8 // bits
     if steps.shape[1] == 1:
         block = columns
