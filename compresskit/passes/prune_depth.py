@@ -10,6 +10,9 @@ divergence of the model's answer. Or a rule says it: `every: 2` keeps every seco
 asks its layers for what is missing, and `distill` trains them. A student of whole blocks is a stock checkpoint where a
 config can say which they are. Not for small cuts, since a block is a large step; at the same size a narrower model is
 better after training (Minitron, arXiv:2407.14679: loss 2.05 against 2.16).
+`kl` is the default: SmolLM2-135M without 6 of its 30 blocks has a perplexity of 55.3 on wikitext-2 and 124.6 on another
+domain, by `influence` 57.1 and 144.7 (19.5 and 54.5 before; one seed, calibrated on 32 windows of 256 tokens of
+wikitext-2, `tools/bench_depth.py`). On MiniLM both take the same one of 6.
 Departures: a block with layers that no other has (T5's first holds the position bias of all) never goes.
 """
 
