@@ -120,7 +120,7 @@ def test_minilm_with_the_tokens_of_python_docs_is_a_stock_checkpoint_of_two_thir
     student, tokenizer = compresskit.load(tmp_path)
     source = find_model(MINILM)
     original, whole = load_model(source, "feature-extraction"), load_tokenizer(source)
-    text = "Return the list of all functions that this module exports, sorted by name."
+    text = "Return the list of all functions of this module, sorted by name."
     assert tokenizer.tokenize(text) == whole.tokenize(text)
     with torch.no_grad():
         ours = student(**tokenizer(text, return_tensors="pt"))[0]
