@@ -13,7 +13,16 @@ from compresskit.distill.losses import KL, LOSSES, Embedding, Hidden
 from compresskit.engine import run
 from compresskit.errors import CompressKitError, ManyErrors, RunFailedError
 from compresskit.export import EXPORTERS, Exporter, OnnxExport
-from compresskit.passes import PASSES, Distill, LowRank, Pass, PruneWidth, Quantize, TensorDecomposition
+from compresskit.passes import (
+    PASSES,
+    Distill,
+    LowRank,
+    LowRankCorrection,
+    Pass,
+    PruneWidth,
+    Quantize,
+    TensorDecomposition,
+)
 from compresskit.recipe import Recipe, dump_recipe, load_recipe
 from compresskit.student import Student
 
@@ -30,6 +39,7 @@ __all__ = [
     "Exporter",
     "Hidden",
     "LowRank",
+    "LowRankCorrection",
     "ManyErrors",
     "OnnxExport",
     "Pass",

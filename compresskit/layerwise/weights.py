@@ -7,13 +7,14 @@ from torch import Tensor, nn
 
 from compresskit.layers.low_rank import LowRankLinear
 from compresskit.layers.pivoted_linear import PivotedLinear, pivot_columns
+from compresskit.layers.quant_linear import QuantLinear
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
-    """W (O, I) of a float linear, a pivoted one, or B A of a low-rank one; not a copy where none is needed.
+    """W (O, I) of a linear, a pivoted one, what integers stand for, or B A of a low-rank one; no copy if not needed.
 
     Raises:
-        TypeError: a layer without a float weight.
+        TypeError: a layer that is no product with a weight alone.
     """
     if isinstance(layer, LowRankLinear):
         return dense_weight(layer.expand) @ dense_weight(layer.factor_in)
@@ -21,7 +22,9 @@ def dense_weight(layer: nn.Module) -> Tensor:
         return layer.weight_from(dense_weight(layer.rest))
     if isinstance(layer, nn.Linear):
         return layer.weight.detach()
-    raise TypeError(f"{type(layer).__name__} has no float weight")
+    if isinstance(layer, QuantLinear):
+        return layer.dequantize()
+    raise TypeError(f"{type(layer).__name__} has no weight of its own")
 
 
 def layer_bias(layer: nn.Module) -> Tensor | None:

@@ -3,8 +3,19 @@
 from compresskit.passes.base import PASSES, Pass, Trait
 from compresskit.passes.distill import Distill
 from compresskit.passes.low_rank import LowRank
+from compresskit.passes.low_rank_correction import LowRankCorrection
 from compresskit.passes.prune_width import PruneWidth
 from compresskit.passes.quantize import Quantize
 from compresskit.passes.tensor import TensorDecomposition
 
-__all__ = ["PASSES", "Distill", "LowRank", "Pass", "PruneWidth", "Quantize", "TensorDecomposition", "Trait"]
+__all__ = [
+    "PASSES",
+    "Distill",
+    "LowRank",
+    "LowRankCorrection",
+    "Pass",
+    "PruneWidth",
+    "Quantize",
+    "TensorDecomposition",
+    "Trait",
+]

@@ -16,6 +16,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from compresskit.layers.corrected_linear import CorrectedLinear
 from compresskit.layers.int8_linear import Int8Linear
 from compresskit.layers.low_rank import LowRankLinear
 from compresskit.layers.low_rank_embedding import LowRankEmbedding
@@ -24,7 +25,7 @@ from compresskit.layers.quant_embedding import QuantEmbedding
 from compresskit.layers.quant_linear import QuantLinear
 from compresskit.layers.tensor_train import TensorTrainEmbedding, TensorTrainHead
 from compresskit.models import STUDENT_METHOD
-from compresskit.surgery import tensor_edits  # noqa: F401 # registers its edits
+from compresskit.surgery import correction_edits, tensor_edits  # noqa: F401 # register their edits
 from compresskit.surgery.edits import EDITS, Edit, PruneHeads, PruneNeurons, read_ranges, replay
 
 METHOD = STUDENT_METHOD
@@ -42,7 +43,7 @@ def dump_edits(edits: list[Edit]) -> list[dict[str, Any]]:
 
 
 _INSERTED_TABLES = (QuantEmbedding, LowRankEmbedding, TensorTrainEmbedding)
-_INSERTED = (LowRankLinear, PivotedLinear, QuantLinear, Int8Linear, TensorTrainHead, *_INSERTED_TABLES)
+_INSERTED = (CorrectedLinear, LowRankLinear, PivotedLinear, QuantLinear, Int8Linear, TensorTrainHead, *_INSERTED_TABLES)
 
 
 def _stand_in(module: nn.Module) -> list[str]:
