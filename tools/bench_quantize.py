@@ -128,7 +128,8 @@ def round_by_auto_round(student: Student, options: argparse.Namespace, bits: int
         device_map="cpu",
     )
     student.model, _ = work.quantize()
-    weights = sum(student.model.get_submodule(n).weight.numel() for n in find_anatomy(student.model).linears())
+    layers: list[Any] = [student.model.get_submodule(name) for name in find_anatomy(student.model).linears()]
+    weights = sum(layer.weight.numel() for layer in layers)
     return weights * bits // 8 + weights // group * (2 + bits // 8)
 
 
