@@ -66,7 +66,7 @@ def take_survey(
         seed: of the labels that gradients are drawn with.
     """
     options = f"{VERSION} {[site.linears for site in sites]} {weighted} {bias} {seed}"
-    name = _fingerprint(student, options)
+    name = survey_fingerprint(student, options)
     folder = cache_folder() / "surveys"
     plain, tried = folder / f"{name}.safetensors", folder / f"{name}-tried.safetensors"
     stored = read_tensors(tried)
@@ -96,8 +96,8 @@ def token_sequences(student: Student) -> Sequences:
     return text
 
 
-def _fingerprint(student: Student, options: str) -> str:
-    """sha256 of the model, the calibration tokens and the options."""
+def survey_fingerprint(student: Student, options: str) -> str:
+    """sha256 of the model, the calibration tokens and the options: the name under which a survey is kept."""
     digest = hashlib.sha256(options.encode())
     digest.update(repr(token_sequences(student).rows).encode())
     digest.update(model_fingerprint(student.model).encode())
@@ -108,6 +108,11 @@ def first_tokens(sequences: Sequences, tokens: int) -> Sequences:
     """The first sequences that hold about `tokens` tokens; at least two."""
     longest = max(1, *(len(row) for row in sequences.rows))
     return sequences.limit(max(2, tokens // longest))
+
+
+def trial_batches(student: Student) -> list[Batch]:
+    """The calibration text that trials run on."""
+    return _batches(token_sequences(student), TRIAL_TOKENS, together=TRIAL_TOKENS)
 
 
 def _batches(sequences: Sequences, tokens: int, *, together: int) -> list[Batch]:
@@ -124,7 +129,7 @@ def _measure(
     if weighted:
         batches = track(_batches(text, FISHER_TOKENS, together=_GRAPH_TOKENS), "measuring sensitivities")
         fisher = collect_fisher(model, batches, groups, torch.Generator().manual_seed(seed))
-    trials = Trials(model, _batches(text, TRIAL_TOKENS, together=TRIAL_TOKENS)) if measured else None
+    trials = Trials(model, trial_batches(student)) if measured else None
     stored: dict[str, Tensor] = {}
 
     def look(site: Site, moments: Moments) -> None:
