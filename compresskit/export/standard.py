@@ -73,12 +73,13 @@ def _drop_unused_initializers(graph: ir.Graph) -> None:
 
 
 def _constant(value: ir.Value | None) -> tuple[str, np.ndarray]:
-    """The initializer behind a value, read through the view of it that a tied head takes, and its name."""
+    """The initializer behind a value and its name, read through a tied head's view and a row's repeated scale."""
     node = value.producer() if value is not None else None
-    if node is not None and node.op_type == "Reshape":
-        shape = _constant(node.inputs[1])[1]
-        name, array = _constant(node.inputs[0])
-        return name, array.reshape(shape)
+    if node is not None and node.op_type in ("Reshape", "Expand", "Mul"):
+        (name, array), (_, other) = (_constant(one) for one in node.inputs[:2])
+        if node.op_type == "Reshape":
+            return name, array.reshape(other)
+        return name, np.broadcast_to(array, other) if node.op_type == "Expand" else array * other
     if value is None or value.const_value is None:
         raise ValueError("expected a constant")
     return str(value.name), value.const_value.numpy()

@@ -166,7 +166,7 @@ def _group_error(
 
 def round_codes(steps: Tensor, zero: Tensor, *, bits: int, symmetric: bool) -> Tensor:
     """Nearest codes, ties to even, for weights given in steps of their scale; in the dtype of `steps`."""
-    # 8-bit symmetric codes are negated by no product: −128 is left out, as integer kernels want it.
+    # Integer kernels take 8-bit weights from −127 on: symmetric ones leave code 0 out.
     lowest = 1 if symmetric and bits == 8 else 0
     return (steps.round() + zero).clamp(lowest, 2**bits - 1)
 

@@ -99,7 +99,7 @@ def token_sequences(student: Student) -> Sequences:
 
 
 def survey_fingerprint(student: Student, options: str) -> str:
-    """sha256 of the model, the calibration tokens and the options."""
+    """sha256 of the model, the calibration tokens and the options: the name under which a survey is kept."""
     digest = hashlib.sha256(options.encode())
     digest.update(repr(token_sequences(student).rows).encode())
     digest.update(model_fingerprint(student.model).encode())
@@ -112,6 +112,11 @@ def first_tokens(sequences: Sequences, tokens: int) -> Sequences:
     return sequences.limit(max(2, tokens // longest))
 
 
+def trial_batches(student: Student) -> list[Batch]:
+    """The calibration text that trials run on."""
+    return first_batches(token_sequences(student), TRIAL_TOKENS, together=TRIAL_TOKENS)
+
+
 def first_batches(sequences: Sequences, tokens: int, *, together: int) -> list[Batch]:
     """The first sequences that hold about `tokens` tokens, in batches of about `together`."""
     chosen = first_tokens(sequences, tokens)
@@ -121,12 +126,12 @@ def first_batches(sequences: Sequences, tokens: int, *, together: int) -> list[B
 def _measure(
     student: Student, sites: Sequence[Site], *, weighted: bool, measured: bool, bias: bool, seed: int
 ) -> dict[str, Tensor]:
-    text, model = token_sequences(student), student.model
+    model = student.model
     groups = [group for site in sites for group in site_groups(site)]
     fisher: dict[Group, Fisher] = {}
     if weighted:
         fisher = measure_fisher(student, groups, seed=seed)
-    trials = Trials(model, first_batches(text, TRIAL_TOKENS, together=TRIAL_TOKENS)) if measured else None
+    trials = Trials(model, trial_batches(student)) if measured else None
     stored: dict[str, Tensor] = {}
 
     def look(site: Site, moments: SiteMoments) -> None:

@@ -9,13 +9,16 @@ from transformers.pytorch_utils import Conv1D
 from compresskit.layers.linear import layer_widths
 from compresskit.layers.low_rank import LowRankLinear
 from compresskit.layers.pivoted_linear import PivotedLinear, pivot_columns
+from compresskit.layers.quant_linear import QuantLinear
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
-    """W (O, I) of a float linear, a transposed or pivoted one, or B A of a low-rank one; no copy where none is needed.
+    """W (O, I) of a linear, a transposed or pivoted one, B A of a low-rank one, or what integers stand for.
+
+    No copy where none is needed.
 
     Raises:
-        TypeError: a layer without a float weight.
+        TypeError: a layer that is no product with a weight alone.
     """
     if isinstance(layer, LowRankLinear):
         return dense_weight(layer.expand) @ dense_weight(layer.factor_in)
@@ -25,7 +28,9 @@ def dense_weight(layer: nn.Module) -> Tensor:
         return layer.weight.detach()
     if isinstance(layer, Conv1D):
         return layer.weight.detach().T
-    raise TypeError(f"{type(layer).__name__} has no float weight")
+    if isinstance(layer, QuantLinear):
+        return layer.dequantize()
+    raise TypeError(f"{type(layer).__name__} has no weight of its own")
 
 
 def layer_bias(layer: nn.Module) -> Tensor | None:

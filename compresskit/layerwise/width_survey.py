@@ -16,14 +16,12 @@ from compresskit.data.cache import read_tensors, write_tensors
 from compresskit.layerwise.repair import Repaired
 from compresskit.layerwise.sensitivity import Fisher
 from compresskit.layerwise.survey import (
-    TRIAL_TOKENS,
-    first_batches,
     measure_fisher,
     observe_first_tokens,
     read_fisher,
     store_fisher,
     survey_fingerprint,
-    token_sequences,
+    trial_batches,
 )
 from compresskit.layerwise.trials import Trials, trial_weight
 from compresskit.layerwise.walk import SiteMoments
@@ -83,8 +81,7 @@ def _path(student: Student, options: str) -> Path:
 
 def _try_widths(student: Student, parts: Sequence[Part], cut: Cut) -> dict[str, Tensor]:
     by_output = {part.output: part for part in parts}
-    text = token_sequences(student)
-    trials = Trials(student.model, first_batches(text, TRIAL_TOKENS, together=TRIAL_TOKENS))
+    trials = Trials(student.model, trial_batches(student))
     found: dict[str, Tensor] = {}
 
     def look(site: Site, moments: SiteMoments) -> None:

@@ -3,6 +3,7 @@
 from compresskit.passes.base import PASSES, Pass, Trait
 from compresskit.passes.distill import Distill
 from compresskit.passes.low_rank import LowRank
+from compresskit.passes.low_rank_correction import LowRankCorrection
 from compresskit.passes.prune_depth import PruneDepth
 from compresskit.passes.prune_filters import PruneFilters
 from compresskit.passes.prune_vocab import PruneVocab
@@ -14,6 +15,7 @@ __all__ = [
     "PASSES",
     "Distill",
     "LowRank",
+    "LowRankCorrection",
     "Pass",
     "PruneDepth",
     "PruneFilters",

@@ -7,7 +7,8 @@
 What is rounded is M, today's weight or the anchored target of `layerwise.objective`; the bias makes the layer exact in
 the mean. Ranges are found by a clip search that weighs each column's error by how strongly the calibration text
 uses it. `method: rtn` then rounds to nearest; `gptq` (arXiv:2210.17323, `layerwise.gptq`) lets the columns that are
-still to come make good what each rounding lost, which pays at 4 bits and below. Linears outside the blocks (poolers,
+still to come make good what each rounding lost, which pays at 4 bits and below. `bits: auto` gives each input site the
+width at which it loses least under one budget for all (`passes.quantize_bits`). Linears outside the blocks (poolers,
 heads) and tables are rounded to nearest, weight-only; a head tied to a table reads the same integers.
 
 Weight-only files are small but, on most CPUs, hardly faster; integer activations are fast, and pay with one shared
@@ -18,18 +19,22 @@ whose channels are even enough. Not before training: integers have no gradient, 
 the checkpoint only: ONNX Runtime has no 3 bits, and gets these integers in 4.
 """
 
+import copy
 import logging
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from compresskit.evaluate import state_dict_bytes
 from compresskit.layers.operators import BLOCK_SIZES
 from compresskit.layerwise.objective import fit_weight
 from compresskit.layerwise.walk import SiteMoments, Walk
 from compresskit.layerwise.weights import layer_bias, stacked_weight
 from compresskit.passes.base import PASSES, Part, Pass, Trait
+from compresskit.passes.quantize_bits import Budget, choose_bits, choose_evenly, held_bytes
 from compresskit.passes.quantize_grids import GroupSize, Override, Plan, Wanted, plan_grids
 from compresskit.passes.quantize_rounding import (
     RoundingProblem,
@@ -40,7 +45,7 @@ from compresskit.passes.quantize_rounding import (
 )
 from compresskit.progress import working
 from compresskit.student import Student
-from compresskit.surgery.edits import Edit
+from compresskit.surgery.edits import Edit, QuantizeLinears, replay
 from compresskit.surgery.sites import Site
 
 LOG = logging.getLogger(__name__)
@@ -51,7 +56,18 @@ class Quantize(Pass):
     """Hold weights as 3, 4 or 8 bit integers; optionally compute with 8-bit activations."""
 
     kind: Literal["quantize"] = "quantize"
-    bits: Literal[3, 4, 8] = Field(default=8, description="bits of a weight")
+    bits: Literal[3, 4, 8, "auto"] = Field(
+        default=8, description="bits of a weight; auto: of widths, as trials on the model and one budget tell"
+    )
+    widths: tuple[Literal[3, 4, 8], ...] = Field(
+        default=(4, 8), min_length=1, description="of bits: auto: what each input site may get"
+    )
+    mean_bits: float | None = Field(
+        default=None, ge=3, le=8, description="of bits: auto: bits of a code on average over the linears in blocks"
+    )
+    budget_bytes: int | None = Field(
+        default=None, ge=1, description="of bits: auto: bytes of the whole student, instead of mean_bits"
+    )
     symmetric: bool | None = Field(
         default=None, description="no zero points; by default 8 bits have none, 4 and 3 bits have them"
     )
@@ -92,6 +108,9 @@ class Quantize(Pass):
         for size in (self.group_size, *(said.group_size for said in self.overrides.values())):
             if isinstance(size, int) and size not in BLOCK_SIZES:
                 raise ValueError(f"group_size {size} is not a power of two in 16…256; use 32, 64 or 128")
+        auto = self.bits == "auto"
+        if auto == (self.mean_bits is None and self.budget_bytes is None) or (self.mean_bits and self.budget_bytes):
+            raise ValueError("bits: auto needs either mean_bits or budget_bytes, and no other bits take them")
         if self.act == "none":
             return self
         if self.bits != 8 or self.group_size != "channel":
@@ -102,7 +121,7 @@ class Quantize(Pass):
 
     def _wanted(self) -> Wanted:
         return Wanted(
-            bits=self.bits,
+            bits=max(self.widths) if self.bits == "auto" else self.bits,
             group_size=self.group_size if isinstance(self.group_size, int) else 0,
             symmetric=self.symmetric,
             targets=self.targets,
@@ -114,13 +133,51 @@ class Quantize(Pass):
         )
 
     def plan(self, model: nn.Module) -> list[Edit]:
-        """One edit for each embedding table, for the linears of each input site, and for each outside the blocks."""
-        return plan_grids(model, self._wanted()).edits()  # type: ignore[arg-type]
+        """One edit for each embedding table, for the linears of each input site, and for each outside the blocks.
+
+        With `bits: auto` the widest that all sites can have alike; which site gets which is for the data to say.
+        """
+        plan = plan_grids(model, self._wanted())  # type: ignore[arg-type]
+        if self.bits != "auto":
+            return plan.edits()
+        chosen = choose_evenly(model, self._open_sites(plan), self.widths, self._budget(model, plan))
+        return plan_grids(model, replace(self._wanted(), chosen=chosen)).edits()  # type: ignore[arg-type]
+
+    def _open_sites(self, plan: Plan) -> dict[Site, tuple[QuantizeLinears, ...]]:
+        """The sites whose bits are to be chosen, less the linears that an override gives some."""
+        found: dict[Site, tuple[QuantizeLinears, ...]] = {}
+        for site, edits in plan.sites.items():
+            names = tuple(n for n in site.linears if self._wanted().override(n).bits is None)
+            parts = (tuple(name for name in edit.targets if name in names) for edit in edits)
+            left = [edit.model_copy(update={"targets": t}) for edit, t in zip(edits, parts, strict=True) if t]
+            if left:
+                found[replace(site, linears=names)] = tuple(left)
+        return found
+
+    def _budget(self, model: nn.Module, plan: Plan) -> Budget:
+        """What is left of the student's bytes for the open sites, once all else is held; or the mean bits."""
+        if self.budget_bytes is None:
+            return Budget(mean_bits=self.mean_bits)
+        # File headers differ with the width (4 bits have zero points to name): the longest counts.
+        rest = max(self._rest_bytes(model, plan, bits) for bits in self.widths)
+        return Budget(size_bytes=self.budget_bytes - rest)
+
+    def _rest_bytes(self, model: nn.Module, plan: Plan, bits: int) -> int:
+        """Bytes of the student but for the linears of the open sites, which hold `bits`."""
+        sites, student = self._open_sites(plan), copy.deepcopy(model)
+        chosen = {name: bits for site in sites for name in site.linears}
+        replay(plan_grids(model, replace(self._wanted(), chosen=chosen)).edits(), student)  # type: ignore[arg-type]
+        return state_dict_bytes(student) - sum(held_bytes(model, e, bits) for edits in sites.values() for e in edits)
 
     def apply(self, student: Student, *, generator: torch.Generator) -> dict[str, Any]:
         """Round tables, then walk the blocks on what the tables became, then round what stands outside."""
         plan = plan_grids(student.model, self._wanted())
         require_finite(student.model, _names(plan))
+        table: dict[str, dict[str, float | int]] = {}
+        if self.bits == "auto":
+            budget = self._budget(student.model, plan)
+            chosen, table = choose_bits(student, self._open_sites(plan), self.widths, budget)
+            plan = plan_grids(student.model, replace(self._wanted(), chosen=chosen))
         layers: dict[str, dict[str, Any]] = {}
         for edit in plan.tables:
             with working(f"rounding {edit.target}"):
@@ -135,7 +192,7 @@ class Quantize(Pass):
         for edit in plan.outside:
             layers.update(round_outside(student, edit))
         notes: dict[str, Any] = {"layers": layers, "kept_float": list(plan.kept)}
-        return notes | self._summary(layers)
+        return notes | self._summary(layers) | ({"bits": table} if table else {})
 
     def _problem(self, student: Student, site: Site, smooth: bool, moments: SiteMoments) -> RoundingProblem:
         """What the layers of a site should become."""

@@ -18,6 +18,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from compresskit.layers.corrected_linear import CorrectedLinear
 from compresskit.layers.empty_linear import EmptyLinear
 from compresskit.layers.int8_linear import Int8Linear
 from compresskit.layers.low_rank import LowRankLinear
@@ -27,7 +28,7 @@ from compresskit.layers.quant_embedding import QuantEmbedding
 from compresskit.layers.quant_linear import QuantLinear
 from compresskit.layers.tensor_train import TensorTrainEmbedding, TensorTrainHead
 from compresskit.models import STUDENT_METHOD
-from compresskit.surgery import channel_edits, tensor_edits  # noqa: F401 # register their edits
+from compresskit.surgery import channel_edits, correction_edits, tensor_edits  # noqa: F401 # register their edits
 from compresskit.surgery.cuts import PruneHeads, PruneNeurons
 from compresskit.surgery.depth_edits import DropBlocks, cut_config
 from compresskit.surgery.edits import EDITS, Edit, read_ranges, replay
@@ -50,7 +51,8 @@ def dump_edits(edits: list[Edit]) -> list[dict[str, Any]]:
 
 
 _INSERTED_TABLES = (QuantEmbedding, LowRankEmbedding, TensorTrainEmbedding)
-_INSERTED = (EmptyLinear, LowRankLinear, PivotedLinear, QuantLinear, Int8Linear, TensorTrainHead, *_INSERTED_TABLES)
+_INSERTED_LINEARS = (CorrectedLinear, EmptyLinear, LowRankLinear, PivotedLinear, QuantLinear, Int8Linear)
+_INSERTED = (*_INSERTED_LINEARS, TensorTrainHead, *_INSERTED_TABLES)
 
 
 def _stand_in(module: nn.Module) -> list[str]:

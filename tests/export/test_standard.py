@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 import torch
 from families import task_of, tiny
@@ -17,7 +19,8 @@ from compresskit.data import Corpus, Sequences
 from compresskit.errors import CompressKitError
 from compresskit.export import OnnxExport
 from compresskit.export.onnx import MODEL_FILE
-from compresskit.layers.grid import unpack
+from compresskit.export.standard import use_standard_operators
+from compresskit.layers.grid import quantize_weight, unpack
 from compresskit.layers.quant_embedding import QuantEmbedding
 from compresskit.layers.quant_linear import QuantLinear
 from compresskit.passes.quantize import Quantize
@@ -198,3 +201,33 @@ def test_integer_activations_and_old_operator_sets_have_no_standard_form(tmp_pat
     assert not (tmp_path / "onnx").exists()
     with pytest.raises(ValueError, match="needs opset 21 or later"):
         OnnxExport(target="standard", opset=20)
+
+
+def test_scales_of_rows_are_read_where_the_exporter_left_them_to_be_repeated():
+    """Of large layers it folds no constants: Mul and Expand stand before the product."""
+    layer = QuantLinear(48, 24, bits=4, group_size=0, bias=False)
+    weight = torch.randn(24, 48, generator=torch.Generator().manual_seed(0))
+    layer.set_codes(quantize_weight(weight, bits=4, group_size=0))
+    codes, scales, zeros = (one.numpy() for one in layer.tensors() if one is not None)
+    constants = {"codes": codes, "scales": scales, "zeros": zeros, "twice": np.array([17], np.uint8)}
+    constants |= {"blocks": np.array([24, 3]), "pairs": np.array([24, 2])}
+    helper, floats = onnx.helper, onnx.TensorProto.FLOAT
+    product = {"K": 48, "N": 24, "bits": 4, "block_size": 16, "accuracy_level": 0, "domain": "com.microsoft"}
+    nodes = [
+        helper.make_node("Expand", ["scales", "blocks"], ["s"]),
+        helper.make_node("Mul", ["zeros", "twice"], ["both"]),
+        helper.make_node("Expand", ["both", "pairs"], ["z"]),
+        helper.make_node("MatMulNBits", ["x", "codes", "s", "z"], ["y"], **product),
+    ]
+    ends = [helper.make_tensor_value_info(name, floats, ["n", width]) for name, width in (("x", 48), ("y", 24))]
+    stored = [numpy_helper.from_array(array, name) for name, array in constants.items()]
+    graph = helper.make_graph(nodes, "one", ends[:1], ends[1:], stored)
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = ir.from_proto(helper.make_model(graph, opset_imports=opsets, ir_version=10))
+    use_standard_operators(model)
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    x = torch.randn(5, 48, generator=torch.Generator().manual_seed(1))
+    np.testing.assert_allclose(session.run(None, {"x": x.numpy()})[0], layer(x).numpy(), atol=1e-5)
+    assert {node.op_type for node in model.graph} == {"DequantizeLinear", "MatMul"}

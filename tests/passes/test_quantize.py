@@ -128,7 +128,10 @@ def test_misfits_stay_float_and_are_listed_on_request():
         ({"act": "int8", "group_size": "channel", "symmetric": False}, "act: int8 has symmetric weights"),
         ({"overrides": {"*key": {"group_size": 24}}}, "24 is not a power of two in 16"),
         ({"overrides": {"*key": {"act": "int8"}}}, "Extra inputs are not permitted"),
-        ({"bits": 5}, "Input should be 3, 4 or 8"),
+        ({"bits": 5}, "Input should be 3, 4, 8 or 'auto'"),
+        ({"bits": "auto"}, "needs either mean_bits or budget_bytes"),
+        ({"bits": "auto", "mean_bits": 5.0, "budget_bytes": 9}, "needs either mean_bits or budget_bytes"),
+        ({"bits": 4, "mean_bits": 5.0}, "no other bits take them"),
         ({"method": "awq"}, "Input should be 'rtn' or 'gptq'"),
     ],
 )

@@ -1,0 +1,95 @@
+"""Bits by trials under one budget."""
+
+import pytest
+import torch
+from families import answer, tiny, tiny_student
+
+from compresskit.errors import CompressKitError
+from compresskit.evaluate import state_dict_bytes
+from compresskit.layers.quant_linear import QuantLinear
+from compresskit.passes import quantize_bits
+from compresskit.passes.quantize import Quantize
+from compresskit.student import Student
+
+AUTO = {"bits": "auto", "group_size": 16, "embeddings": None}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("COMPRESSKIT_CACHE", str(tmp_path))
+
+
+def _done(**options: object) -> tuple[Student, dict]:
+    student = tiny_student("llama")
+    notes = Quantize.model_validate(AUTO | options).apply(student, generator=torch.Generator())
+    return student, notes
+
+
+def _bits(student: Student) -> dict[str, int]:
+    return {name: m.bits for name, m in student.model.named_modules() if isinstance(m, QuantLinear)}
+
+
+def _mean_bits(student: Student) -> float:
+    layers = [m for m in student.model.modules() if isinstance(m, QuantLinear)]
+    weights = [layer.in_features * layer.out_features for layer in layers]
+    return sum(w * layer.bits for w, layer in zip(weights, layers, strict=True)) / sum(weights)
+
+
+def test_the_mean_is_kept_and_the_table_says_why():
+    student, notes = _done(mean_bits=6.0)
+    assert 5 < _mean_bits(student) <= 6
+    assert set(_bits(student).values()) == {4, 8}
+    table = notes["bits"]
+    assert len(table) == 8  # four input sites in each of two blocks
+    assert all(0 < row["kl at 8 bits"] < row["kl at 4 bits"] for row in table.values())
+    for names, row in table.items():
+        assert {_bits(student)[name] for name in names.split(" + ")} == {row["chosen"]}
+
+
+def test_more_bits_lose_less():
+    lost = []
+    for mean in (4.0, 6.0, 8.0):
+        student, _ = _done(mean_bits=mean)
+        lost.append(float((answer(student.model) - answer(student.original)).norm()))
+    assert lost == sorted(lost, reverse=True)
+
+
+def test_the_whole_student_fits_into_a_budget_of_bytes():
+    sizes = {}
+    for bits in (4, 8):
+        student = tiny_student("llama")
+        Quantize(bits=bits, group_size=16, embeddings=None).apply(student, generator=torch.Generator())
+        sizes[bits] = state_dict_bytes(student.model)
+    budget = (sizes[4] + sizes[8]) // 2
+    student, _ = _done(budget_bytes=budget)
+    assert 0.9 * budget < state_dict_bytes(student.model) <= budget
+
+
+def test_an_override_is_no_part_of_the_choice():
+    student, notes = _done(mean_bits=4.0, overrides={"*v_proj": {"bits": 8}})
+    bits = _bits(student)
+    assert {width for name, width in bits.items() if name.endswith("v_proj")} == {8}
+    assert {width for name, width in bits.items() if not name.endswith("v_proj")} == {4}
+    assert not any("v_proj" in names for names in notes["bits"])
+
+
+def test_another_budget_needs_no_other_trial(monkeypatch):
+    _done(mean_bits=6.0)
+
+    def fail(*_: object) -> float:
+        raise AssertionError("tried again")
+
+    monkeypatch.setattr(quantize_bits, "_try", fail)
+    assert _mean_bits(_done(mean_bits=4.0)[0]) == 4
+    with pytest.raises(AssertionError, match="tried again"):
+        _done(mean_bits=6.0, group_size=32)
+
+
+def test_budgets_that_the_smallest_width_exceeds_are_refused_from_shapes_alone():
+    with pytest.raises(CompressKitError, match="at 4 bits; the budget leaves") as caught:
+        Quantize.model_validate(AUTO | {"mean_bits": 3.5}).plan(tiny("llama"))
+    assert "add a smaller width to widths" in str(caught.value)
+    with pytest.raises(CompressKitError, match="budget_bytes: the linears in the blocks take"):
+        Quantize.model_validate(AUTO | {"budget_bytes": 1000}).plan(tiny("llama"))
+    edits = Quantize.model_validate(AUTO | {"mean_bits": 3.5, "widths": [3, 4]}).plan(tiny("llama"))
+    assert {edit.bits for edit in edits} == {3}
