@@ -1,10 +1,8 @@
 """Tiny random models of four blocks, of more architectures than `families`, whose blocks are not all alike."""
 
-import copy
 from typing import Any
 
-import torch
-from families import DECODERS, ENCODER_SHAPE, ENCODERS, family_tokenizer, random_sequences
+from families import DECODERS, ENCODER_SHAPE, ENCODERS, random_model
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -18,10 +16,6 @@ from transformers import (
     T5Config,
     ViTConfig,
 )
-
-from compresskit.data import Batch, Corpus, Examples, ModelInputs
-from compresskit.models import task_of
-from compresskit.student import Student
 
 BLOCKS = 4
 _TURNS = ["sliding_attention", "full_attention"] * 2
@@ -58,38 +52,6 @@ MODERNBERT = ModernBertConfig(
 )  # fmt: skip
 
 
-def build(auto: Any, config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
-    """A random model whose biases and norms are not at their initial ones and zeros."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = auto.from_config(copy.deepcopy(config)).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
-
-
 def deep(name: str) -> PreTrainedModel:
     """The model of `CONFIGS`."""
-    return build(*CONFIGS[name])
-
-
-def images(count: int, seed: int) -> ModelInputs:
-    """Random pixels of 32 × 32."""
-    return ModelInputs({"pixel_values": torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))})
-
-
-def deep_student(model: PreTrainedModel) -> Student:
-    """A copy of the model beside it, with random calibration inputs."""
-    draw = images if model.main_input_name == "pixel_values" else lambda count, seed: random_sequences(count, seed=seed)
-    corpus = Corpus(draw(32, 1), draw(32, 2), draw(8, 3), "random")
-    return Student(copy.deepcopy(model), model, family_tokenizer(), task_of(model), corpus)
-
-
-@torch.no_grad()
-def reply(model: PreTrainedModel, inputs: Examples | None = None) -> torch.Tensor:
-    """The model's first output on `inputs`, or on random ones; of a padded batch at real tokens only."""
-    vision = model.main_input_name == "pixel_values"
-    batch: Batch = next((inputs or (images(4, 3) if vision else random_sequences(8, seed=3))).batches(8))
-    output = model(**batch)[0]
-    return output if vision else output[batch["attention_mask"].bool()]
+    return random_model(*CONFIGS[name])

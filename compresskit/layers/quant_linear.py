@@ -120,9 +120,13 @@ class QuantLinear(nn.Module):
 
     def values(self) -> grid.Codes:
         """The integers and their grid, unpacked: what `set_codes` took over."""
+        return self._rows(0, self.out_features)
+
+    def _rows(self, start: int, stop: int) -> grid.Codes:
         codes, scales, zeros = self.tensors()
-        unpacked = None if zeros is None else grid.unpack(zeros, self.groups, bits=self.bits)
-        return grid.Codes(grid.unpack(codes.flatten(1), self.in_features, bits=self.bits), scales, unpacked)
+        codes = grid.unpack(codes[start:stop].flatten(1), self.in_features, bits=self.bits)
+        zeros = None if zeros is None else grid.unpack(zeros[start:stop], self.groups, bits=self.bits)
+        return grid.Codes(codes, scales[start:stop], zeros)
 
     def widened(self) -> "QuantLinear":
         """A layer of 4-bit integers that stand for the same weight, for operators without 3 bits.
@@ -150,12 +154,8 @@ class QuantLinear(nn.Module):
 
     def dequantize_rows(self, start: int, stop: int) -> Tensor:
         """The weight of the outputs from `start` to `stop`, (stop − start, in) float32."""
-        codes, scales, zeros = (None if one is None else one[start:stop] for one in self.tensors())
-        assert codes is not None
-        assert scales is not None
-        codes = grid.unpack(codes.flatten(1), self.in_features, bits=self.bits)
-        zeros = None if zeros is None else grid.unpack(zeros, self.groups, bits=self.bits)
-        return grid.decode(codes, scales, zeros, bits=self.bits, group_size=self.group_size)
+        rows = self._rows(start, stop)
+        return grid.decode(rows.codes, rows.scales, rows.zeros, bits=self.bits, group_size=self.group_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Dequantise and multiply, shape (…, out_features)."""

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compresskit.layers.grid import Codes, find_scales, round_codes
+from compresskit.layers.grid import round_codes
+from compresskit.layerwise.moments import ridged
 
 #: Of the mean of diag(C), added to the diagonal: how far the moments of few tokens are trusted.
 DAMPING = 0.01
@@ -51,9 +52,8 @@ def plan_compensation(moment: Tensor, *, damping: float = DAMPING) -> Compensati
     Cost: a Cholesky factor, an inverse and another factor of (I, I), in float64.
     """
     importance = column_importance(moment, damping=damping)
-    H = damped(moment, damping)
     order = torch.argsort(importance, descending=True, stable=True)
-    H = H[order][:, order]
+    H = ridged(moment, damping)[order][:, order]
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(H))
     return Compensation(order, torch.linalg.cholesky(inverse, upper=True), importance)
 
@@ -63,39 +63,6 @@ def column_importance(moment: Tensor, *, damping: float = DAMPING) -> Tensor:
     power = moment.diagonal().double().clamp_min(0)
     level = float(power.mean())
     return power + damping * level if level > 0 else torch.ones_like(power)
-
-
-def damped(moment: Tensor, damping: float = DAMPING) -> Tensor:
-    """C + λ I for λ = damping · mean(diag C), (I, I) float64; the identity where C is zero."""
-    C = moment.double()
-    level = float(C.diagonal().mean())
-    if level <= 0:
-        return torch.eye(len(C), dtype=torch.float64, device=C.device)
-    H = C.clone()
-    H.diagonal().add_(damping * level)
-    return H
-
-
-def quantize_gptq(
-    target: Tensor,
-    compensation: Compensation,
-    *,
-    bits: int,
-    group_size: int,
-    symmetric: bool | None = None,
-) -> Codes:
-    """M (O, I) on the integer grid of `grid.find_scales`, rounded column by column with compensation.
-
-    Args:
-        target: M, any float dtype; computed in float64; not modified.
-        compensation: of the layer's inputs.
-        bits, group_size, symmetric: the grid, as for `find_scales`.
-    """
-    scales, zeros = find_scales(
-        target, bits=bits, group_size=group_size, symmetric=symmetric, column_weight=compensation.importance
-    )
-    codes = round_with(compensation, target, scales, zeros, bits=bits, group_size=group_size)
-    return Codes(codes, scales, zeros)
 
 
 def round_with(

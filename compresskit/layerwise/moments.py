@@ -106,6 +106,14 @@ class Moments:
         return MeanMoments(C=C, T=T, mu=mu, nu=nu, target_power=self.tt / n - float(nu @ nu))
 
 
+def ridged(C: Tensor, ratio: float) -> Tensor:
+    """C + λ I for λ = ratio · mean(diag C), (I, I) float64: positive definite for ratio > 0; λ = 1 where C is zero."""
+    moment = C.to(torch.float64, copy=True)
+    level = float(moment.diagonal().mean())
+    moment.diagonal().add_(ratio * level if level > 0 else 1.0)
+    return moment
+
+
 @dataclass(frozen=True)
 class MeanMoments:
     """C (I, I), T (O, I), means μ (I,) and ν (O,) (zeros where not centred), and E‖t − ν‖²."""

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from compresskit.layerwise.moments import MeanMoments, Moments
+from compresskit.layerwise.moments import MeanMoments, Moments, ridged
 
 #: λ in units of the mean of C's diagonal.
 SHRINKAGES = (1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, math.inf)
@@ -32,10 +32,8 @@ def shrunk_weight(weight: Tensor, moments: MeanMoments, shrinkage: float) -> Ten
     if math.isinf(shrinkage) or scale <= 0:
         return W
     # W + (T − W C)(C + λ I)⁻¹: the same, and exactly W where the layer already gives its target.
-    shrunk = moments.C.clone()
-    shrunk.diagonal().add_(shrinkage * scale)
     gap = moments.T - W @ moments.C
-    return W + torch.cholesky_solve(gap.T, torch.linalg.cholesky(shrunk)).T
+    return W + torch.cholesky_solve(gap.T, torch.linalg.cholesky(ridged(moments.C, shrinkage))).T
 
 
 def choose_shrinkage(

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from compresskit.data import Batch
-from compresskit.layerwise.chain import hidden_of
+from compresskit.layerwise.chain import hidden_of, real_tokens
 from compresskit.layerwise.trials import Trials
 from compresskit.layerwise.watch import replaced_forwards
 from compresskit.progress import track
@@ -107,24 +107,23 @@ def influence(
     """1 − E[cos(h, h₋)] of each part over real tokens (all, where inputs have no mask), in [0, 2]."""
     sums, counts = dict.fromkeys(parts, 0.0), dict.fromkeys(parts, 0)
 
-    def look(real: Tensor, here: Sequence[Part], own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def look(batch: Batch, here: Sequence[Part], own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         less = {part: _less(model, part, own, args, kwargs) for part in here}
         output = own(*args, **kwargs)
         for part, hidden in less.items():
             cosine = F.cosine_similarity(hidden_of(output).double(), hidden.double(), dim=-1)
-            sums[part] += float((1 - cosine[real]).sum())
-            counts[part] += cosine[real].numel()
+            real = cosine[real_tokens(batch, cosine.shape)]
+            sums[part] += float((1 - real).sum())
+            counts[part] += real.numel()
         return output
 
     with without_cache(model):
         for batch in batches:
-            mask = batch.get("attention_mask")
-            real: Any = ... if mask is None else mask.bool()
             with ExitStack() as watched:
                 for number in {part.block for part in parts}:
                     here = [part for part in parts if part.block == number]
                     block = model.get_submodule(blocks[number])
-                    watched.enter_context(replaced_forwards([block], partial(look, real, here, block.forward)))
+                    watched.enter_context(replaced_forwards([block], partial(look, batch, here, block.forward)))
                 model(**batch)
     return {part: sums[part] / counts[part] for part in parts}
 

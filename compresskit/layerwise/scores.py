@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from compresskit.layerwise.moments import MeanMoments, Moments
+from compresskit.layerwise.moments import MeanMoments, Moments, ridged
 from compresskit.layerwise.objective import shrunk_weight
 from compresskit.layerwise.output_pca import OutputMetric
 
@@ -61,10 +61,7 @@ def leverage_scores(moments: MeanMoments, *, ridge: float = LEVERAGE_RIDGE) -> T
     scale = float(moments.C.diagonal().mean())
     if scale <= 0:
         return torch.zeros_like(moments.mu)
-    shifted = moments.C.clone()
-    shifted.diagonal().add_(ridge * scale)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
-    return 1 - ridge * scale * inverse.diagonal()
+    return 1 - ridge * scale * _inverse(moments.C, ridge).diagonal()
 
 
 def taylor_scores(weight: Tensor, moments: MeanMoments, metric: OutputMetric, groups: Tensor) -> Tensor:
@@ -213,9 +210,7 @@ def remove_one_by_one(
 
 def _inverse(C: Tensor, shrinkage: float) -> Tensor:
     """(C + λ I)⁻¹ for λ = shrinkage · mean(diag C), or for λ = 1 where no input ever moves."""
-    shifted = C.clone()
-    shifted.diagonal().add_(shrinkage * float(C.diagonal().mean()) or 1.0)
-    return torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+    return torch.cholesky_inverse(torch.linalg.cholesky(ridged(C, shrinkage)))
 
 
 def _traces_of_quotients(spread: Tensor, power: Tensor) -> Tensor:

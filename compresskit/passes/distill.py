@@ -64,10 +64,9 @@ def _check_same_ids(teacher: ModelSource, student: Student) -> None:
 
 def _layers_left(student: Student) -> tuple[int, ...] | None:
     """Which of the original's hidden states the student's stand for, where blocks were dropped."""
-    for stack in Provenance(student.edits).stacks:
-        blocks = len(get_stack(student.original, stack))
-        return Provenance(student.edits).hidden_layers(stack, blocks)
-    return None
+    provenance = Provenance(student.edits)
+    stack = next(iter(provenance.stacks), None)
+    return stack and provenance.hidden_layers(stack, len(get_stack(student.original, stack)))
 
 
 @PASSES.add

@@ -32,7 +32,7 @@ from compresskit.errors import CompressKitError
 from compresskit.layers.empty_linear import EmptyLinear
 from compresskit.layerwise.chain import check_chain
 from compresskit.layerwise.removal import Divergences, Part, Removal, choose_removals, influence
-from compresskit.layerwise.survey import first_tokens
+from compresskit.layerwise.survey import first_batches
 from compresskit.passes.base import PASSES, Pass, Trait
 from compresskit.passes.base import Part as CorpusPart
 from compresskit.student import Student
@@ -224,8 +224,7 @@ def _check_chain(student: Student, stack: str) -> list[str]:
         CompressKitError: they are not; calibration text that is all empty.
     """
     calibration = student.corpus.calibration
-    if isinstance(calibration, Sequences):
-        require_tokens(calibration)
+    require_tokens(calibration)
     blocks = [f"{stack}.{number}" for number in range(len(get_stack(student.model, stack)))]
     with without_cache(student.model):
         check_chain(student.model, next(calibration.batches(2)), blocks)
@@ -236,5 +235,4 @@ def _batches(calibration: Examples, tokens: int) -> list[Batch]:
     """The first of the calibration text, or images, to score on."""
     if not isinstance(calibration, Sequences):
         return list(calibration.limit(SCORE_IMAGES).batches(_IMAGES_TOGETHER))
-    chosen = first_tokens(calibration, tokens)
-    return list(chosen.batches(max(1, _TOGETHER // max(1, *(len(row) for row in chosen.rows)))))
+    return first_batches(calibration, tokens, together=_TOGETHER)

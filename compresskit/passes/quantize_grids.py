@@ -117,14 +117,15 @@ def plan_grids(model: PreTrainedModel, wanted: Wanted) -> Plan:
         for name in chosen
         if name in within and misfits.accepts_linear(name, linears[name].in_features, _form(name, wanted)["group_size"])
     ]
-    outside = [_outside_edit(name, linears[name].in_features, wanted) for name in chosen if name not in within]
-    misfits.beyond |= {edit.targets[0]: linears[edit.targets[0]].in_features for edit in outside if edit.group_size < 0}
+    columns = {name: linears[name].in_features for name in chosen if name not in within}
+    groups = {name: _outside_group(name, width, wanted) for name, width in columns.items()}
+    misfits.beyond |= {name: columns[name] for name, size in groups.items() if size is None}
     misfits.hidden += _other_matrices(model, anatomy.blocks) if wanted.targets == "*" else []
     table_edits = _table_edits(model, tables, wanted, misfits)
     misfits.raise_unless_kept()
     return Plan(
         _site_edits(anatomy, inside, wanted),
-        tuple(edit for edit in outside if edit.group_size >= 0),
+        tuple(_outside_edit(name, size, wanted) for name, size in groups.items() if size is not None),
         tuple(table_edits),
         tuple(misfits.names()),
     )
@@ -176,17 +177,19 @@ def _site_edits(anatomy: Anatomy, inside: Sequence[str], wanted: Wanted) -> dict
     return found
 
 
-def _outside_edit(name: str, columns: int, wanted: Wanted) -> QuantizeLinears:
-    """8 bits, in the groups that fit, unless overridden; a group size of −1 where none does."""
-    said = wanted.override(name)
-    fitting = next((size for size in _OUTSIDE_GROUPS if columns % size == 0), -1)
-    size = _columns(said.group_size, fitting)
-    if size > 0 and columns % size:
-        size = -1
-    if size < 0 and wanted.on_misfit == "pad":
-        size = _columns(said.group_size, _OUTSIDE_GROUPS[0])
+def _outside_group(name: str, columns: int, wanted: Wanted) -> int | None:
+    """The columns that share a scale in a linear outside the blocks, 0 for the row; None where no group fits."""
+    said = wanted.override(name).group_size
+    sizes = _OUTSIDE_GROUPS if said is None else (_columns(said, 0),)
+    fitting = (size for size in sizes if not size or columns % size == 0)
+    return next(fitting, sizes[0] if wanted.on_misfit == "pad" else None)
+
+
+def _outside_edit(name: str, size: int, wanted: Wanted) -> QuantizeLinears:
+    """8 bits, unless overridden."""
+    bits = wanted.override(name).bits or 8
     return QuantizeLinears.model_validate(
-        {"targets": (name,), "bits": said.bits or 8, "group_size": size, "symmetric": wanted.symmetric}
+        {"targets": (name,), "bits": bits, "group_size": size, "symmetric": wanted.symmetric}
     )
 
 

@@ -6,7 +6,7 @@ The loss is told as ‖(M − Q) x‖ / ‖M x‖ over the calibration text, bes
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -21,7 +21,7 @@ from compresskit.layerwise.gptq import Compensation, column_importance, plan_com
 from compresskit.layerwise.moments import MeanMoments
 from compresskit.layerwise.objective import folded_bias
 from compresskit.layerwise.output_pca import squared_error
-from compresskit.layerwise.weights import stacked_weight
+from compresskit.layerwise.weights import row_indices, stacked_weight
 from compresskit.student import Student
 from compresskit.surgery.edits import QuantizeEmbedding, QuantizeLinears
 
@@ -52,7 +52,8 @@ def round_site(
     student: Student, edits: tuple[QuantizeLinears, ...], problem: RoundingProblem, method: Method
 ) -> dict[str, dict[str, Any]]:
     """Swap in integer layers by `edits`, which share the names of `problem` among them; what each layer lost."""
-    rows = _rows_by_name(student, problem.names)
+    layers = [student.model.get_submodule(name) for name in problem.names]
+    rows = dict(zip(problem.names, row_indices(layers), strict=True))
     ready = {smooth: _prepare(problem, method, smooth=smooth) for smooth in {edit.smooth for edit in edits}}
     notes: dict[str, dict[str, Any]] = {}
     for edit in edits:
@@ -90,7 +91,7 @@ def _prepare(problem: RoundingProblem, method: Method, *, smooth: bool) -> _Prep
 
 
 def _round_layer(
-    layer: QuantLinear | Int8Linear, edit: QuantizeLinears, ready: _Prepared, problem: RoundingProblem, rows: slice
+    layer: QuantLinear | Int8Linear, edit: QuantizeLinears, ready: _Prepared, problem: RoundingProblem, rows: Tensor
 ) -> dict[str, Any]:
     """Fill a layer with the codes of its rows; what was done and lost."""
     weight, grid = ready.target[rows], {"bits": edit.bits, "group_size": edit.group_size}
@@ -107,28 +108,15 @@ def _round_layer(
     return {"bits": edit.bits, "method": "gptq", "relative_error": own, "rtn_error": nearest}
 
 
-def _rows_by_name(student: Student, names: tuple[str, ...]) -> dict[str, slice]:
-    found: dict[str, slice] = {}
-    row = 0
-    for name in names:
-        width = int(student.model.get_submodule(name).out_features)  # pyright: ignore[reportArgumentType]
-        found[name] = slice(row, row + width)
-        row += width
-    return found
-
-
-def _keep_or_fold_bias(old: nn.Module, new: nn.Module, problem: RoundingProblem, rows: slice) -> None:
+def _keep_or_fold_bias(old: nn.Module, new: nn.Module, problem: RoundingProblem, rows: Tensor) -> None:
     if not isinstance(old.bias, Tensor):
         return
     bias = old.bias.detach()
     if problem.exact_mean and problem.mean is not None:
-        bias = folded_bias(new.dequantize(), _rows_of(problem.mean, rows))  # pyright: ignore[reportCallIssue]
+        own = replace(problem.mean, T=problem.mean.T[rows], nu=problem.mean.nu[rows])
+        bias = folded_bias(new.dequantize(), own)  # pyright: ignore[reportCallIssue]
     assert isinstance(new.bias, Tensor)
     new.bias.copy_(bias)
-
-
-def _rows_of(mean: MeanMoments, rows: slice) -> MeanMoments:
-    return MeanMoments(C=mean.C, T=mean.T[rows], mu=mean.mu, nu=mean.nu[rows], target_power=mean.target_power)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from compresskit.config import Config
 from compresskit.errors import CompressKitError
-from compresskit.surgery.edits import EDITS, Edit, check_ranges, get_module, read_ranges
+from compresskit.surgery.edits import EDITS, Edit, check_ranges, get_module, kept_slices, read_ranges
 
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 _BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
@@ -65,10 +65,8 @@ def is_depthwise(layer: _Conv) -> bool:
 
 def _slice(layer: nn.Module, name: str, axis: int, keep: Tensor) -> None:
     tensor = getattr(layer, name)
-    if tensor is None:
-        return
-    cut = tensor.detach().index_select(axis, keep.to(tensor.device))
-    setattr(layer, name, nn.Parameter(cut, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else cut)
+    if tensor is not None:
+        setattr(layer, name, kept_slices(tensor, keep, dim=axis))
 
 
 def _keep_outputs(layer: nn.Module, text: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -16,7 +16,16 @@ from compresskit.errors import CompressKitError
 from compresskit.layers.linear import LinearLike, layer_widths
 from compresskit.layers.low_rank import LowRankLinear
 from compresskit.layers.pivoted_linear import PivotedLinear, pivot_columns
-from compresskit.surgery.edits import EDITS, MAX_INDICES, Edit, check_ranges, get_module, read_ranges, set_module
+from compresskit.surgery.edits import (
+    EDITS,
+    MAX_INDICES,
+    Cutting,
+    Edit,
+    get_module,
+    kept_slices,
+    read_ranges,
+    set_module,
+)
 
 
 def keep_outputs(module: nn.Module, keep: Tensor) -> None:
@@ -24,9 +33,9 @@ def keep_outputs(module: nn.Module, keep: Tensor) -> None:
     linear = module.expand if isinstance(module, LowRankLinear) else module
     if not isinstance(linear, nn.Linear | Conv1D):
         raise CompressKitError(f"cannot cut the outputs of a {type(module).__name__}", fix="prune before quantising")
-    linear.weight = _chosen(linear.weight, keep, dim=1 if isinstance(linear, Conv1D) else 0)
+    linear.weight = kept_slices(linear.weight, keep, dim=1 if isinstance(linear, Conv1D) else 0)
     if linear.bias is not None:
-        linear.bias = _chosen(linear.bias, keep, dim=0)
+        linear.bias = kept_slices(linear.bias, keep, dim=0)
     for part in (module, linear):
         setattr(part, "nf" if isinstance(part, Conv1D) else "out_features", len(keep))
 
@@ -40,14 +49,9 @@ def keep_inputs(model: nn.Module, name: str, keep: Tensor) -> None:
         return
     if not isinstance(linear, nn.Linear | Conv1D):
         raise CompressKitError(f"cannot cut the inputs of a {type(module).__name__}", fix="prune before quantising")
-    linear.weight = _chosen(linear.weight, keep, dim=0 if isinstance(linear, Conv1D) else 1)
+    linear.weight = kept_slices(linear.weight, keep, dim=0 if isinstance(linear, Conv1D) else 1)
     for part in (module, linear):
         setattr(part, "nx" if isinstance(part, Conv1D) else "in_features", len(keep))
-
-
-def _chosen(values: Tensor, keep: Tensor, *, dim: int) -> nn.Parameter:
-    """The slices `keep` along `dim`, as a parameter that is trained where `values` was."""
-    return nn.Parameter(values.detach().index_select(dim, keep.to(values.device)), values.requires_grad)
 
 
 def _cut_pivoted(module: LowRankLinear, old: PivotedLinear, keep: Tensor) -> nn.Module:
@@ -71,15 +75,6 @@ def _cut_pivoted(module: LowRankLinear, old: PivotedLinear, keep: Tensor) -> nn.
     if bias:
         last.bias = module.expand.bias
     return new.requires_grad_(weight.requires_grad)
-
-
-class Cutting(Edit):
-    """An edit whose fields `keep` and `keep_kv` hold ranges of what stays."""
-
-    @field_validator("keep", "keep_kv", check_fields=False)
-    @classmethod
-    def _is_ranges(cls, text: str) -> str:
-        return check_ranges(text)
 
 
 def _narrowest(model: nn.Module, inputs: Iterable[str], output: str | None = None) -> int:

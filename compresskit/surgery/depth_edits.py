@@ -15,8 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from compresskit.errors import CompressKitError
 from compresskit.layers.empty_linear import EmptyLinear
 from compresskit.layers.linear import LinearLike, layer_widths
-from compresskit.surgery.cuts import Cutting
-from compresskit.surgery.edits import EDITS, Edit, get_module, read_ranges, set_module
+from compresskit.surgery.edits import EDITS, Cutting, Edit, get_module, read_ranges, set_module
 
 #: How modules call their block's number.
 _NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number", "layer_num", "block_idx")

@@ -11,8 +11,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, SerializeAsAny
-from torch import nn
+from pydantic import BeforeValidator, SerializeAsAny, field_validator
+from torch import Tensor, nn
 
 from compresskit.config import Config, Registry
 from compresskit.errors import CompressKitError
@@ -96,6 +96,12 @@ def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(holder, child, module)
 
 
+def kept_slices(values: Tensor, keep: Tensor, *, dim: int) -> Tensor:
+    """The slices `keep` (indices) of a tensor along `dim`; of a parameter, one that is trained where it was."""
+    kept = values.detach().index_select(dim, keep.to(values.device))
+    return nn.Parameter(kept, values.requires_grad) if isinstance(values, nn.Parameter) else kept
+
+
 class Edit(Config, ABC):
     """One change of shape. `apply` works on meta tensors and on real ones."""
 
@@ -107,6 +113,17 @@ class Edit(Config, ABC):
 
 
 EDITS: Registry[Edit] = Registry("edit")
+
+
+class Cutting(Edit):
+    """An edit whose fields `keep` and `keep_kv` hold ranges of what stays."""
+
+    @field_validator("keep", "keep_kv", check_fields=False)
+    @classmethod
+    def _is_ranges(cls, text: str) -> str:
+        return check_ranges(text)
+
+
 AnyEdit = Annotated[SerializeAsAny[Edit], BeforeValidator(EDITS.parse)]
 
 

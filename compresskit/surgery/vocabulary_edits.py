@@ -5,12 +5,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
-from pydantic import field_validator
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from compresskit.errors import CompressKitError
-from compresskit.surgery.edits import EDITS, Edit, read_ranges, write_ranges
+from compresskit.surgery.edits import EDITS, Cutting, kept_slices, read_ranges, write_ranges
 
 _ID_NAMES = ("_token_id", "_token_ids", "suppress_tokens", "bad_words_ids")
 
@@ -103,18 +102,12 @@ def _renumbered(value: Any, new: dict[int, int]) -> Any:
 
 
 @EDITS.add
-class PruneVocabulary(Edit):
+class PruneVocabulary(Cutting):
     """Keep some tokens: rows of the tables and heads that have one for each, renumbered in their order."""
 
     kind: Literal["prune_vocab"] = "prune_vocab"
     parameters: tuple[str, ...]
     keep: str
-
-    @field_validator("keep")
-    @classmethod
-    def _is_ranges(cls, text: str) -> str:
-        read_ranges(text)
-        return text
 
     def kept(self) -> list[int]:
         """The ids that stay, ascending, in the numbering before this edit."""
@@ -129,12 +122,11 @@ class PruneVocabulary(Edit):
             raise CompressKitError(what, where="edits", fix=fix)
         kept = read_ranges(self.keep, limit=min(len(named[name]) for name in self.parameters))
         index = torch.tensor(kept)
-        cut: dict[int, nn.Parameter] = {}
+        cut: dict[int, Tensor] = {}
         for name in self.parameters:
             old = named[name]
             if id(old) not in cut:
-                rows = old.detach().index_select(0, index.to(old.device))
-                cut[id(old)] = nn.Parameter(rows, old.requires_grad)
+                cut[id(old)] = kept_slices(old, index, dim=0)
             holder, _, own = name.rpartition(".")
             setattr(model.get_submodule(holder), own, cut[id(old)])
             _correct_counts(model.get_submodule(holder), kept)

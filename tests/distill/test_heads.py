@@ -5,6 +5,7 @@ import importlib.util
 
 import pytest
 import torch
+from families import random_model
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -50,14 +51,7 @@ EXPOSED = sorted(MODELS.keys() - {"classifier"})
 
 
 def make(name, seed=0):
-    auto, config = MODELS[name]
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = auto.from_config(copy.deepcopy(config)).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
+    return random_model(*MODELS[name], seed)
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from compresskit.layers.grid import Codes, decode, quantize_weight
-from compresskit.layerwise.gptq import DAMPING, damped, plan_compensation, quantize_gptq
-from compresskit.layerwise.moments import Moments
+from compresskit.layers.grid import Codes, decode, find_scales, quantize_weight
+from compresskit.layerwise.gptq import DAMPING, Compensation, plan_compensation, round_with
+from compresskit.layerwise.moments import Moments, ridged
 from compresskit.layerwise.objective import shrunk_weight
 
 GRIDS = [(3, 16, None), (4, 16, None), (4, 32, True), (4, 0, None), (8, 16, None), (8, 0, False)]
@@ -24,6 +24,15 @@ def _problem(seed: int, rows: int = 24, columns: int = 48, tokens: int = 400) ->
     return torch.randn(rows, columns, generator=draw, dtype=torch.float64), x.T @ x / tokens
 
 
+def _quantized(
+    target: Tensor, plan: Compensation, *, bits: int, group_size: int, symmetric: bool | None = None
+) -> Codes:
+    """M rounded by GPTQ, on the grid that a quantised layer gets."""
+    grid: dict[str, int] = {"bits": bits, "group_size": group_size}
+    scales, zeros = find_scales(target, symmetric=symmetric, column_weight=plan.importance, **grid)
+    return Codes(round_with(plan, target, scales, zeros, **grid), scales, zeros)
+
+
 def _error(weight: Tensor, codes: Codes, moment: Tensor, bits: int, size: int) -> float:
     gap = weight - decode(codes.codes, codes.scales, codes.zeros, bits=bits, group_size=size).double()
     return float(((gap @ moment) * gap).sum())
@@ -34,8 +43,8 @@ def test_where_inputs_are_uncorrelated_gptq_is_rounding_to_nearest(bits, size, s
     weight, _ = _problem(0)
     moment = torch.diag(torch.rand(48, dtype=torch.float64) + 0.01)
     grid = {"bits": bits, "group_size": size, "symmetric": symmetric}
-    ours = quantize_gptq(weight, plan_compensation(moment), **grid)
-    nearest = quantize_weight(weight, column_weight=damped(moment).diagonal(), **grid)
+    ours = _quantized(weight, plan_compensation(moment), **grid)
+    nearest = quantize_weight(weight, column_weight=ridged(moment, DAMPING).diagonal(), **grid)
     assert torch.equal(ours.codes, nearest.codes)
     assert torch.equal(ours.scales, nearest.scales)
     assert (ours.zeros is None) == (nearest.zeros is None)
@@ -48,7 +57,7 @@ def test_errors_under_the_moment_are_less_than_those_of_rounding_to_nearest(bits
         weight, moment = _problem(seed)
         grid = {"bits": bits, "group_size": size, "symmetric": symmetric}
         plan = plan_compensation(moment)
-        ours = quantize_gptq(weight, plan, **grid)
+        ours = _quantized(weight, plan, **grid)
         nearest = quantize_weight(weight, column_weight=plan.importance, **grid)
         assert _error(weight, ours, moment, bits, size) < _error(weight, nearest, moment, bits, size)
 
@@ -59,7 +68,7 @@ def test_on_tiny_problems_it_mostly_finds_the_best_of_all_roundings():
     for seed in range(20):
         weight, moment = _problem(seed, rows=1, columns=4)
         plan = plan_compensation(moment, damping=1e-6)
-        codes = quantize_gptq(weight, plan, bits=3, group_size=0)
+        codes = _quantized(weight, plan, bits=3, group_size=0)
         nearest = quantize_weight(weight, bits=3, group_size=0, column_weight=plan.importance)
         assert codes.zeros is not None
         every = torch.tensor(list(product(range(8), repeat=4)), dtype=torch.float64)
@@ -76,15 +85,15 @@ def test_on_tiny_problems_it_mostly_finds_the_best_of_all_roundings():
 def test_blocks_of_columns_change_nothing(monkeypatch):
     weight, moment = _problem(3, columns=96)
     plan = plan_compensation(moment)
-    at_once = quantize_gptq(weight, plan, bits=4, group_size=32)
+    at_once = _quantized(weight, plan, bits=4, group_size=32)
     monkeypatch.setattr("compresskit.layerwise.gptq._BLOCK", 7)
-    assert torch.equal(quantize_gptq(weight, plan, bits=4, group_size=32).codes, at_once.codes)
+    assert torch.equal(_quantized(weight, plan, bits=4, group_size=32).codes, at_once.codes)
 
 
 def test_scales_belong_to_neighbouring_columns_whatever_the_order():
     weight, moment = _problem(5)
     plan = plan_compensation(moment)
-    codes = quantize_gptq(weight, plan, bits=4, group_size=16)
+    codes = _quantized(weight, plan, bits=4, group_size=16)
     assert not torch.equal(plan.order, torch.arange(48))
     nearest = quantize_weight(weight, bits=4, group_size=16, column_weight=plan.importance)
     assert torch.equal(codes.scales, nearest.scales)
@@ -96,7 +105,7 @@ def test_a_short_last_group_and_dead_or_constant_inputs_are_no_obstacle():
     moment[7], moment[:, 7] = 0, 0
     weight[3] = 0.25
     weight[4] = 0
-    codes = quantize_gptq(weight, plan_compensation(moment), bits=4, group_size=16)
+    codes = _quantized(weight, plan_compensation(moment), bits=4, group_size=16)
     assert codes.scales.shape == (24, 3)
     restored = decode(codes.codes, codes.scales, codes.zeros, bits=4, group_size=16).double()
     step = codes.scales.double().repeat_interleave(16, 1)[:, 7]
@@ -108,16 +117,16 @@ def test_a_short_last_group_and_dead_or_constant_inputs_are_no_obstacle():
 
 def test_without_any_signal_it_rounds_to_nearest():
     weight, _ = _problem(7)
-    codes = quantize_gptq(weight, plan_compensation(torch.zeros(48, 48)), bits=4, group_size=16)
+    codes = _quantized(weight, plan_compensation(torch.zeros(48, 48)), bits=4, group_size=16)
     assert torch.equal(codes.codes, quantize_weight(weight, bits=4, group_size=16).codes)
 
 
 def test_a_singular_moment_is_damped():
     weight, _ = _problem(8)
     x = torch.randn(5, 48, dtype=torch.float64)
-    H = damped(x.T @ x)
+    H = ridged(x.T @ x, DAMPING)
     assert torch.linalg.eigvalsh(H).min() == pytest.approx(DAMPING * float((x.T @ x).diagonal().mean()), rel=1e-6)
-    assert quantize_gptq(weight, plan_compensation(x.T @ x), bits=4, group_size=16).codes.shape == weight.shape
+    assert _quantized(weight, plan_compensation(x.T @ x), bits=4, group_size=16).codes.shape == weight.shape
 
 
 def test_rounding_the_anchored_target_is_nearer_to_what_the_layer_should_give():
@@ -132,7 +141,7 @@ def test_rounding_the_anchored_target_is_nearer_to_what_the_layer_should_give():
     plan = plan_compensation(mean.C)
 
     def lost(target: Tensor) -> float:
-        codes = quantize_gptq(target, plan, bits=4, group_size=16)
+        codes = _quantized(target, plan, bits=4, group_size=16)
         Q = decode(codes.codes, codes.scales, codes.zeros, bits=4, group_size=16).double()
         return float((x @ weight.T - moved @ Q.T).norm())
 

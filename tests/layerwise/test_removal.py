@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from deep_models import BLOCKS, deep, deep_student
-from families import random_sequences
+from deep_models import BLOCKS, deep
+from families import random_sequences, student_of
 from torch.nn import functional as F
 
 from compresskit.layerwise.answer import divergence, read_answer
@@ -142,7 +142,7 @@ def test_padding_does_not_count():
 
 
 def test_pixels_have_no_padding():
-    student = deep_student(deep("vit"))
+    student = student_of(deep("vit"))
     batches = list(student.corpus.calibration.batches(8))
     parts = parts_of(student.model, "layer")
     scores = influence(student.model, blocks_of(student.model), batches, parts)

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 import yaml
-from deep_models import RESNET, build, deep_student, reply
-from families import tiny
+from deep_models import RESNET
+from families import answer, random_model, student_of, tiny
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from compresskit.models import find_model, load_empty
@@ -54,7 +54,7 @@ CASES = [
 
 
 def original_of(family: str) -> PreTrainedModel:
-    return build(AutoModelForImageClassification, RESNET) if family == "resnet" else tiny(family)
+    return random_model(AutoModelForImageClassification, RESNET) if family == "resnet" else tiny(family)
 
 
 def make(kind: str, options: dict[str, object]) -> Pass:
@@ -63,7 +63,7 @@ def make(kind: str, options: dict[str, object]) -> Pass:
 
 def prepared(kind: str, original: PreTrainedModel) -> Student:
     """A student that the passes went over which this kind builds on."""
-    student = deep_student(original)
+    student = student_of(original)
     for before in BEFORE.get(kind, []):
         before.apply(student, generator=torch.Generator().manual_seed(6))
     return student
@@ -99,7 +99,7 @@ def test_a_pass_keeps_the_contract(kind, options, family, tmp_path):
     replay(planned, foreseen)
     shapes = {name: tuple(tensor.shape) for name, tensor in foreseen.state_dict().items()}
     assert shapes == {name: tuple(tensor.shape) for name, tensor in first.items()}, "plan foretells the shapes"
-    assert torch.isfinite(reply(student.model, student.corpus.evaluation)).all()
+    assert torch.isfinite(answer(student.model, student.corpus.evaluation)).all()
     assert not student.model.training
 
 
@@ -111,7 +111,7 @@ def test_a_student_reloads_bit_for_bit_with_the_same_edits(kind, options, family
     model, edits = load_student_model(tmp_path, student.task)
     assert edits == student.edits
     text = student.corpus.evaluation
-    assert torch.equal(reply(model, text), reply(student.model, text))
+    assert torch.equal(answer(model, text), answer(student.model, text))
     assert type(model) is type(student.model)
 
 

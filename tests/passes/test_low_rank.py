@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import FAMILIES, answer, tiny, tiny_student
+from families import FAMILIES, answer, student_of, tiny, tiny_student
 from pydantic import ValidationError
 
 from compresskit.data import Corpus, Sequences
@@ -86,7 +86,7 @@ def test_query_key_and_value_share_one_factor_and_more_rank_loses_less(family):
     original = tiny(family)
     lost = []
     for keep in (0.3, 0.6, 0.9):
-        student = tiny_student(family, original=original)
+        student = student_of(original)
         LowRank(keep=keep, round_to=2, share=True, allocation="uniform").apply(student, generator=torch.Generator())
         lost.append(float((answer(student.model) - answer(original)).norm()))
     assert 0 < lost[2] < lost[1] < lost[0]
@@ -149,7 +149,7 @@ def test_targets_that_match_nothing_are_refused():
 def test_the_original_is_never_touched(anchor):
     original = tiny("llama")
     before = copy.deepcopy(original.state_dict())
-    student = tiny_student("llama", original=original)
+    student = student_of(original)
     LowRank(keep=0.6, round_to=4, anchor=anchor).apply(student, generator=torch.Generator())
     assert all(torch.equal(before[name], tensor) for name, tensor in original.state_dict().items())
 
@@ -166,7 +166,7 @@ def test_dense_weight_of_a_factorised_layer_is_the_product():
 def test_anchoring_a_little_changes_little(bias):
     def lost(anchor):
         original = tiny("bert")
-        student = tiny_student("bert", original=original)
+        student = student_of(original)
         LowRank(keep=0.95, round_to=4, bias=bias, anchor=anchor).apply(student, generator=torch.Generator())
         return float((answer(student.model) - answer(original)).norm() / answer(original).norm())
 
@@ -207,11 +207,9 @@ def test_a_second_budget_costs_no_second_measurement(monkeypatch):
     original = tiny("llama", seed=7)
     for keep, seed in ((0.6, 3), (0.7, 3), (0.7, 4)):
         step = LowRank(keep=keep, round_to=2, allocation="kl")
-        step.apply(tiny_student("llama", original=original), generator=torch.Generator().manual_seed(seed))
+        step.apply(student_of(original), generator=torch.Generator().manual_seed(seed))
     assert len(looks) == 2, "one for each seed"
-    LowRank(keep=0.5, round_to=2).apply(
-        tiny_student("llama", original=original), generator=torch.Generator().manual_seed(3)
-    )
+    LowRank(keep=0.5, round_to=2).apply(student_of(original), generator=torch.Generator().manual_seed(3))
     assert len(looks) == 2, "trials are more than energy needs"
 
 
@@ -219,7 +217,7 @@ def test_a_survey_from_the_disk_makes_the_same_student_bit_for_bit():
     original = tiny("bert", seed=8)
     made = []
     for _ in range(2):
-        student = tiny_student("bert", original=original)
+        student = student_of(original)
         LowRank(keep=0.5, round_to=2, allocation="kl").apply(student, generator=torch.Generator().manual_seed(5))
         made.append(student.model.state_dict())
     assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
@@ -228,7 +226,7 @@ def test_a_survey_from_the_disk_makes_the_same_student_bit_for_bit():
 def test_a_survey_is_not_that_of_equal_weights_under_another_config():
     found = []
     for eps in (1e-6, 1.0):
-        student = tiny_student("llama", original=tiny("llama", seed=8))
+        student = student_of(tiny("llama", seed=8))
         student.model.config.rms_norm_eps = eps
         for module in student.model.modules():
             if hasattr(module, "variance_epsilon"):
@@ -244,7 +242,7 @@ def test_the_metric_of_the_answer_loses_less_of_it_than_plain_output_pca(family)
     original = tiny(family)
 
     def lost(**options):
-        student = tiny_student(family, original=original)
+        student = student_of(original)
         LowRank(keep=0.6, round_to=2, anchor=0, **options).apply(student, generator=torch.Generator().manual_seed(0))
         return float((answer(student.model) - answer(original)).norm())
 
@@ -319,7 +317,7 @@ def test_refined_blocks_give_no_worse_a_stream_and_are_repeatable(metric):
     original = tiny("llama")
     made = []
     for _ in range(2):
-        student = tiny_student("llama", original=original)
+        student = student_of(original)
         step = LowRank(keep=0.5, round_to=4, metric=metric, refine="block", refine_rounds=3, anchor=0)
         notes = step.apply(student, generator=torch.Generator().manual_seed(2))
         made.append(student.model.state_dict())
@@ -392,7 +390,7 @@ def test_sequences_without_a_token_count_for_nothing():
     original = tiny("bert")
     made = []
     for extra in ([], [[]]):
-        student = tiny_student("bert", original=original, sequences=12)
+        student = student_of(original, sequences=12)
         rows = [*student.corpus.calibration.rows, *extra]
         student.corpus = replace(student.corpus, calibration=Sequences(rows, pad_token_id=0))
         LowRank(keep=0.5, round_to=4, anchor=0, allocation="uniform", metric="output", share=True).apply(

@@ -5,8 +5,8 @@ import importlib.util
 
 import pytest
 import torch
-from deep_models import CONFIGS, MODERNBERT, build, deep, deep_student, reply
-from families import DECODERS, answer, tiny, tiny_student
+from deep_models import CONFIGS, MODERNBERT, deep
+from families import DECODERS, answer, random_model, student_of, tiny
 from pydantic import ValidationError
 from transformers import AlbertConfig, AutoModel, SwinConfig, T5Config
 
@@ -53,13 +53,13 @@ def kill(model, numbers, *, units=("attention", "ffn")):
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
 def test_dead_blocks_go_and_cost_nothing(name, score):
     original = kill(deep(name), {1, 2})
-    student = deep_student(original)
+    student = student_of(original)
     notes = prune(keep=0.5, score=score).apply(student, generator=torch.Generator())
     assert notes["stay"] == [0, 3]
     assert notes["removed"] == [1, 2]
     assert {item["block"] for item in notes["order"]} == {1, 2}
     assert all(abs(item["score"]) < 1e-6 for item in notes["order"])
-    torch.testing.assert_close(reply(student.model), reply(original), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(answer(student.model), answer(original), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("score", ["influence", "kl"])
@@ -67,28 +67,28 @@ def test_dead_blocks_go_and_cost_nothing(name, score):
 @pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "llama", "qwen3", "gemma3"])
 def test_dead_branches_go_and_cost_nothing(name, unit, score):
     original = kill(deep(name), {1, 2}, units=(unit,))
-    student = deep_student(original)
+    student = student_of(original)
     notes = prune(keep=0.5, unit=unit, score=score).apply(student, generator=torch.Generator())
     assert notes["removed"] == [1, 2]
-    torch.testing.assert_close(reply(student.model), reply(original), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(answer(student.model), answer(original), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("score", ["influence", "kl"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_architecture_loses_a_block_and_runs(name, score):
-    student = deep_student(deep(name))
+    student = student_of(deep(name))
     step = prune(keep=0.75, score=score)
     planned = step.plan(student.model)
     notes = step.apply(student, generator=torch.Generator())
     assert len(notes["stay"]) == 3
     assert isinstance(planned[0], DropBlocks)
-    assert torch.isfinite(reply(student.model)).all()
+    assert torch.isfinite(answer(student.model)).all()
 
 
 @pytest.mark.parametrize("unit", ["layer", "attention", "ffn"])
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_keep_one_changes_nothing_bit_for_bit(name, unit):
-    student = deep_student(deep(name))
+    student = student_of(deep(name))
     notes = prune(keep=1.0, unit=unit).apply(student, generator=torch.Generator())
     before = student.original.state_dict()
     assert not student.edits
@@ -102,7 +102,7 @@ def test_keep_one_changes_nothing_bit_for_bit(name, unit):
     ("options", "stay"), [({"every": 2}, [0, 2]), ({"every": 3}, [0, 3]), ({"blocks": [3, 1]}, [1, 3])]
 )
 def test_rules_say_which_blocks_stay_and_the_notes_write_them_out(options, stay):
-    student = deep_student(deep("bert"))
+    student = student_of(deep("bert"))
     notes = prune(**options).apply(student, generator=torch.Generator())
     assert notes["stay"] == stay
     kept = [student.original.encoder.layer[number] for number in stay]
@@ -117,7 +117,7 @@ def test_the_block_that_the_others_rely_on_stays():
         first = original.transformer.encoder.block[0]
         first.layer[0].SelfAttention.o.weight.zero_()
         first.layer[1].DenseReluDense.wo.weight.zero_()
-    student = deep_student(original)
+    student = student_of(original)
     notes = prune(keep=0.25, score="influence").apply(student, generator=torch.Generator())
     assert notes["stay"] == [0]
     with pytest.raises(CompressKitError, match="block 0 has parameters that no other has"):
@@ -125,7 +125,7 @@ def test_the_block_that_the_others_rely_on_stays():
 
 
 def test_blocks_that_a_pass_gave_another_form_are_still_alike():
-    student = deep_student(deep("bert"))
+    student = student_of(deep("bert"))
     apply(student, LowRank(keep=0.5, round_to=4, targets="*layer.2.*", allocation="uniform"))
     assert prune(blocks=[0, 1]).plan(student.model)
 
@@ -182,22 +182,22 @@ def test_architectures_without_a_list_of_blocks_of_their_own_are_refused(config,
 
 def test_stages_of_different_shapes_are_refused():
     shape = {"image_size": 32, "patch_size": 2, "embed_dim": 8, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
-    model = build(CONFIGS["vit"][0], SwinConfig(**shape, num_labels=3))
+    model = random_model(CONFIGS["vit"][0], SwinConfig(**shape, num_labels=3))
     with pytest.raises(CompressKitError, match=r"walked block by block|parameters that no other|no one list"):
-        prune(keep=0.5).apply(deep_student(model), generator=torch.Generator())
+        prune(keep=0.5).apply(student_of(model), generator=torch.Generator())
 
 
 @pytest.mark.parametrize("unit", ["attention", "ffn"])
 @pytest.mark.parametrize("name", ["gpt2", "vit"])
 def test_branches_of_transposed_linears_and_of_images_can_go(name, unit):
-    student = deep_student(deep(name))
+    student = student_of(deep(name))
     prune(keep=0.5, unit=unit).apply(student, generator=torch.Generator())
-    assert torch.isfinite(reply(student.model)).all()
+    assert torch.isfinite(answer(student.model)).all()
     assert count_parameters(student.model) < count_parameters(student.original)
 
 
 def test_empty_calibration_text_is_refused():
-    student = deep_student(deep("bert"))
+    student = student_of(deep("bert"))
     nothing = Sequences([[], []], 0)
     student.corpus = Corpus(nothing, student.corpus.training, student.corpus.evaluation, "none")
     with pytest.raises(CompressKitError, match="hold no token"):
@@ -205,10 +205,10 @@ def test_empty_calibration_text_is_refused():
 
 
 def test_a_quantised_model_can_lose_blocks_and_branches(tmp_path):
-    student = deep_student(deep("llama"))
+    student = student_of(deep("llama"))
     apply(student, Quantize(bits=8, group_size=16), prune(keep=0.75), prune(keep=0.7, unit="ffn"))
     save_student(student, tmp_path)
-    assert torch.equal(reply(load_student_model(tmp_path, student.task)[0]), reply(student.model))
+    assert torch.equal(answer(load_student_model(tmp_path, student.task)[0]), answer(student.model))
 
 
 LATER = [
@@ -222,32 +222,32 @@ LATER = [
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_where_dropped_blocks_did_nothing_a_later_anchored_pass_does_what_it_does_on_the_model_without_them(name, one):
     original = kill(deep(name), {0, 2})
-    student = deep_student(original)
+    student = student_of(original)
     shallow = copy.deepcopy(original)
     drop = DropBlocks(stack="model.layers", keep="1,3")
     student.edit(drop)
     drop.apply(shallow)
-    other = deep_student(shallow)
+    other = student_of(shallow)
     apply(student, one)
     apply(other, one)
     assert student.edits[1:] == other.edits
-    torch.testing.assert_close(reply(student.model), reply(other.model), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(answer(student.model), answer(other.model), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("one", LATER, ids=lambda one: one.kind)
 @pytest.mark.parametrize("name", ["bert", "distilbert", "gemma3", "llama"])
 def test_anchored_passes_run_after_depth_on_every_architecture_and_reload(name, one, tmp_path):
-    student = apply(deep_student(deep(name)), prune(keep=0.5), one)
+    student = apply(student_of(deep(name)), prune(keep=0.5), one)
     save_student(student, tmp_path)
     model, edits = load_student_model(tmp_path, student.task)
     assert edits == student.edits
-    assert torch.equal(reply(model), reply(student.model))
+    assert torch.equal(answer(model), answer(student.model))
     assert needs_plugin(tmp_path) is (one.kind != "prune_width" or name in ("bert", "distilbert"))
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "gemma3"])
 def test_targets_come_from_the_blocks_that_were_kept_on_what_all_of_the_original_gave(name):
-    student = deep_student(deep(name))
+    student = student_of(deep(name))
     apply(student, PruneWidth.model_validate({"keep": {"ffn": 0.5}, "anchor": 0.0}))
     student.edit(DropBlocks(stack=find_anatomy(student.model).blocks[0].rsplit(".", 1)[0], keep="1,3"))
     inside = find_anatomy(student.model).feed_forwards[1].inputs
@@ -266,7 +266,7 @@ def test_targets_come_from_the_blocks_that_were_kept_on_what_all_of_the_original
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_hidden_losses_compare_with_the_state_that_the_next_block_read(name):
     original = kill(deep(name), {1, 2}) if name == "llama" else deep(name)
-    student = deep_student(original)
+    student = student_of(original)
     student.edit(DropBlocks(stack=find_anatomy(student.model).blocks[0].rsplit(".", 1)[0], keep="0,3"))
     layers = _layers_left(student)
     assert layers == (0, 3, 4)
@@ -284,7 +284,7 @@ def test_hidden_losses_compare_with_the_state_that_the_next_block_read(name):
 
 
 def test_distilling_a_shallower_student_from_hidden_states_lowers_their_loss():
-    student = apply(deep_student(deep("bert")), prune(every=2))
+    student = apply(student_of(deep("bert")), prune(every=2))
     notes = Distill(steps=20, batch_size=8, learning_rate=1e-3, losses=(Hidden(),)).apply(
         student, generator=torch.Generator().manual_seed(0)
     )
@@ -323,15 +323,17 @@ def test_minilm_loses_the_block_that_matters_least_and_stays_close(tmp_path):
 
 
 def test_modernbert_without_its_first_block_goes_on_through_later_passes(tmp_path):
-    student = apply(deep_student(build(AutoModel, MODERNBERT)), prune(blocks=[1, 2]), Quantize(bits=8, group_size=16))
+    student = apply(
+        student_of(random_model(AutoModel, MODERNBERT)), prune(blocks=[1, 2]), Quantize(bits=8, group_size=16)
+    )
     save_student(student, tmp_path)
     assert needs_plugin(tmp_path)
-    assert torch.equal(reply(load_student_model(tmp_path, student.task)[0]), reply(student.model))
+    assert torch.equal(answer(load_student_model(tmp_path, student.task)[0]), answer(student.model))
 
 
 @pytest.mark.parametrize("family", DECODERS)
 def test_two_cuts_after_each_other_compose(family):
-    student = tiny_student(family, original=copy.deepcopy(tiny(family)))
+    student = student_of(copy.deepcopy(tiny(family)))
     apply(student, prune(keep=0.5))
     assert len(find_anatomy(student.model).blocks) == 1
     with pytest.raises(CompressKitError, match="cuts none"):

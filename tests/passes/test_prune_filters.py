@@ -6,7 +6,8 @@ import time
 
 import pytest
 import torch
-from deep_models import RESNET, build, deep, deep_student, reply
+from deep_models import RESNET, deep
+from families import answer, random_model, student_of
 from pydantic import ValidationError
 from torch import nn
 from transformers import (
@@ -45,7 +46,7 @@ def apply(student, one, seed=0):
 
 
 def network(name="resnet"):
-    return build(AutoModelForImageClassification, NETWORKS[name])
+    return random_model(AutoModelForImageClassification, NETWORKS[name])
 
 
 def silence(model, edit):
@@ -65,12 +66,12 @@ def silence(model, edit):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_with_fewer_channels_equals_one_whose_channels_are_silent(name):
-    student = deep_student(network(name))
+    student = student_of(network(name))
     notes = apply(student, prune())
     (edit,) = student.edits
     masked = silence(copy.deepcopy(student.original), edit)
-    torch.testing.assert_close(reply(student.model), reply(masked), atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(reply(student.model), reply(student.original), atol=1e-3)
+    torch.testing.assert_close(answer(student.model), answer(masked), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(answer(student.model), answer(student.original), atol=1e-3)
     convs = [m for m in student.model.modules() if isinstance(m, nn.Conv2d)]
     assert all(conv.out_channels % 4 == 0 for conv in convs)
     shares = [sum(p.numel() for p in model.parameters()) for model in (student.model, student.original)]
@@ -80,7 +81,7 @@ def test_a_network_with_fewer_channels_equals_one_whose_channels_are_silent(name
 
 @pytest.mark.parametrize("importance", CRITERIA)
 def test_every_criterion_cuts_the_same_number_and_leaves_no_gradient(importance):
-    student = deep_student(network())
+    student = student_of(network())
     student.model.requires_grad_(False)
     apply(student, prune(importance=importance))
     assert student.model.classifier[1].in_features == 16
@@ -96,7 +97,7 @@ def test_channels_without_weight_go_first():
             block[0].normalization.weight[number] = 0
             block[0].normalization.bias[number] = 0
             block[1].convolution.weight[:, number] = 0
-    student = deep_student(original)
+    student = student_of(original)
     apply(student, prune())
     cuts = {cut.module: cut for cut in student.edits[0].cuts}
     name = "resnet.encoder.stages.0.layers.0.layer.0.convolution"
@@ -106,25 +107,25 @@ def test_channels_without_weight_go_first():
 def test_random_follows_the_seed():
     edits = []
     for seed in (1, 1, 2):
-        student = deep_student(network())
+        student = student_of(network())
         apply(student, prune(importance="random"), seed)
         edits.append(student.edits)
     assert edits[0] == edits[1] != edits[2]
 
 
 def test_a_student_reloads_bit_for_bit_through_the_plugin_and_can_be_cut_again(tmp_path):
-    student = deep_student(network())
+    student = student_of(network())
     apply(student, prune(keep=0.75))
     apply(student, prune(keep=0.5))
     save_student(student, tmp_path)
     assert needs_plugin(tmp_path)
     model, edits = load_student_model(tmp_path, student.task)
     assert edits == student.edits
-    assert torch.equal(reply(model), reply(student.model))
+    assert torch.equal(answer(model), answer(student.model))
 
 
 def test_replay_on_an_empty_model_gives_the_shapes():
-    student = deep_student(network("mobilenet_v2"))
+    student = student_of(network("mobilenet_v2"))
     apply(student, prune())
     empty = network("mobilenet_v2").to("meta")
     replay([EDITS.parse(edit.model_dump(mode="json")) for edit in student.edits], empty)
@@ -133,7 +134,7 @@ def test_replay_on_an_empty_model_gives_the_shapes():
 
 
 def test_keep_one_changes_nothing_bit_for_bit():
-    student = deep_student(network())
+    student = student_of(network())
     apply(student, prune(keep=1.0))
     assert not student.edits
     assert prune(keep=1.0).plan(student.model) == []
@@ -145,7 +146,7 @@ def test_what_does_not_end_is_ended_and_said(monkeypatch):
     monkeypatch.setattr(channels, "_find_cuts", lambda *arguments: time.sleep(60))
     begun = time.monotonic()
     with pytest.raises(CompressKitError, match=r"no end within 0\.5 seconds"):
-        apply(deep_student(network()), prune(limit_s=0.5))
+        apply(student_of(network()), prune(limit_s=0.5))
     assert time.monotonic() - begun < 30
 
 
@@ -169,21 +170,21 @@ def test_what_torch_pruning_cannot_follow_is_said(monkeypatch, error):
 
     monkeypatch.setattr(channels, "_find_cuts", fail)
     with pytest.raises(CompressKitError, match=r"cannot follow this network: .*odd") as caught:
-        apply(deep_student(network()), prune())
+        apply(student_of(network()), prune())
     assert "and more" not in caught.value.what
 
 
 def test_a_child_that_dies_is_told(monkeypatch):
     monkeypatch.setattr(channels, "_find_cuts", lambda *arguments: 1 / 0 if arguments else None)
     with pytest.raises(CompressKitError, match="division"):
-        apply(deep_student(network()), prune())
+        apply(student_of(network()), prune())
 
     def leave(*arguments):
         raise SystemExit(3)
 
     monkeypatch.setattr(channels, "_find_cuts", leave)
     with pytest.raises(CompressKitError, match="ended with status"):
-        apply(deep_student(network()), prune())
+        apply(student_of(network()), prune())
 
 
 def test_without_the_package_the_message_says_what_to_install(monkeypatch):
@@ -198,7 +199,7 @@ def test_without_the_package_the_message_says_what_to_install(monkeypatch):
     [
         (lambda: deep("vit"), "is an attention"),
         (lambda: deep("bert"), "no images"),
-        (lambda: build(AutoModel, RESNET), "without a head"),
+        (lambda: random_model(AutoModel, RESNET), "without a head"),
     ],
     ids=["vit", "bert", "no head"],
 )
@@ -219,7 +220,7 @@ def test_what_torch_pruning_may_not_see_is_refused(model, match):
 )  # fmt: skip
 def test_channels_that_cannot_be_cut_are_named(config, match):
     with pytest.raises(CompressKitError, match=match):
-        prune().plan(build(AutoModelForImageClassification, config))
+        prune().plan(random_model(AutoModelForImageClassification, config))
 
 
 @pytest.mark.parametrize(
@@ -236,7 +237,7 @@ def test_cuts_that_leave_nothing_or_cut_nothing_are_refused(options, match):
             if isinstance(module, nn.BatchNorm2d):
                 model.set_submodule(name, nn.Identity())
     with pytest.raises(CompressKitError, match=match) as caught:
-        apply(deep_student(model), prune(**options))
+        apply(student_of(model), prune(**options))
     assert caught.value.fix
 
 

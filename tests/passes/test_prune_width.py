@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import DECODERS, ENCODER_SHAPE, FAMILIES, answer, tiny, tiny_student
+from families import DECODERS, ENCODER_SHAPE, FAMILIES, answer, student_of, tiny, tiny_student
 from pydantic import ValidationError
 from transformers import AlbertConfig, AutoModel
 
@@ -56,7 +56,7 @@ def test_dead_neurons_go_first_and_cost_nothing():
         for layer in original.encoder.layer:
             layer.intermediate.dense.weight[10:30] = 0
             layer.intermediate.dense.bias[10:30] = 0.7
-    student = tiny_student("bert", original=original)
+    student = student_of(original)
     prune(keep=44 / 64, round_to=4).apply(student, generator=torch.Generator())
     assert find_anatomy(student.model).feed_forwards[0].neurons == 44
     torch.testing.assert_close(answer(student.model), answer(original), atol=1e-4, rtol=1e-4)
@@ -79,7 +79,7 @@ def test_of_groups_the_dead_one_goes_with_its_own_queries_and_costs_nothing(fami
         values = original.get_submodule(attention.value)
         with torch.no_grad():
             values.weight[dead * size : (dead + 1) * size] = 0
-    student = tiny_student(family, original=original)
+    student = student_of(original)
     prune(keep={"heads": 0.5}, anchor=0).apply(student, generator=torch.Generator())
     kept = range((1 - dead) * per_group, (2 - dead) * per_group)
     for edit in student.edits:
@@ -147,7 +147,7 @@ def test_every_score_but_chance_drops_what_does_nothing(family, score):
                 rows[8:40] = 0
                 if layer.bias is not None:
                     layer.bias[8:40] = 0
-    student = tiny_student(family, original=original)
+    student = student_of(original)
     prune(keep=0.5, score=score).apply(student, generator=torch.Generator())
     assert [edit.keep for edit in student.edits] == ["0-7,40-63"] * 2
     torch.testing.assert_close(answer(student.model), answer(original), atol=1e-4, rtol=1e-4)
@@ -190,7 +190,7 @@ def weights_of(model):
 @pytest.mark.parametrize("family", ["bert", "llama"])
 @pytest.mark.parametrize("keep", [{"ffn": 0.5}, {"ffn": 0.5, "heads": 0.5}])
 def test_per_layer_keeps_more_where_more_is_lost_in_no_more_weights(family, keep):
-    even, uneven = (tiny_student(family, original=lopsided(family)) for _ in range(2))
+    even, uneven = (student_of(lopsided(family)) for _ in range(2))
     prune(keep=keep).apply(even, generator=torch.Generator())
     notes = prune(keep=keep, allocation="per_layer").apply(uneven, generator=torch.Generator())
     first, second = (ffn.neurons for ffn in find_anatomy(uneven.model).feed_forwards)
@@ -211,7 +211,7 @@ def test_the_survey_of_widths_is_taken_once_and_serves_every_keep(monkeypatch):
     monkeypatch.setattr(width_survey, "_try_widths", lambda *args: taken.append(1) or measure(*args))
     original, shapes = lopsided(), []
     for keep, seed in ((0.5, 3), (0.5, 3), (0.75, 3), (0.5, 4)):
-        student = tiny_student("bert", original=copy.deepcopy(original))
+        student = student_of(copy.deepcopy(original))
         generator = torch.Generator().manual_seed(seed)
         prune(keep=keep, allocation="per_layer", score="random").apply(student, generator=generator)
         shapes.append([edit.keep for edit in student.edits])
@@ -221,7 +221,7 @@ def test_the_survey_of_widths_is_taken_once_and_serves_every_keep(monkeypatch):
 
 @pytest.mark.parametrize("floor", [0.5, 1.0])
 def test_no_block_goes_below_the_floor(floor):
-    student = tiny_student("bert", original=lopsided())
+    student = student_of(lopsided())
     prune(keep=0.5, allocation="per_layer", floor=floor).apply(student, generator=torch.Generator())
     widths = [ffn.neurons for ffn in find_anatomy(student.model).feed_forwards]
     assert min(widths) == 32 * floor

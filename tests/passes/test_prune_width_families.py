@@ -141,7 +141,7 @@ def test_uniform_students_load_with_transformers_alone_in_another_process(tmp_pa
         keep = {"ffn": 0.5, "heads": 0.5 if says_heads else 1.0}
         PruneWidth.model_validate({"keep": keep, "score": "wanda"}).apply(student, generator=torch.Generator())
         save_student(student, tmp_path / family)
-        batch = next(random_examples(family, 4, seed=9).batches(4))
+        batch = next(random_examples(student.original, 4, seed=9).batches(4))
         save_file(batch, tmp_path / family / "inputs.st")
     folders = [str(tmp_path / family) for family in students]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

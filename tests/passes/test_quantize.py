@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import FAMILIES, answer, tiny, tiny_student
+from families import FAMILIES, answer, student_of, tiny, tiny_student
 from pydantic import ValidationError
 from transformers import BertConfig, BertModel
 
@@ -27,7 +27,7 @@ from compresskit.passes.quantize import Quantize, smoothing_factors
 )
 def test_the_student_stays_close_and_no_float_matrix_is_left(family, options, bound):
     original = tiny(family)
-    student = tiny_student(family, original=original)
+    student = student_of(original)
     notes = Quantize(**options).apply(student, generator=torch.Generator())
     lost = (answer(student.model) - answer(original)).norm() / answer(original).norm()
     assert lost < bound
@@ -165,7 +165,7 @@ def _with_an_outlier(family):
     original = tiny(family)
     norm = next(module for name, module in original.named_modules() if "layernorm" in name.lower())
     norm.weight.data[3] *= 50
-    return original, tiny_student(family, original=original)
+    return original, student_of(original)
 
 
 def test_smoothing_keeps_one_large_channel_from_taking_the_whole_range():
@@ -210,7 +210,7 @@ def test_the_mean_is_exact_where_only_some_layers_of_a_site_have_a_bias():
     original = tiny("bert")
     for block in original.encoder.layer:
         block.attention.self.key.bias = None
-    student = tiny_student("bert", original=original)
+    student = student_of(original)
     Quantize(bits=8, group_size=16, embeddings=None).apply(student, generator=torch.Generator())
     lost = (answer(student.model) - answer(original)).norm() / answer(original).norm()
     assert lost < 0.02
@@ -287,7 +287,7 @@ def test_padding_fills_the_last_group_and_loses_no_more_than_a_group_that_fits()
     original = BertModel(BertConfig(**FAMILIES["bert"].to_dict() | {"intermediate_size": 40}))
     with pytest.raises(CompressKitError, match=r"40 columns \(no group fits\)"):
         Quantize(bits=4, group_size=32).plan(original)
-    student = tiny_student("bert", original=original)
+    student = student_of(original)
     notes = Quantize(bits=4, group_size=32, on_misfit="pad", embeddings=None).apply(
         student, generator=torch.Generator()
     )
@@ -337,7 +337,7 @@ def test_dead_inputs_and_constant_rows_are_rounded_like_any_others(method):
         norm[3] = 0  # a channel that no input of the first projections ever shows
         original.model.layers[0].self_attn.q_proj.weight[5] = 0.02
         original.model.layers[0].self_attn.q_proj.weight[6] = 0
-    student = tiny_student("llama", original=original)
+    student = student_of(original)
     Quantize(bits=4, group_size=16, method=method, embeddings=None, anchor=0).apply(
         student, generator=torch.Generator()
     )

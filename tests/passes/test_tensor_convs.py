@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from families import NoTokenizer
+from families import NoTokenizer, random_model
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -244,13 +244,8 @@ def _inputs(name: str, count: int, seed: int) -> ModelInputs:
 
 
 def student_of(name: str) -> Student:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        auto = AutoModelForImageClassification if name in ("resnet", "vit") else AutoModel
-        original = auto.from_config(copy.deepcopy(_CONFIGS[name])).eval()
-        with torch.no_grad():
-            for parameter in original.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.05)
+    auto = AutoModelForImageClassification if name in ("resnet", "vit") else AutoModel
+    original = random_model(auto, _CONFIGS[name], scale=0.05)
     corpus = Corpus(_inputs(name, 8, 1), _inputs(name, 4, 2), _inputs(name, 6, 3), "random")
     task = "image-classification" if name in ("resnet", "vit") else "feature-extraction"
     return Student(copy.deepcopy(original), original, NoTokenizer(), task, corpus)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from families import FAMILIES, answer, tiny, tiny_student
+from families import FAMILIES, answer, student_of, tiny, tiny_student
 
 from compresskit.engine import prove_reloads
 from compresskit.errors import CompressKitError
@@ -178,7 +178,7 @@ def test_more_weights_lose_less_in_every_architecture(family, options):
     original = tiny(family)
     lost = []
     for keep in (0.3, 0.7):
-        student = tiny_student(family, original=original)
+        student = student_of(original)
         notes = TensorDecomposition(keep=keep, **options).apply(student, generator=torch.Generator())
         saved = count_parameters(original) - count_parameters(student.model)
         assert saved >= (1 - keep) * 96 * 32 * 0.9, "what the head shares is held once"

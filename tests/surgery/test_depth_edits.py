@@ -8,8 +8,8 @@ from contextlib import ExitStack
 import onnx
 import pytest
 import torch
-from deep_models import BLOCKS, CONFIGS, MODERNBERT, build, deep, deep_student, reply
-from families import FAMILIES, answer, tiny, tiny_student
+from deep_models import BLOCKS, CONFIGS, MODERNBERT, deep
+from families import FAMILIES, answer, random_model, student_of, tiny, tiny_student
 from transformers import AlbertConfig, AutoModel, AutoModelForCausalLM, BartConfig, PretrainedConfig, T5Config
 
 from compresskit.errors import CompressKitError
@@ -44,16 +44,16 @@ def test_dropped_blocks_equal_blocks_that_hand_on_what_they_read(name, keep):
     stack = find_stack(model)
     DropBlocks(stack=stack, keep=keep).apply(model)
     kept = Provenance([DropBlocks(stack=stack, keep=keep)]).stacks[stack]
-    whole = reply(masked)
+    whole = answer(masked)
     with ExitStack() as removed:
         for number in set(range(BLOCKS)) - set(kept):
             removed.enter_context(without(masked, Part(number, f"{stack}.{number}")))
-        expected = reply(masked)
+        expected = answer(masked)
     assert len(get_stack(model, stack)) == len(kept)
     assert model.config.num_hidden_layers == len(kept)
-    torch.testing.assert_close(reply(model), expected, atol=1e-5, rtol=0)
-    assert not torch.allclose(reply(model), whole, atol=1e-2)
-    assert torch.equal(reply(masked), whole), "outside the context nothing is removed"
+    torch.testing.assert_close(answer(model), expected, atol=1e-5, rtol=0)
+    assert not torch.allclose(answer(model), whole, atol=1e-2)
+    assert torch.equal(answer(masked), whole), "outside the context nothing is removed"
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -82,19 +82,19 @@ def test_generation_with_a_cache_equals_generation_without(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_student_with_fewer_blocks_is_a_stock_checkpoint_that_answers_alike(name, tmp_path):
-    student = deep_student(deep(name))
+    student = student_of(deep(name))
     student.edit(DropBlocks(stack=find_stack(student.model), keep="0,2-3"))
     save_student(student, tmp_path)
     assert not needs_plugin(tmp_path)
     model, edits = load_student_model(tmp_path, student.task)
     assert edits == student.edits
-    assert torch.equal(reply(model), reply(student.model))
+    assert torch.equal(answer(model), answer(student.model))
     assert model.state_dict().keys() == student.model.state_dict().keys()
 
 
 @pytest.mark.parametrize("name", ["bert", "gemma3"])
 def test_it_loads_in_a_process_that_never_imports_compresskit(name, tmp_path):
-    student = deep_student(deep(name))
+    student = student_of(deep(name))
     student.edit(DropBlocks(stack=find_stack(student.model), keep="0-1,3"))
     save_student(student, tmp_path)
     batch = next(student.corpus.evaluation.batches(4))
@@ -110,7 +110,7 @@ def test_it_loads_in_a_process_that_never_imports_compresskit(name, tmp_path):
 @pytest.mark.parametrize("first", ["depth", "width"])
 @pytest.mark.parametrize("name", ["bert", "llama", "qwen3", "gemma3"])
 def test_with_widths_cut_before_or_after_it_stays_stock(name, first, tmp_path):
-    student = deep_student(deep(name))
+    student = student_of(deep(name))
     keep = {"ffn": 0.5} if name == "bert" else {"ffn": 0.5, "heads": 0.5}
     drop = DropBlocks(stack=find_stack(student.model), keep="0,2-3")
     if first == "depth":
@@ -123,7 +123,7 @@ def test_with_widths_cut_before_or_after_it_stays_stock(name, first, tmp_path):
     assert (config.num_hidden_layers, config.intermediate_size) == (3, 32)
     save_student(student, tmp_path)
     assert not needs_plugin(tmp_path)
-    assert torch.equal(reply(load_student_model(tmp_path, student.task)[0]), reply(student.model))
+    assert torch.equal(answer(load_student_model(tmp_path, student.task)[0]), answer(student.model))
 
 
 def test_widths_that_are_uniform_only_in_the_blocks_that_stay_are_stock_and_others_are_not():
@@ -143,17 +143,17 @@ def test_widths_that_are_uniform_only_in_the_blocks_that_stay_are_stock_and_othe
 @pytest.mark.parametrize(("keep", "stock"), [("0-2", True), ("0,2", True), ("1-3", False)])
 def test_a_block_that_is_what_its_place_makes_it_needs_the_plugin_elsewhere(keep, stock, tmp_path):
     """ModernBERT's first block has no norm before its attention."""
-    student = deep_student(build(AutoModel, MODERNBERT))
+    student = student_of(random_model(AutoModel, MODERNBERT))
     student.edit(DropBlocks(stack=find_stack(student.model), keep=keep))
     save_student(student, tmp_path)
     assert needs_plugin(tmp_path) is not stock
     model, _ = load_student_model(tmp_path, student.task)
-    assert torch.equal(reply(model), reply(student.model))
+    assert torch.equal(answer(model), answer(student.model))
     assert model.config.num_hidden_layers == len(get_stack(model, find_stack(model)))
 
 
 def test_replay_on_an_empty_model_gives_the_shapes_and_numbers():
-    model, empty = deep("gemma3"), build(AutoModelForCausalLM, CONFIGS["gemma3"][1]).to("meta")
+    model, empty = deep("gemma3"), random_model(AutoModelForCausalLM, CONFIGS["gemma3"][1]).to("meta")
     edits = [DropBlocks(stack="model.layers", keep="0,2-3"), DropBlocks(stack="model.layers", keep="1-2")]
     replay(edits, model)
     replay([EDITS.parse(edit.model_dump(mode="json")) for edit in edits], empty)

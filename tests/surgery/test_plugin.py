@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from families import answer, tiny_student
+from families import answer, student_of
 from transformers import AutoModel, ModernBertConfig
 
 from compresskit.passes.low_rank import LowRank
@@ -33,7 +33,7 @@ def modernbert():
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return tiny_student("bert", original=AutoModel.from_config(copy.deepcopy(config)).eval())
+        return student_of(AutoModel.from_config(copy.deepcopy(config)).eval())
 
 
 @pytest.mark.parametrize(
