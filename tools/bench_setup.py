@@ -11,7 +11,6 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskit.data import Corpus, DataSource, Examples, Sequences, prepare_corpus
@@ -90,7 +89,7 @@ class Subject:
         model, edits = (self.original, []) if like is None else (like.model, list(like.edits))
         return Student(copy.deepcopy(model), self.original, self.tokenizer, self.task, corpus, edits)
 
-    def score(self, row: dict[str, Any], model: torch.nn.Module) -> Iterator[dict[str, Any]]:
+    def score(self, row: dict[str, Any], model: PreTrainedModel) -> Iterator[dict[str, Any]]:
         """The row once for each text, with the model's scores on it."""
         for name, fidelity in self.fidelities.items():
             yield row | {"text": name, **fidelity.measure(model)}

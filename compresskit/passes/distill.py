@@ -66,7 +66,9 @@ def _layers_left(student: Student) -> tuple[int, ...] | None:
     """Which of the original's hidden states the student's stand for, where blocks were dropped."""
     provenance = Provenance(student.edits)
     stack = next(iter(provenance.stacks), None)
-    return stack and provenance.hidden_layers(stack, len(get_stack(student.original, stack)))
+    if stack is None:
+        return None
+    return provenance.hidden_layers(stack, len(get_stack(student.original, stack)))
 
 
 @PASSES.add

@@ -4,11 +4,11 @@ from typing import Any, Literal
 
 import torch
 from pydantic import field_validator
-from torch import Tensor, nn
+from torch import nn
 
 from compresskit.config import Config
 from compresskit.errors import CompressKitError
-from compresskit.surgery.edits import EDITS, Edit, check_ranges, get_module, kept_slices, read_ranges
+from compresskit.surgery.edits import EDITS, Edit, check_ranges, get_module, keep_slices, read_ranges
 
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 _BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
@@ -63,12 +63,6 @@ def is_depthwise(layer: _Conv) -> bool:
     return layer.groups == layer.in_channels == layer.out_channels > 1
 
 
-def _slice(layer: nn.Module, name: str, axis: int, keep: Tensor) -> None:
-    tensor = getattr(layer, name)
-    if tensor is not None:
-        setattr(layer, name, kept_slices(tensor, keep, dim=axis))
-
-
 def _keep_outputs(layer: nn.Module, text: str) -> None:
     """Cut a layer to the channels that it still gives; a norm and a depthwise convolution read as many."""
     names: tuple[str, ...] = ("weight", "bias")
@@ -84,7 +78,7 @@ def _keep_outputs(layer: nn.Module, text: str) -> None:
         names = ("weight", "bias", "running_mean", "running_var")
     keep = torch.tensor(read_ranges(text, limit=count))
     for name in names:
-        _slice(layer, name, 0, keep)
+        keep_slices(layer, name, keep, dim=0)
     for name in sizes:
         setattr(layer, name, len(keep))
     if isinstance(layer, nn.LayerNorm):
@@ -97,5 +91,5 @@ def _keep_inputs(layer: nn.Module, text: str) -> None:
     if count is None or (isinstance(layer, _Conv) and layer.groups > 1):
         raise CompressKitError(f"a {type(layer).__name__} has no inputs of their own to cut", where="prune_channels")
     keep = torch.tensor(read_ranges(text, limit=count))
-    _slice(layer, "weight", 1, keep)
+    keep_slices(layer, "weight", keep, dim=1)
     setattr(layer, size, len(keep))

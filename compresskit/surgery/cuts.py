@@ -22,7 +22,7 @@ from compresskit.surgery.edits import (
     Cutting,
     Edit,
     get_module,
-    kept_slices,
+    keep_slices,
     read_ranges,
     set_module,
 )
@@ -33,9 +33,8 @@ def keep_outputs(module: nn.Module, keep: Tensor) -> None:
     linear = module.expand if isinstance(module, LowRankLinear) else module
     if not isinstance(linear, nn.Linear | Conv1D):
         raise CompressKitError(f"cannot cut the outputs of a {type(module).__name__}", fix="prune before quantising")
-    linear.weight = kept_slices(linear.weight, keep, dim=1 if isinstance(linear, Conv1D) else 0)
-    if linear.bias is not None:
-        linear.bias = kept_slices(linear.bias, keep, dim=0)
+    keep_slices(linear, "weight", keep, dim=1 if isinstance(linear, Conv1D) else 0)
+    keep_slices(linear, "bias", keep, dim=0)
     for part in (module, linear):
         setattr(part, "nf" if isinstance(part, Conv1D) else "out_features", len(keep))
 
@@ -49,7 +48,7 @@ def keep_inputs(model: nn.Module, name: str, keep: Tensor) -> None:
         return
     if not isinstance(linear, nn.Linear | Conv1D):
         raise CompressKitError(f"cannot cut the inputs of a {type(module).__name__}", fix="prune before quantising")
-    linear.weight = kept_slices(linear.weight, keep, dim=0 if isinstance(linear, Conv1D) else 1)
+    keep_slices(linear, "weight", keep, dim=0 if isinstance(linear, Conv1D) else 1)
     for part in (module, linear):
         setattr(part, "nx" if isinstance(part, Conv1D) else "in_features", len(keep))
 

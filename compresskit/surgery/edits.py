@@ -96,10 +96,12 @@ def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(holder, child, module)
 
 
-def kept_slices(values: Tensor, keep: Tensor, *, dim: int) -> Tensor:
-    """The slices `keep` (indices) of a tensor along `dim`; of a parameter, one that is trained where it was."""
-    kept = values.detach().index_select(dim, keep.to(values.device))
-    return nn.Parameter(kept, values.requires_grad) if isinstance(values, nn.Parameter) else kept
+def keep_slices(module: nn.Module, name: str, keep: Tensor, *, dim: int) -> None:
+    """Cut a parameter or buffer of a module to the slices `keep` (indices) along `dim`; one that is None stays None."""
+    old = getattr(module, name)
+    if old is not None:
+        kept = old.detach().index_select(dim, keep.to(old.device))
+        setattr(module, name, nn.Parameter(kept, old.requires_grad) if isinstance(old, nn.Parameter) else kept)
 
 
 class Edit(Config, ABC):

@@ -5,11 +5,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from compresskit.errors import CompressKitError
-from compresskit.surgery.edits import EDITS, Cutting, kept_slices, read_ranges, write_ranges
+from compresskit.surgery.edits import EDITS, Cutting, keep_slices, read_ranges, write_ranges
 
 _ID_NAMES = ("_token_id", "_token_ids", "suppress_tokens", "bad_words_ids")
 
@@ -122,14 +122,16 @@ class PruneVocabulary(Cutting):
             raise CompressKitError(what, where="edits", fix=fix)
         kept = read_ranges(self.keep, limit=min(len(named[name]) for name in self.parameters))
         index = torch.tensor(kept)
-        cut: dict[int, Tensor] = {}
+        cut: dict[int, nn.Parameter] = {}
         for name in self.parameters:
-            old = named[name]
-            if id(old) not in cut:
-                cut[id(old)] = kept_slices(old, index, dim=0)
-            holder, _, own = name.rpartition(".")
-            setattr(model.get_submodule(holder), own, cut[id(old)])
-            _correct_counts(model.get_submodule(holder), kept)
+            path, _, own = name.rpartition(".")
+            holder, old = model.get_submodule(path), id(named[name])
+            if old in cut:
+                setattr(holder, own, cut[old])
+            else:
+                keep_slices(holder, own, index, dim=0)
+                cut[old] = getattr(holder, own)
+            _correct_counts(holder, kept)
         if isinstance(model, PreTrainedModel):
             for module in model.modules():
                 if isinstance(vars(module).get("vocab_size"), int):
