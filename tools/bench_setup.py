@@ -59,7 +59,7 @@ def read_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
         options.calibration, options.calibration_tokens = 8, 64
         if scores:
             options.score = options.score or [f"docs={_write_topics(1)}"]
-            options.windows, options.window_tokens = 1, 64
+            options.windows, options.window_tokens = 4, 64
     if not options.calibrate or (scores and not options.score):
         parser.error("say which texts: --calibrate FILE" + (" and --score NAME=FILE" if scores else ""))
     return options
