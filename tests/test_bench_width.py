@@ -10,7 +10,7 @@ from families import tiny_student
 
 from compresskit.errors import CompressKitError
 from compresskit.passes.prune_width import PruneWidth
-from compresskit.surgery.sites import find_anatomy
+from compresskit.surgery.sites import find_anatomy, find_blocks
 
 _FILE = Path(__file__).parent.parent / "tools" / "methods_width.py"
 
@@ -42,10 +42,21 @@ def test_what_stays_of_the_block_linears_is_what_was_asked(methods, family, part
     assert linear_weights(student.model) / before == pytest.approx(0.75, abs=0.05)
 
 
+def test_whole_blocks_and_neurons_together_leave_what_was_asked(methods):
+    options = argparse.Namespace(parts=["ffn"])
+    for method, blocks, kept in (("depth", 1, 0.5), ("mix", 1, 0.4)):
+        student = tiny_student("bert")
+        student, said = methods.compress(student, method, kept, 0, options)
+        assert len(find_blocks(student.model)) == blocks
+        assert ("score" in said) == (method == "mix")
+        assert linear_weights(student.model) / linear_weights(student.original) == pytest.approx(kept, abs=0.05)
+
+
 def test_every_score_repair_and_allocation_is_a_method_with_valid_options(methods):
-    assert len(methods.METHODS) == 7 * 3 * 2 + 1
+    others = {"depth", "mix", "torch-pruning"}
+    assert len(methods.METHODS.keys() - others) == 7 * 3 * 2
     for name, said in methods.METHODS.items():
-        if name != "torch-pruning":
+        if name not in others:
             PruneWidth.model_validate({"keep": 0.5, **said})
     assert set(methods.QUICK) <= set(methods.METHODS)
 

@@ -1,10 +1,11 @@
 """What `bench_layerwise.py --pass prune_width` compares: every score × repair × allocation, and torch-pruning.
 
 A method is called score-repair-allocation, `flap-bias-uniform` being FLAP: it adds biases where there are none, and
-neither it nor `none` is anchored at the original, as published. `torch-pruning` is that package on its own, in a child
-process under a time limit; the package is optional (`pip install torch-pruning`), and grouped-query attention is not
-given to it. --parts says what is cut: of `ffn heads` as many heads go as come next to the asked share, and neurons make
-up the rest.
+neither it nor `none` is anchored at the original, as published. `depth` drops blocks by prune_depth's `kl`, as many as
+come next to the asked share, `mix` half as many, and `obs-ls-uniform` takes the rest. `torch-pruning` is that package on
+its own, in a child process under a time limit; the package is optional (`pip install torch-pruning`), and grouped-query
+attention is not given to it. --parts says what is cut: of `ffn heads` as many heads go as come next to the asked share,
+and neurons make up the rest.
 """
 
 import argparse
@@ -20,10 +21,11 @@ import torch
 
 from compresskit.errors import CompressKitError
 from compresskit.layers.linear import layer_widths
+from compresskit.passes.prune_depth import PruneDepth
 from compresskit.passes.prune_width import PruneWidth
 from compresskit.student import Student
 from compresskit.surgery.parts import heads_of, neurons_of
-from compresskit.surgery.sites import find_anatomy
+from compresskit.surgery.sites import find_anatomy, find_blocks
 
 SCORES = ("random", "magnitude", "wanda", "flap", "leverage", "taylor", "obs")
 #: The name of a repair in a method's name, and the options that it stands for.
@@ -38,7 +40,10 @@ METHODS: dict[str, dict[str, Any]] = {
     for score in SCORES
     for repair, said in REPAIRS.items()
     for allocation in ALLOCATIONS
-} | {"torch-pruning": {}}
+} | {"depth": {}, "mix": {}, "torch-pruning": {}}
+#: How much of what goes is whole blocks; the method `_MIXED` takes the rest.
+_BLOCKS_OF = {"depth": 1.0, "mix": 0.5}
+_MIXED = "obs-ls-uniform"
 QUICK = ("random-none-uniform", "flap-bias-uniform", "obs-ls-uniform", "flap-ls-per_layer")
 _CHILD_LIMIT_S = 900
 
@@ -47,15 +52,23 @@ def compress(
     student: Student, method: str, keep: float, seed: int, options: argparse.Namespace
 ) -> tuple[Student, dict[str, Any]]:
     """The student after one method that keeps `keep` of the block linears' weights, and the options that it had."""
+    depth: dict[str, Any] = {}
+    if method in _BLOCKS_OF:
+        blocks = len(find_blocks(student.model))
+        share = 1 - max(1, round(_BLOCKS_OF[method] * (1 - keep) * blocks)) / blocks
+        depth = {"depth": {"keep": share}}
+        PruneDepth(keep=share).apply(student, generator=torch.Generator().manual_seed(seed))
+        if method == "depth" or share <= keep:
+            return student, depth
+        keep, method = keep / share, _MIXED
     shares = kept_shares(student, keep, options.parts)
     if method == "torch-pruning":
         if options.blocks:
             raise CompressKitError("torch-pruning is given whole models only", where="--blocks", fix="leave it out")
         return torch_pruned(student, shares, options), shares
     said = {"keep": shares, "round_to": 8, **METHODS[method]}
-    one = PruneWidth.model_validate(said)
-    one.apply(student, generator=torch.Generator().manual_seed(seed))
-    return student, said
+    PruneWidth.model_validate(said).apply(student, generator=torch.Generator().manual_seed(seed))
+    return student, said | depth
 
 
 def kept_shares(student: Student, keep: float, parts: list[str]) -> dict[str, float]:
