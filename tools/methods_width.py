@@ -2,10 +2,10 @@
 
 A method is called score-repair-allocation, `flap-bias-uniform` being FLAP: it adds biases where there are none, and
 neither it nor `none` is anchored at the original, as published. `depth` drops blocks by prune_depth's `kl`, as many as
-come next to the asked share, `mix` half as many, and `obs-ls-uniform` takes the rest. `torch-pruning` is that package on
-its own, in a child process under a time limit; the package is optional (`pip install torch-pruning`), and grouped-query
-attention is not given to it. --parts says what is cut: of `ffn heads` as many heads go as come next to the asked share,
-and neurons make up the rest.
+come next to the asked share, `mix` half as many, and `obs-ls-uniform` takes the rest. `torch-pruning` is that package
+on its own, in a child process under a time limit; the package is optional (`pip install torch-pruning`), and
+grouped-query attention is not given to it. --parts says what is cut: of `ffn heads` as many heads go as come next to
+the asked share, and neurons make up the rest.
 """
 
 import argparse
