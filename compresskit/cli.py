@@ -3,6 +3,7 @@
 Exit status: 0 done, 2 the user's mistake (where, what, fix on standard error), 130 interrupted, 1 anything else.
 """
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -166,12 +167,28 @@ def _quiet_libraries() -> None:
     datasets.logging.set_verbosity_error()
 
 
+class _Notes(logging.Handler):
+    """What passes note while they work, the ranks that they chose say."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Say it."""
+        _say(record.getMessage())
+
+
+def _show_notes() -> None:
+    ours = logging.getLogger("compresskit")
+    if not any(isinstance(handler, _Notes) for handler in ours.handlers):
+        ours.addHandler(_Notes())
+    ours.setLevel(logging.INFO)
+
+
 def main() -> None:
     """Run the command and end the process with its status.
 
     `COMPRESSKIT_DEBUG=1` shows the traceback of what nobody foresaw; without it, that is one message too.
     """
     _quiet_libraries()
+    _show_notes()
     try:
         status = app(standalone_mode=False)
     except CompressKitError as error:

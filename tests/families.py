@@ -166,9 +166,9 @@ def student_of(original: PreTrainedModel, *, sequences: int = 32) -> Student:
     return Student(copy.deepcopy(original), original, family_tokenizer(), models.task_of(original), corpus)
 
 
-def tiny_student(family: str) -> Student:
+def tiny_student(family: str, *, sequences: int = 32) -> Student:
     """The student of a family's random model."""
-    return student_of(tiny(family))
+    return student_of(tiny(family), sequences=sequences)
 
 
 @torch.no_grad()

@@ -1,9 +1,10 @@
 """What `bench_layerwise.py --pass low_rank` compares: methods people cite and what this library adds to them.
 
 `svd` and `asvd` truncate W and W diag(√mean|x|); `pca` is output PCA on W, the optimum of SVD-LLM, `pca-0.5` and
-`pca-1` the same on the anchored target M (at anchor 0, M is W). All of these give every linear the same share. The
-others add one thing each: `pivot` A's identity, `fisher` the metric, `energy` and `kl` the allocation, `refine` the
-training of blocks.
+`pca-1` the same on the anchored target M (at anchor 0, M is W). All of these give every linear the same share. To `pca`
+`pivot` adds A's identity, `fisher` the metric and sharing where that is better, `fisher-pivot` both. `energy` and `kl`
+allocate ranks on top of `fisher-pivot`, in multiples of 32 and 8 as users get them; `energy-output` is without the
+metric; `refine` trains the blocks of `energy`.
 """
 
 import argparse

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from compresskit.data import Batch
 from compresskit.errors import CompressKitError
+from compresskit.layerwise.weights import require_finite
 from compresskit.surgery.sites import find_blocks
 
 _NO_WALK = "all passes but tensor and distill need a plain chain of blocks; distil it into one, or use another model"
@@ -55,6 +56,8 @@ def check_chain(model: PreTrainedModel, batch: Batch, blocks: Sequence[str] | No
             handle.remove()
     what = _broken_link(blocks, calls, _token_shape(batch, calls))
     if what:
+        weighted = [name for name, part in model.named_modules() if isinstance(getattr(part, "weight", None), Tensor)]
+        require_finite(model, weighted)
         raise CompressKitError(
             f"this architecture cannot be walked block by block: {what}", where=type(model).__name__, fix=_NO_WALK
         )

@@ -8,7 +8,7 @@ separate  y₁ = B₁ A₁ x, y₂ = B₂ A₂ x    k₁ (O₁ + I) + k₂ (O₂
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from compresskit.layerwise.allocation import Option, allocate, greedy_path
@@ -16,6 +16,8 @@ from compresskit.layerwise.allocation import Option, allocate, greedy_path
 RANK_MULTIPLE = 8
 #: Ranks of larger layers are multiples of it, so that the usual group size of a later quantiser divides them.
 COARSE_MULTIPLE = 32
+#: A site whose trials show no loss at all costs this share of its predicted error: next to nothing, and still ranked.
+_UNFELT = 1e-9
 
 Group = tuple[str, ...]
 #: Ranks of groups of layers that share a first factor; layers in no group stay dense.
@@ -83,7 +85,7 @@ class SiteCurve:
 
     def loss(self, predicted: float) -> float:
         """What a predicted error costs: itself, or as the trials say, on a straight line between their logarithms."""
-        points = sorted((error, loss) for error, loss in self.trials if error > 0 and loss > 0)
+        points = sorted((error, max(loss, _UNFELT * error)) for error, loss in self.trials if error > 0)
         if predicted <= 0 or not points:
             return max(predicted, 0.0)
         ratios = [(math.log(error), math.log(loss / error)) for error, loss in points]
@@ -117,22 +119,24 @@ def site_options(
         options += _group_options(curve, curve.names, sum(curve.outputs), curve.shared, pivot, round_to)
     if share is not True and curve.separate:
         options += _separate_options(curve, pivot, round_to)
-    return [option for option in options if floor * curve.dense_weights <= option.cost <= curve.dense_weights]
+    return [
+        replace(option, loss=curve.loss(option.loss))
+        for option in options
+        if floor * curve.dense_weights <= option.cost <= curve.dense_weights
+    ]
 
 
 def _group_options(
     curve: SiteCurve, names: Group, rows: int, errors: Sequence[float], pivot: bool, round_to: int | None
 ) -> list[SiteOption]:
+    """The ranks of a group, by predicted error."""
     step = rank_step(rows, curve.inputs, round_to)
     ranks = range(step, break_even_rank(rows, curve.inputs, pivot=pivot) + 1, step)
-    return [
-        SiteOption(factor_weights(rows, curve.inputs, k, pivot=pivot), curve.loss(errors[k]), ((names, k),))
-        for k in ranks
-    ]
+    return [SiteOption(factor_weights(rows, curve.inputs, k, pivot=pivot), errors[k], ((names, k),)) for k in ranks]
 
 
 def _separate_options(curve: SiteCurve, pivot: bool, round_to: int | None) -> list[SiteOption]:
-    """The best combinations of the layers' own options, as the greedy choice meets them."""
+    """The best combinations of the layers' own options by predicted error, as the greedy choice meets them."""
     layers = [
         [
             SiteOption(rows * curve.inputs, 0.0),
@@ -152,7 +156,7 @@ def even_ranks(curve: SiteCurve, rank: int, *, share: bool | None, pivot: bool, 
     """A site's ranks at the weights of one shared factor of rank `rank`; `share` None shares where that is better."""
     whole = SiteOption(
         factor_weights(sum(curve.outputs), curve.inputs, rank, pivot=pivot),
-        curve.loss(curve.shared[rank]),
+        curve.shared[rank],
         ((curve.names, rank),),
     )
     if share is not None or not curve.separate:

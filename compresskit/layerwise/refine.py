@@ -4,13 +4,14 @@
 
 Layer by layer each factor was the best for its own target; together they can also make up for each other, and for what
 the stream has lost before the block. Errors count by the Fisher information of the model's answer in the block's output
-where it is known, else relative to each token's stream. A quarter of the sequences is not trained on: the step that is
-best on them is kept, the one before the first among them.
-Source: block-wise refinement of AA-SVD (arXiv:2604.02119); the metric and the held-out choice are ours.
+where it is known, else relative to each token's stream. All calibration tokens are trained on: the factors were fitted
+to all of them, so none could be kept apart now to say when to stop; a small step does that (on four blocks of
+SmolLM2-135M and 4096 tokens 3e-4 lowers the divergence on other text by 2 %, 1e-3 by 1 %, and 3e-3 raises it).
+Source: block-wise refinement of AA-SVD (arXiv:2604.02119); the metric is ours.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,16 +21,17 @@ from compresskit.layers.low_rank import LowRankLinear
 from compresskit.layerwise.walk import BlockBatch
 
 #: Step size of Adam in units of each tensor's root mean square.
-_RATE = 3e-3
+_RATE = 3e-4
+#: Steps over which it is reached.
+_WARM_STEPS = 4
 
 
 @dataclass(frozen=True)
 class Refined:
-    """The held-out loss before and after, in the same unit, and how many rounds over the batches were kept."""
+    """The loss on the calibration text before and after, in the same unit."""
 
     before: float
     after: float
-    rounds: int
 
 
 def stream_error(output: Tensor, target: Tensor, metric: Tensor | None) -> Tensor:
@@ -53,43 +55,46 @@ def refine_block(
         generator: shuffles the batches.
     """
     metric = None if metric is None else metric.float()
+    batches = [batch for batch in batches if len(batch.rows)]
     trained = [p for module in block.modules() if isinstance(module, LowRankLinear) for p in module.parameters()]
     flags = [parameter.requires_grad for parameter in trained]
-    best = before = _held_out_error(batches, metric)
-    kept, kept_rounds = [parameter.detach().clone() for parameter in trained], 0
+    start, before = [parameter.detach().clone() for parameter in trained], _mean_error(batches, metric)
     optimizer = torch.optim.Adam(
         [{"params": [p], "lr": _RATE * max(float(p.detach().square().mean().sqrt()), 1e-8)} for p in trained]
     )
-    total = rounds * len(batches)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / total))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_cosine(rounds * len(batches)))
     for parameter in trained:
         parameter.requires_grad_()
-    for done in range(1, rounds + 1):
+    for _ in range(rounds):
         for index in torch.randperm(len(batches), generator=generator).tolist():
             with torch.enable_grad():
-                loss = _error(batches[index], batches[index].fit_rows, metric)
+                loss = _error(batches[index], metric)
             for parameter, gradient in zip(trained, torch.autograd.grad(loss, trained), strict=True):
                 parameter.grad = gradient
             optimizer.step()
             schedule.step()
-        now = _held_out_error(batches, metric)
-        if now < best:
-            best, kept, kept_rounds = now, [parameter.detach().clone() for parameter in trained], done
-    for parameter, value, flag in zip(trained, kept, flags, strict=True):
-        parameter.requires_grad_(flag).detach().copy_(value)
+    for parameter, flag in zip(trained, flags, strict=True):
+        parameter.requires_grad_(flag)
         parameter.grad = None
-    return Refined(before, best, kept_rounds)
+    after = _mean_error(batches, metric)
+    if after < before:
+        return Refined(before, after)
+    for parameter, value in zip(trained, start, strict=True):
+        parameter.detach().copy_(value)
+    return Refined(before, before)
 
 
-def _error(batch: BlockBatch, rows: Tensor, metric: Tensor | None) -> Tensor:
-    return stream_error(batch.run().flatten(0, 1)[rows], batch.target.flatten(0, 1)[rows], metric)
+def _warm_cosine(steps: int) -> Callable[[int], float]:
+    """A factor of the step size: up over `_WARM_STEPS`, then down to nothing as a half cosine."""
+    return lambda step: min(1.0, (step + 1) / _WARM_STEPS) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+
+def _error(batch: BlockBatch, metric: Tensor | None) -> Tensor:
+    return stream_error(batch.run().flatten(0, 1)[batch.rows], batch.target.flatten(0, 1)[batch.rows], metric)
 
 
 @torch.no_grad()
-def _held_out_error(batches: Sequence[BlockBatch], metric: Tensor | None) -> float:
-    """The mean over all held-out tokens."""
-    counts = [len(batch.held_out_rows) for batch in batches]
-    errors = [
-        float(_error(batch, batch.held_out_rows, metric)) * n for batch, n in zip(batches, counts, strict=True) if n
-    ]
-    return sum(errors) / max(sum(counts), 1)
+def _mean_error(batches: Sequence[BlockBatch], metric: Tensor | None) -> float:
+    """The mean over all tokens."""
+    total = sum(float(_error(batch, metric)) * len(batch.rows) for batch in batches)
+    return total / max(sum(len(batch.rows) for batch in batches), 1)

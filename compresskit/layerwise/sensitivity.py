@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from compresskit.data import Batch
 from compresskit.layerwise.answer import read_answer, sampled_gradient
 from compresskit.layerwise.output_pca import OutputMetric
+from compresskit.layerwise.ranks import Group
 from compresskit.layerwise.watch import check_token_rows
 from compresskit.layerwise.weights import stacked_weight
 from compresskit.models import answer_kind
@@ -34,8 +35,6 @@ from compresskit.surgery.sites import find_blocks, without_cache
 _DAMPING = 0.1
 #: The same where no gradient at all reaches a layer.
 _NOTHING = 1e-12
-
-Group = tuple[str, ...]
 
 
 def range_basis(weight: Tensor) -> Tensor | None:

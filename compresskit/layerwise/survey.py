@@ -8,6 +8,7 @@ any budget follow from it without another look (`ranks`).
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,8 @@ from compresskit.data.cache import read_tensors, write_tensors
 from compresskit.data.sequences import require_tokens
 from compresskit.errors import CompressKitError
 from compresskit.layerwise.output_pca import OutputPCA, solve_output_pca
-from compresskit.layerwise.ranks import SiteCurve
-from compresskit.layerwise.sensitivity import Fisher, Group, collect_fisher
+from compresskit.layerwise.ranks import Group, SiteCurve
+from compresskit.layerwise.sensitivity import Fisher, collect_fisher
 from compresskit.layerwise.trials import Trials, trial_weight
 from compresskit.layerwise.walk import SiteMoments, Walk
 from compresskit.layerwise.weights import layer_bias, row_indices, stacked_weight
@@ -29,7 +30,7 @@ from compresskit.student import Student
 from compresskit.surgery.sites import Site
 
 #: Raised by one whenever the same model and text would give another survey.
-VERSION = 4
+VERSION = 5
 #: Calibration tokens that each look reads: gradients, moments, trials.
 FISHER_TOKENS, WALK_TOKENS, TRIAL_TOKENS = 4096, 4096, 512
 #: Tokens whose graph is in memory for a backward pass.
@@ -92,7 +93,9 @@ def token_sequences(student: Student) -> Sequences:
     if not isinstance(text, Sequences):
         raise CompressKitError(
             "what the model's answer feels is measured on text, and this model reads none",
-            fix="say allocation: uniform, and a metric or score that needs no gradients",
+            where="data.calibration",
+            fix="leave out what measures it: for low_rank say allocation: uniform, metric: output and share: true; for "
+            "prune_width allocation: uniform and score: flap; for quantize a number of bits",
         )
     require_tokens(text)
     return text
@@ -107,9 +110,10 @@ def survey_fingerprint(student: Student, options: str) -> str:
 
 
 def first_tokens(sequences: Sequences, tokens: int) -> Sequences:
-    """The first sequences that hold about `tokens` tokens; at least two."""
-    longest = max(1, *(len(row) for row in sequences.rows))
-    return sequences.limit(max(2, tokens // longest))
+    """The first sequences that hold `tokens` tokens together, or all; at least two."""
+    together = accumulate(len(row) for row in sequences.rows)
+    enough = next((count for count, total in enumerate(together, 1) if total >= tokens), len(sequences))
+    return sequences.limit(max(2, enough))
 
 
 def trial_batches(student: Student) -> list[Batch]:

@@ -78,13 +78,12 @@ class BlockBatch:
     Attributes:
         run: what the student's block gives for it as it is now, (batch, length, width).
         target: what the original's gave, of the same shape.
-        fit_rows, held_out_rows: flat indices of real tokens.
+        rows: flat indices of real tokens.
     """
 
     run: Callable[[], Tensor]
     target: Tensor
-    fit_rows: Tensor
-    held_out_rows: Tensor
+    rows: Tensor
 
 
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -316,7 +315,11 @@ class Walk:
     def _block_batches(self, index: int, lanes: list[_Lane]) -> list[BlockBatch]:
         block = self._student.model.get_submodule(self._blocks[index])
         return [
-            BlockBatch(partial(lane.run, block, index, lane.student), lane.original, lane.fit_rows, lane.held_out_rows)
+            BlockBatch(
+                partial(lane.run, block, index, lane.student),
+                lane.original,
+                torch.cat([lane.fit_rows, lane.held_out_rows]),
+            )
             for lane in lanes
             if lane.original is not None
         ]

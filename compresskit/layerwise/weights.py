@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from compresskit.errors import CompressKitError
 from compresskit.layers.linear import layer_widths
 from compresskit.layers.low_rank import LowRankLinear
 from compresskit.layers.pivoted_linear import PivotedLinear, pivot_columns
@@ -94,3 +95,24 @@ def set_bias(layer: nn.Module, bias: Tensor) -> None:
     """Write the bias (O,) of a layer that has one."""
     linear = layer.expand if isinstance(layer, LowRankLinear) else layer
     linear.bias.copy_(bias)  # type: ignore[union-attr,operator]
+
+
+def require_finite(model: nn.Module, names: list[str]) -> None:
+    """Refuse weights that nothing can be fitted to.
+
+    Raises:
+        CompressKitError: NaN or infinity in the weight of any of `names`; all are listed.
+    """
+    broken = []
+    for name in names:
+        weight = model.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        count = int((~torch.isfinite(weight)).sum())
+        if count:
+            broken.append(f"{name}: {count} of {weight.numel()}")
+    if broken:
+        listed = "\n    ".join(broken)
+        raise CompressKitError(
+            f"{len(broken)} layers have weights that are NaN or infinite:\n    {listed}",
+            fix="use intact weights, or leave these layers out of targets",
+        )

@@ -15,6 +15,7 @@ not a number a row; linears of an input site share A where that is predicted to 
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, ClassVar, Literal
@@ -29,8 +30,10 @@ from compresskit.layers.low_rank import LowRankLinear
 from compresskit.layerwise.objective import fit_weight
 from compresskit.layerwise.output_pca import solve_output_pca, squared_error
 from compresskit.layerwise.ranks import (
+    Group,
     Ranks,
     SiteCurve,
+    SiteOption,
     allocate_ranks,
     break_even_rank,
     even_ranks,
@@ -39,10 +42,16 @@ from compresskit.layerwise.ranks import (
     site_options,
 )
 from compresskit.layerwise.refine import refine_block
-from compresskit.layerwise.sensitivity import Group
 from compresskit.layerwise.survey import Survey, take_survey
 from compresskit.layerwise.walk import BlockBatch, SiteMoments, Walk
-from compresskit.layerwise.weights import layer_bias, row_indices, set_bias, set_factors, stacked_weight
+from compresskit.layerwise.weights import (
+    layer_bias,
+    require_finite,
+    row_indices,
+    set_bias,
+    set_factors,
+    stacked_weight,
+)
 from compresskit.passes.base import PASSES, Part, Pass, Trait
 from compresskit.student import Student
 from compresskit.surgery.edits import Edit, MakeLowRank
@@ -77,7 +86,8 @@ class LowRank(Pass):
     )
     share: Literal["auto"] | bool = Field(
         default="auto",
-        description="linears that read the same input share their first factor; auto: where it is better",
+        description="linears that read the same input share their first factor; auto: where it is better at equal "
+        "weights, and not at a given rank",
     )
     bias: bool = Field(default=True, description="give a bias to layers that have none, to fold the mean into")
     anchor: float = Field(
@@ -92,19 +102,27 @@ class LowRank(Pass):
     refine_rounds: int = Field(default=8, ge=1, description="of refine: passes over the calibration text in each block")
     on_misfit: Literal["error", "keep"] = Field(
         default="error",
-        description="a layer whose factors would save nothing: an error, or it stays dense and is listed",
+        description="a layer that cannot be factorised, or that factors of its even share or of the given rank would "
+        "not make smaller: an error, or it stays dense and is listed",
     )
 
     adds: ClassVar[frozenset[Trait]] = frozenset({"low_rank"})
     refuses: ClassVar[frozenset[Trait]] = frozenset({"quantized"})
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     needs: ClassVar[frozenset[Part]] = frozenset({"calibration"})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_rank_is_uniform(cls, said: Any) -> Any:
+        if isinstance(said, dict) and said.get("rank") is not None:
+            return {"allocation": "uniform"} | said
+        return said
 
     @model_validator(mode="after")
     def _one_size(self) -> "LowRank":
         if (self.keep is None) == (self.rank is None):
             raise ValueError("give either keep or rank")
-        if self.rank and "allocation" in self.model_fields_set and self.allocation != "uniform":
+        if self.rank and self.allocation != "uniform":
             raise ValueError(f"allocation: {self.allocation} spreads a share of the weights; give keep instead of rank")
         return self
 
@@ -114,22 +132,28 @@ class LowRank(Pass):
 
     @property
     def _share(self) -> bool | None:
-        return None if self.share == "auto" else self.share
+        return self.share if isinstance(self.share, bool) else False if self.rank else None
 
     def plan(self, model: nn.Module) -> list[Edit]:
         """The edits of an even spread, shared wherever sharing is left open: the data decide which ranks it will be.
 
         The weights add up to about the same; only `allocation: uniform` with `share: true` or `false` has these shapes.
+
+        Raises:
+            CompressKitError: layers that cannot be factorised; a budget that no ranks meet.
         """
         sites, _ = self._sites(model)
-        return [self._edit(group, rank) for site in sites for group, rank in self._even(model, site)]
+        if self._allocates:
+            self._check_budget([_hollow_curve(model, site) for site in sites])
+        even = (choice for site in sites for choice in self._even(model, site))
+        return [self._edit(group, rank) for group, rank in even if rank <= self._break_even(model, group)]
 
     def _edit(self, group: Group, rank: int) -> MakeLowRank:
         return MakeLowRank(targets=group, rank=rank, bias=self.bias, pivot=self.pivot)
 
     def _even(self, model: nn.Module, site: Site) -> Ranks:
         """The ranks of one site at its own share of the weights, as shapes alone tell."""
-        groups = [(name,) for name in site.linears] if self.share is False else [site.linears]
+        groups = [(name,) for name in site.linears] if self._share is False else [site.linears]
         return tuple((group, self._rank(*_shape(model, group))) for group in groups)
 
     def _rank(self, rows: int, columns: int) -> int:
@@ -159,10 +183,11 @@ class LowRank(Pass):
                 found.append(part)
         if misfits and self.on_misfit == "error":
             listed = "\n    ".join(f"{name} {why}" for name, why in misfits.items())
+            fixes = ["lower keep or rank"] if any("saves nothing" in why for why in misfits.values()) else []
             raise CompressKitError(
                 f"{len(misfits)} of the targeted layers cannot be factorised:\n    {listed}",
                 where="targets",
-                fix="lower keep or rank, narrow targets, or say on_misfit: keep",
+                fix=", ".join([*fixes, "narrow targets, or say on_misfit: keep"]),
             )
         return found, list(misfits)
 
@@ -170,17 +195,24 @@ class LowRank(Pass):
         """The layers of a site whose factors would save nothing, and why."""
         found: dict[str, str] = {}
         for group, rank in self._even(model, site):
-            rows, columns = _shape(model, group)
-            limit = break_even_rank(rows, columns, pivot=self.pivot)
+            limit = self._break_even(model, group)
             if rank > limit:
-                found |= dict.fromkeys(group, f"({rows}x{columns}): rank {rank} saves nothing above {limit}")
+                rows, columns = _shape(model, group)
+                shape = f"{rows}x{columns}" + (f", {len(group)} layers that share a factor" if len(group) > 1 else "")
+                found |= dict.fromkeys(group, f"({shape}): rank {rank} saves nothing above {limit}")
         return found
+
+    def _break_even(self, model: nn.Module, group: Group) -> int:
+        return break_even_rank(*_shape(model, group), pivot=self.pivot)
 
     def apply(self, student: Student, *, generator: torch.Generator) -> dict[str, Any]:
         """Survey the sites where anything is left open, choose ranks, then walk the blocks and factorise each site."""
         sites, kept_dense = self._sites(student.model)
         if not sites:
+            if kept_dense:
+                LOG.warning("low_rank: nothing was factorised, all %d targeted layers stay dense", len(kept_dense))
             return {"layers": {}, "kept_dense": kept_dense}
+        require_finite(student.model, [name for site in sites for name in site.linears])
         survey = self._survey(student, sites, generator)
         ranks = self._choose(student.model, sites, survey)
         factorised = {name for choice in ranks for group, _ in choice for name in group}
@@ -189,7 +221,7 @@ class LowRank(Pass):
         refined: dict[str, dict[str, Any]] = {}
         choices = {site: choice for site, choice in zip(sites, ranks, strict=True) if choice}
         summary = _summary(student.model, sites, ranks, pivot=self.pivot)
-        _log_choice(sites, ranks, summary)
+        _log_choice(sites, ranks, summary, kept_dense)
 
         def solve(site: Site, moments: SiteMoments) -> None:
             layers.update(self._factorise(student, site, choices[site], moments, survey))
@@ -206,7 +238,7 @@ class LowRank(Pass):
         return {"layers": layers, "kept_dense": kept_dense, "allocation": summary, "refined": refined}
 
     def _survey(self, student: Student, sites: list[Site], generator: torch.Generator) -> Survey:
-        if not self._allocates and self.metric == "output" and self.share != "auto":
+        if not self._allocates and self.metric == "output" and self._share is not None:
             return Survey({}, {})
         return take_survey(
             student,
@@ -221,29 +253,42 @@ class LowRank(Pass):
         """The ranks of each site.
 
         Raises:
-            CompressKitError: a budget that the floor or the smallest ranks do not leave room for.
+            CompressKitError: as `_check_budget`.
         """
         if not survey.curves or (not self._allocates and self._share is False):
             return [self._even(model, site) for site in sites]
         curves = [survey.curves[site.linears] for site in sites]
         if not self._allocates or self.keep is None:
             return [self._even_shared(curve) for curve in curves]
-        options = [
-            site_options(
-                curve, share=self._share, pivot=self.pivot, round_to=self.round_to, floor=self.floor * self.keep
-            )
-            for curve in curves
-        ]
-        total = sum(curve.dense_weights for curve in curves)
-        try:
-            return allocate_ranks(options, int(self.keep * total))
-        except ValueError as error:
-            least = sum(min(option.cost for option in site) for site in options) / total
-            raise CompressKitError(
-                f"keep {self.keep:g} of {total} weights cannot be met: the smallest factors hold {least:.3f} of them",
-                where="keep",
-                fix=f"use keep: {least:.2f} or more, a smaller round_to, or a lower floor",
-            ) from error
+        self._check_budget(curves)
+        return allocate_ranks(self._options(curves, self.keep), _budget(curves, self.keep))
+
+    def _options(self, curves: Sequence[SiteCurve], keep: float) -> list[list[SiteOption]]:
+        form: dict[str, Any] = {"share": self._share, "pivot": self.pivot, "round_to": self.round_to}
+        return [site_options(curve, floor=self.floor * keep, **form) for curve in curves]
+
+    def _check_budget(self, curves: Sequence[SiteCurve]) -> None:
+        """Refuse a budget below what the cheapest choices of all sites weigh, which shapes alone tell.
+
+        Raises:
+            CompressKitError: it is; the fix names a share that can be met (the floor rises with it).
+        """
+
+        def least(keep: float) -> int:
+            return sum(min(option.cost for option in site) for site in self._options(curves, keep))
+
+        keep = self.keep or 1.0
+        if not curves or least(keep) <= _budget(curves, keep):
+            return
+        tried = (percent / 100 for percent in range(math.ceil(100 * keep), 101))
+        enough = next(share for share in tried if least(share) <= _budget(curves, share))
+        total = _budget(curves, 1.0)
+        raise CompressKitError(
+            f"keep {keep:g} of {total} weights cannot be met: the smallest factors hold {least(keep) / total:.3f} of "
+            "them",
+            where="keep",
+            fix=f"use keep: {enough:g} or more, a smaller round_to, or a lower floor",
+        )
 
     def _even_shared(self, curve: SiteCurve) -> Ranks:
         rank = self._rank(sum(curve.outputs), curve.inputs)
@@ -267,7 +312,8 @@ class LowRank(Pass):
         for group, rank in ranks:
             rows = torch.cat([rows_of[site.linears.index(name)] for name in group])
             metric = survey.fisher[group].metric(weight[rows]) if survey.fisher else None
-            B, A = solve_output_pca(target[rows], moment=mean.C, metric=metric).factors(rank)
+            pca = solve_output_pca(target[rows], moment=mean.C, metric=metric)
+            B, A = pca.factors(rank)
             student.edit(self._edit(group, rank))
             new_bias = mean.nu[rows] - B @ (A @ mean.mu) if centred else bias
             _fill(student.model, group, B, A, new_bias if centred or bias is None else bias[rows])
@@ -275,6 +321,7 @@ class LowRank(Pass):
             lost = squared_error(target[rows], B @ A, mean.C)
             notes[" + ".join(group)] = {
                 "rank": rank,
+                "predicted_error": float(pca.tail[rank]),
                 "relative_error": (max(lost, 0.0) / power) ** 0.5 if power > 0 else 0.0,
                 "shrinkage": None if shrinkage == float("inf") else shrinkage,
             }
@@ -294,6 +341,18 @@ def _shape(model: nn.Module, group: Group) -> tuple[int, int]:
     """Outputs of all layers of a group together, and their inputs."""
     layers = [model.get_submodule(name) for name in group]
     return sum(int(layer.out_features) for layer in layers), int(layers[0].in_features)  # type: ignore[arg-type]
+
+
+def _hollow_curve(model: nn.Module, site: Site) -> SiteCurve:
+    """A site's shapes with no errors: what its ranks weigh, and nothing of what they lose."""
+    shapes = [_shape(model, (name,)) for name in site.linears]
+    rows, columns = sum(outputs for outputs, _ in shapes), shapes[0][1]
+    alone = tuple((0.0,) * (min(shape) + 1) for shape in shapes) if len(shapes) > 1 else ()
+    return SiteCurve(site.linears, tuple(o for o, _ in shapes), columns, (0.0,) * (min(rows, columns) + 1), alone)
+
+
+def _budget(curves: Sequence[SiteCurve], keep: float) -> int:
+    return int(keep * sum(curve.dense_weights for curve in curves))
 
 
 def _fill(model: nn.Module, group: Group, B: Tensor, A: Tensor, bias: Tensor | None) -> None:
@@ -317,9 +376,11 @@ def _summary(model: nn.Module, sites: Sequence[Site], ranks: Sequence[Ranks], *,
     return {"weights_before": before, "weights_after": after}
 
 
-def _log_choice(sites: Sequence[Site], ranks: Sequence[Ranks], summary: dict[str, int]) -> None:
+def _log_choice(sites: Sequence[Site], ranks: Sequence[Ranks], summary: dict[str, int], kept_dense: list[str]) -> None:
     """The allocation, a line a site."""
-    LOG.info("%d of %d weights stay:", summary["weights_after"], summary["weights_before"])
+    LOG.info("low_rank: %d of %d weights stay", summary["weights_after"], summary["weights_before"])
     for site, choice in zip(sites, ranks, strict=True):
         said = ", ".join(f"rank {rank} for {' + '.join(group)}" for group, rank in choice)
         LOG.info("  %s", said or f"dense: {', '.join(site.linears)}")
+    if kept_dense:
+        LOG.info("low_rank: %d of the targeted layers stay dense: %s", len(kept_dense), ", ".join(kept_dense))

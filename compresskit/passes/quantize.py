@@ -32,13 +32,12 @@ from compresskit.evaluate import state_dict_bytes
 from compresskit.layers.operators import BLOCK_SIZES
 from compresskit.layerwise.objective import fit_weight
 from compresskit.layerwise.walk import SiteMoments, Walk
-from compresskit.layerwise.weights import layer_bias, stacked_weight
+from compresskit.layerwise.weights import layer_bias, require_finite, stacked_weight
 from compresskit.passes.base import PASSES, Part, Pass, Trait
 from compresskit.passes.quantize_bits import Budget, choose_bits, choose_evenly, held_bytes
 from compresskit.passes.quantize_grids import GroupSize, Override, Plan, Wanted, plan_grids
 from compresskit.passes.quantize_rounding import (
     RoundingProblem,
-    require_finite,
     round_outside,
     round_site,
     round_table,

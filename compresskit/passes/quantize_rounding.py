@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from compresskit.errors import CompressKitError
 from compresskit.layers.grid import Codes, encode, find_scales
 from compresskit.layers.int8_linear import Int8Linear
 from compresskit.layers.quant_embedding import QuantEmbedding
@@ -154,24 +153,3 @@ def _relative_error(weight: Tensor, rounded: Tensor, mean: MeanMoments | None) -
         lost = squared_error(weight, rounded, mean.C)
         power = squared_error(weight, torch.zeros_like(weight), mean.C)
     return math.sqrt(max(lost, 0.0) / power) if power > 0 else 0.0
-
-
-def require_finite(model: nn.Module, names: list[str]) -> None:
-    """Refuse weights that no integer stands for.
-
-    Raises:
-        CompressKitError: NaN or infinity in the weight of any of `names`; all are listed.
-    """
-    broken = []
-    for name in names:
-        weight = model.get_submodule(name).weight
-        assert isinstance(weight, Tensor)
-        count = int((~torch.isfinite(weight)).sum())
-        if count:
-            broken.append(f"{name}: {count} of {weight.numel()}")
-    if broken:
-        listed = "\n    ".join(broken)
-        raise CompressKitError(
-            f"{len(broken)} layers have weights that are NaN or infinite:\n    {listed}",
-            fix="use intact weights, or leave these layers out of targets",
-        )

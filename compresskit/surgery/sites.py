@@ -324,7 +324,7 @@ def select(names: list[str], pattern: str, *, where: str = "targets") -> list[st
             raise CompressKitError(what, fix="leave this pass out; `compresskit modules MODEL` lists the layers")
         near = did_you_mean(pattern.strip("*."), names) or names[0]
         raise CompressKitError(
-            f"{where} {pattern!r} match no module",
-            fix=f"names look like {near!r}; `compresskit modules MODEL` lists them",
+            f"{where} {pattern!r} match no module of the {len(names)} that this pass works on",
+            fix=f"their names look like {near!r}; `compresskit modules MODEL` lists all",
         )
     return chosen

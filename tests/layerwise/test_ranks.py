@@ -112,3 +112,17 @@ def test_trials_scale_predictions_and_meet_the_measured_losses():
     assert 0.05 < tried.loss(0.2) < 2.0
     assert tried.loss(1.0) == pytest.approx(4.0), "beyond the trials the nearest ratio holds"
     assert tried.loss(0.0) == 0
+
+
+def test_trials_are_of_the_whole_site_so_they_never_decide_between_sharing_and_not():
+    """Whatever bend the trials have, equal predicted errors cost the same, shared or apart."""
+    for trials in (((1.0, 1.0), (0.1, 0.03)), ((1.0, 1.0), (0.1, 0.3))):
+        one = curve(trials=trials)
+        for option in site_options(one, share=False, pivot=True, round_to=4, floor=0.0):
+            apart = sum(one.separate[NAMES.index(group[0])][k] for group, k in option.ranks)
+            assert option.loss == pytest.approx(one.loss(apart))
+
+
+def test_a_site_that_trials_do_not_feel_costs_next_to_nothing():
+    unfelt = curve(trials=((0.3, 0.0), (0.1, 0.0)))
+    assert 0 < unfelt.loss(0.1) < unfelt.loss(0.3) < 1e-6
