@@ -363,9 +363,9 @@ def test_what_an_impossible_budget_is_told_to_use_is_possible():
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_a_plan_leaves_out_what_factors_would_not_make_smaller(family):
-    """Ranks of 24 would not save in the square layers: they stay dense, and the wide ones make up for it."""
+    """A rank of 20 saves nothing in the square layers: they stay dense."""
     model = tiny(family)
-    step = LowRank(keep=0.9, round_to=24, pivot=False)
+    step = LowRank(keep=0.95, round_to=20, pivot=False)
     edits = step.plan(model)
     replay(edits, model)
     assert 0 < sum(len(edit.targets) for edit in edits) < len(find_anatomy(model).linears())
@@ -451,7 +451,7 @@ def test_refinement_finds_factors_again_that_were_disturbed():
     def finish(block, batches):
         generator = torch.Generator().manual_seed(0)
         done.append(
-            refine_block(student.model.get_submodule(block), batches, rounds=30, metric=None, generator=generator)
+            refine_block(student.model.get_submodule(block), batches, rounds=200, metric=None, generator=generator)
         )
 
     site = next(
