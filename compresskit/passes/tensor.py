@@ -5,8 +5,9 @@
     convolution   y = W ∗ x    →   1×1, small core, 1×1         Tucker
                                →   1×1, taps of each axis, 1×1  CP
 
-An output head that is tied to a table uses the same factors. The mathematics is in `tensor_tables` and `tensor_convs`,
-with its sources; what a convolution should give is the anchored target of `layerwise.objective`.
+What is tied to a table, an output head or the tables of an encoder and a decoder, uses the same factors. The
+mathematics is in `tensor_tables` and `tensor_convs`, with its sources; what a convolution should give is the anchored
+target of `layerwise.objective`.
 
 When not: on the linears of transformers, which this pass leaves alone. Tucker, CP and tensor trains lose there to
 activation-aware low rank at equal size (arXiv:2606.03465); use `low_rank`. Tensor trains of trained tables too are
@@ -70,7 +71,7 @@ from compresskit.passes.tensor_tables import (
 from compresskit.progress import track, working
 from compresskit.student import Student
 from compresskit.surgery.edits import Edit, table_multiplier
-from compresskit.surgery.sites import select, tied_heads
+from compresskit.surgery.sites import select, tied_modules
 from compresskit.surgery.tensor_edits import MakeCPConv, MakeLowRankTable, MakeTensorTrain, MakeTuckerConv
 
 # Ranks of tied tables are multiples of it: a later quantiser holds rows whose groups the head can read too.
@@ -111,6 +112,7 @@ class TensorDecomposition(Pass):
 
     adds: ClassVar[frozenset[Trait]] = frozenset({"decomposed"})
     refuses: ClassVar[frozenset[Trait]] = frozenset({"quantized"})
+    version: ClassVar[int] = 2
     needs: ClassVar[frozenset[Part]] = frozenset({"calibration"})
 
     def plan(self, model: nn.Module) -> list[Edit]:
@@ -168,12 +170,21 @@ class TensorDecomposition(Pass):
             return self._conv_edit(name, module)
         if not isinstance(module, nn.Embedding) or table_multiplier(module) != 1:
             return f"is a {type(module).__name__}, which does more than look rows up"
-        heads = [head for own, head in tied_heads(model) if own == name]
-        return self._table_edit(name, module, heads) if len(heads) < 2 else f"is tied to {len(heads)} heads"
+        tied = tied_modules(model, name)
+        heads = [own for own, other in tied.items() if isinstance(other, nn.Linear)]
+        tables = [
+            own for own, other in tied.items() if isinstance(other, nn.Embedding) and table_multiplier(other) == 1
+        ]
+        others = [own for own in tied if own not in (*heads, *tables)]
+        if others or len(heads) > 1:
+            return f"is tied to {', '.join(others or heads)}: factors are shared with plain tables and one head alone"
+        return self._table_edit(name, module, heads, tuple(tables))
 
-    def _table_edit(self, name: str, table: nn.Embedding, heads: list[str]) -> _TableEdit | str:
+    def _table_edit(
+        self, name: str, table: nn.Embedding, heads: list[str], others: tuple[str, ...]
+    ) -> _TableEdit | str:
         rows, columns = table.num_embeddings, table.embedding_dim
-        said: dict[str, Any] = {"target": name, "head": heads[0] if heads else None}
+        said: dict[str, Any] = {"target": name, "head": heads[0] if heads else None, "tables": others}
         if self.embeddings == "low_rank":
             rank = rank_for(self.keep, rows, columns, round_to=self.round_to or (_TIED_MULTIPLE if heads else None))
             if rank <= break_even_rank(rows, columns):

@@ -173,7 +173,7 @@ METHODS = [{"embeddings": "low_rank", "round_to": 2}, {"embeddings": "tensor_tra
 
 
 @pytest.mark.parametrize("options", METHODS)
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gemma3"])
+@pytest.mark.parametrize("family", [*(name for name in FAMILIES if name != "gemma3"), "t5", "bart"])
 def test_more_weights_lose_less_in_every_architecture(family, options):
     original = tiny(family)
     lost = []
@@ -181,7 +181,8 @@ def test_more_weights_lose_less_in_every_architecture(family, options):
         student = student_of(original)
         notes = TensorDecomposition(keep=keep, **options).apply(student, generator=torch.Generator())
         saved = count_parameters(original) - count_parameters(student.model)
-        assert saved >= (1 - keep) * 96 * 32 * 0.9, "what the head shares is held once"
+        assert saved >= (1 - keep) * 96 * 32 * 0.9, "what is tied to the table is held once"
+        assert not torch.equal(answer(student.model), answer(original)), "what the model reads is in factors"
         (layer,) = notes["layers"].values()
         assert 0 < layer["relative_error"] < 1
         lost.append(layer["relative_error"])
@@ -212,6 +213,37 @@ def test_shared_factors_are_stored_once_and_stay_shared_after_loading_and_traini
     assert count_parameters(model) == count_parameters(student.model)
     head = {parameter.data_ptr() for parameter in model.lm_head.parameters()}
     assert head == {parameter.data_ptr() for parameter in model.model.embed_tokens.parameters()}
+
+
+@pytest.mark.parametrize("options", METHODS)
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_all_tables_that_are_tied_look_up_in_the_same_factors_which_are_stored_once(family, options, tmp_path):
+    student = tiny_student(family)
+    names = [name for name, module in student.model.named_modules() if name.endswith(("shared", "embed_tokens"))]
+    assert len(names) > 1
+    TensorDecomposition(keep=0.5, **options).apply(student, generator=torch.Generator())
+    expanded = student.model.get_submodule(names[0])(torch.arange(96)).detach()
+    dense = copy.deepcopy(student.original)
+    dense.get_submodule(names[0]).weight.data.copy_(expanded)
+    torch.testing.assert_close(answer(student.model), answer(dense), atol=1e-5, rtol=1e-5)
+    save_student(student, tmp_path)
+    prove_reloads(student, tmp_path)
+    model, _ = load_student_model(tmp_path, student.task)
+    for one in (student.model, model):
+        held = [{parameter.data_ptr() for parameter in one.get_submodule(name).parameters()} for name in names]
+        assert all(each == held[0] for each in held)
+
+
+def test_a_table_that_is_tied_to_more_than_plain_tables_and_one_head_is_refused():
+    model = tiny("llama")
+    model.second_head = torch.nn.Linear(32, 96, bias=False)
+    model.second_head.weight = model.model.embed_tokens.weight
+    with pytest.raises(CompressKitError, match=r"is tied to lm_head, second_head: factors are shared with"):
+        TensorDecomposition(keep=0.5).plan(model)
+    model = tiny("bart")
+    model.encoder.embed_tokens.embed_scale = 2.0
+    with pytest.raises(CompressKitError, match=r"shared is tied to encoder.embed_tokens: factors"):
+        TensorDecomposition(keep=0.5).plan(model)
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
