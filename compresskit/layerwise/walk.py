@@ -386,9 +386,8 @@ class Walk:
             return torch.cat(given, dim=1) + self._anchor * (was[rows] - now[rows])
         keep = self._provenance.left_of
         y0 = [keep(name.removesuffix(".expand"), lane.beside[self._original_name(name)][rows]) for name in site.linears]
-        return (
-            torch.lerp(torch.cat(given, dim=1), torch.cat(y0, dim=1), self._anchor) if given else torch.cat(y0, dim=1)
-        )
+        target = torch.cat(y0, dim=1)
+        return torch.lerp(torch.cat(given, dim=1), target, self._anchor) if given else target
 
 
 def _parts(rows: Tensor, width: int) -> tuple[Tensor, ...]:
