@@ -9,6 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordPiece
 from transformers import (
+    BartConfig,
     BertConfig,
     DistilBertConfig,
     Gemma3TextConfig,
@@ -79,6 +80,21 @@ OTHERS: dict[str, PretrainedConfig] = {
         num_labels=5,
     ),
 }
+#: Whose encoder and decoder have tables of their own, tied to one.
+ENCODER_DECODERS: dict[str, PretrainedConfig] = {
+    "bart": BartConfig(
+        vocab_size=96,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        max_position_embeddings=64,
+        pad_token_id=0,
+    ),
+}
 _TASKS = {"gpt2": "text-generation", "t5": "token-classification", "vit": "image-classification"}
 
 
@@ -100,7 +116,7 @@ def random_model(auto: Any, config: PretrainedConfig, seed: int = 0, *, scale: f
 
 def tiny(family: str, seed: int = 0, **changes: int) -> PreTrainedModel:
     """The random model of a family; `changes` go to its config."""
-    config = copy.deepcopy({**FAMILIES, **OTHERS}[family])
+    config = copy.deepcopy({**FAMILIES, **OTHERS, **ENCODER_DECODERS}[family])
     config.update(changes)
     return random_model(TASKS[task_of(family)], config, seed)
 

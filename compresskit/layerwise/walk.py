@@ -167,11 +167,27 @@ def _block_calls(model: nn.Module, blocks: Sequence[str], batch: Batch) -> tuple
     return calls, first[0]
 
 
-def _split_rows(batch: Batch, tokens: torch.Size, first_sequence: int, period: int) -> tuple[Tensor, Tensor]:
-    """Flat indices of real ones among (batch, length) tokens: of all sequences but every `period`-th, and of these."""
+def held_out(calibration: Examples) -> Tensor:
+    """Which examples are kept apart to choose the shrinkage by, (examples,) bool: every fourth; of fewer, the last.
+
+    Raises:
+        CompressKitError: one example.
+    """
+    count = len(calibration)
+    if count < LEAST_CALIBRATION:
+        raise CompressKitError(
+            "one calibration example is too few: some are fitted on, others choose how far to trust the fit",
+            where="data.calibration",
+            fix=f"use calibration: {LEAST_CALIBRATION} or more (hundreds are better)",
+        )
+    period = min(4, count)
+    return torch.arange(count) % period == period - 1
+
+
+def _split_rows(batch: Batch, tokens: torch.Size, held: Tensor) -> tuple[Tensor, Tensor]:
+    """Flat indices of real ones among (batch, length) tokens: of sequences that are not `held` (batch,), and are."""
     real = real_tokens(batch, tokens)
-    held = (torch.arange(first_sequence, first_sequence + len(real)) % period == period - 1)[:, None]
-    return (real & ~held).flatten().nonzero()[:, 0], (real & held).flatten().nonzero()[:, 0]
+    return (real & ~held[:, None]).flatten().nonzero()[:, 0], (real & held[:, None]).flatten().nonzero()[:, 0]
 
 
 class Walk:
@@ -264,13 +280,7 @@ class Walk:
         student, original = self._student.model, self._student.reference
         lanes, sequences = [], 0
         calibration = self._student.corpus.calibration.by_length()
-        if len(calibration) < LEAST_CALIBRATION:
-            raise CompressKitError(
-                "one calibration sequence is too few: some are fitted on, others choose how far to trust the fit",
-                where="data.calibration",
-                fix=f"use calibration: {LEAST_CALIBRATION} or more (hundreds are better)",
-            )
-        period = min(4, len(calibration))
+        held = held_out(calibration)
         for batch in calibration.batches(max(1, self._batch_tokens // self._longest(calibration))):
             calls, hidden = _block_calls(student, self._blocks, batch)
             original_calls, beside = calls, None
@@ -278,7 +288,7 @@ class Walk:
                 other = self._original_blocks != self._blocks
                 original_calls, beside = _block_calls(original, self._original_blocks[: None if other else 1], batch)
                 original_calls = original_calls if other else calls
-            split = _split_rows(batch, hidden.shape[:2], sequences, period)
+            split = _split_rows(batch, hidden.shape[:2], held[sequences : sequences + len(hidden)])
             lanes.append(_Lane(calls, original_calls, hidden, beside, *split))
             sequences += len(hidden)
         return lanes
@@ -377,12 +387,10 @@ class Walk:
         if site.writes_stream:
             was, now = lane.beside[f"{self._original_name(first)}+"], _flat(watch.streams[first])
             return torch.cat(given, dim=1) + self._anchor * (was[rows] - now[rows])
-        y0 = torch.cat([self._keep(name, lane.beside[self._original_name(name)][rows]) for name in site.linears], dim=1)
-        return torch.lerp(torch.cat(given, dim=1), y0, self._anchor) if given else y0
-
-    def _keep(self, name: str, outputs: Tensor) -> Tensor:
-        kept = self._provenance.kept.get(self._original_name(name))
-        return outputs if kept is None else outputs[:, kept]
+        keep = self._provenance.left_of
+        y0 = [keep(name.removesuffix(".expand"), lane.beside[self._original_name(name)][rows]) for name in site.linears]
+        target = torch.cat(y0, dim=1)
+        return torch.lerp(torch.cat(given, dim=1), target, self._anchor) if given else target
 
 
 def _parts(rows: Tensor, width: int) -> tuple[Tensor, ...]:

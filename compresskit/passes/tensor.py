@@ -5,15 +5,17 @@
     convolution   y = W ∗ x    →   1×1, small core, 1×1         Tucker
                                →   1×1, taps of each axis, 1×1  CP
 
-An output head that is tied to a table uses the same factors. The mathematics is in `tensor_tables` and `tensor_convs`,
-with its sources; what a convolution should give is the anchored target of `layerwise.objective`.
+What is tied to a table, an output head or the tables of an encoder and a decoder, uses the same factors. The
+mathematics is in `tensor_tables` and `tensor_convs`, with its sources; what a convolution should give is the anchored
+target of `layerwise.objective`.
 
 When not: on the linears of transformers, which this pass leaves alone. Tucker, CP and tensor trains lose there to
 activation-aware low rank at equal size (arXiv:2606.03465); use `low_rank`. Tensor trains of trained tables too are
 further from the original than frequency-weighted low rank of the same size, and slower: the default is low rank. A
 convolution with few input channels (a patch embedding) has no input mode to cut, and Tucker is low rank there. Without
 training the loss is large wherever spectra are flat, as those of trained tables are: `quantize` to 8 bit saves three
-quarters of a table for next to nothing. The report prints plain low rank of equal size beside everything.
+quarters of a table for next to nothing. The report prints low rank of equal size beside everything: `plain_low_rank`,
+truncated SVD, of tables, and `output_pca`, on the same inputs, of convolutions.
 """
 
 import math
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compresskit.data import token_rows
+from compresskit.data.sequences import require_tokens
 from compresskit.errors import CompressKitError
 from compresskit.layers.factored_conv import (
     Conv,
@@ -41,16 +44,15 @@ from compresskit.layers.low_rank_embedding import LowRankEmbedding
 from compresskit.layers.tensor_train import TensorTrainEmbedding
 from compresskit.layerwise.moments import Moments
 from compresskit.layerwise.objective import fit_weight, folded_bias
-from compresskit.layerwise.output_pca import solve_output_pca
+from compresskit.layerwise.output_pca import solve_output_pca, squared_error
 from compresskit.layerwise.probe import probe
 from compresskit.layerwise.ranks import break_even_rank, rank_for
-from compresskit.layerwise.walk import LEAST_CALIBRATION, SiteMoments
+from compresskit.layerwise.walk import SiteMoments, held_out
 from compresskit.passes.base import PASSES, Part, Pass, Trait
 from compresskit.passes.tensor_convs import (
     components,
     cp_factors,
     cp_rank,
-    map_error,
     patches,
     tucker_factors,
     tucker_ranks,
@@ -70,7 +72,8 @@ from compresskit.passes.tensor_tables import (
 from compresskit.progress import track, working
 from compresskit.student import Student
 from compresskit.surgery.edits import Edit, table_multiplier
-from compresskit.surgery.sites import select, tied_heads
+from compresskit.surgery.provenance import Provenance
+from compresskit.surgery.sites import select, tied_modules
 from compresskit.surgery.tensor_edits import MakeCPConv, MakeLowRankTable, MakeTensorTrain, MakeTuckerConv
 
 # Ranks of tied tables are multiples of it: a later quantiser holds rows whose groups the head can read too.
@@ -111,6 +114,7 @@ class TensorDecomposition(Pass):
 
     adds: ClassVar[frozenset[Trait]] = frozenset({"decomposed"})
     refuses: ClassVar[frozenset[Trait]] = frozenset({"quantized"})
+    version: ClassVar[int] = 2
     needs: ClassVar[frozenset[Part]] = frozenset({"calibration"})
 
     def plan(self, model: nn.Module) -> list[Edit]:
@@ -168,12 +172,21 @@ class TensorDecomposition(Pass):
             return self._conv_edit(name, module)
         if not isinstance(module, nn.Embedding) or table_multiplier(module) != 1:
             return f"is a {type(module).__name__}, which does more than look rows up"
-        heads = [head for own, head in tied_heads(model) if own == name]
-        return self._table_edit(name, module, heads) if len(heads) < 2 else f"is tied to {len(heads)} heads"
+        tied = tied_modules(model, name)
+        heads = [own for own, other in tied.items() if isinstance(other, nn.Linear)]
+        tables = [
+            own for own, other in tied.items() if isinstance(other, nn.Embedding) and table_multiplier(other) == 1
+        ]
+        others = [own for own in tied if own not in (*heads, *tables)]
+        if others or len(heads) > 1:
+            return f"is tied to {', '.join(others or heads)}: factors are shared with plain tables and one head alone"
+        return self._table_edit(name, module, heads, tuple(tables))
 
-    def _table_edit(self, name: str, table: nn.Embedding, heads: list[str]) -> _TableEdit | str:
+    def _table_edit(
+        self, name: str, table: nn.Embedding, heads: list[str], others: tuple[str, ...]
+    ) -> _TableEdit | str:
         rows, columns = table.num_embeddings, table.embedding_dim
-        said: dict[str, Any] = {"target": name, "head": heads[0] if heads else None}
+        said: dict[str, Any] = {"target": name, "head": heads[0] if heads else None, "tables": others}
         if self.embeddings == "low_rank":
             rank = rank_for(self.keep, rows, columns, round_to=self.round_to or (_TIED_MULTIPLE if heads else None))
             if rank <= break_even_rank(rows, columns):
@@ -205,6 +218,7 @@ class TensorDecomposition(Pass):
 
     def apply(self, student: Student, *, generator: torch.Generator) -> dict[str, Any]:
         """Factorise the table on token counts, then each convolution on the inputs that it now gets."""
+        require_tokens(student.corpus.calibration)
         edits, kept_dense = self._planned(student.model)
         layers: dict[str, dict[str, Any]] = {}
         for edit in track(edits, self.kind):
@@ -234,13 +248,13 @@ class TensorDecomposition(Pass):
         if new.bias is not None:
             new.bias.copy_(folded_bias(found, mean))
         equal = min(weights_in(list(factors_of(new))) // sum(target.shape), *target.shape)
-        plain = float(solve_output_pca(target, moment=mean.C).tail[equal])
-        relative = _relative_to(map_error(target, torch.zeros_like(target), mean.C))
+        best = float(solve_output_pca(target, moment=mean.C).tail[equal])
+        relative = _relative_to(squared_error(target, torch.zeros_like(target), mean.C))
         return {
             "method": edit.kind,
             "rank": edit.rank if isinstance(edit, MakeCPConv) else [edit.in_rank, edit.out_rank],
-            "relative_error": relative(map_error(target, found, mean.C)),
-            "plain_low_rank": relative(plain),
+            "relative_error": relative(squared_error(target, found, mean.C)),
+            "output_pca": relative(best),
         }
 
 
@@ -269,22 +283,17 @@ def _conv_moments(student: Student, name: str, conv: Conv, anchor: float) -> Sit
     Raises:
         CompressKitError: one calibration example, or a convolution that does not run.
     """
-    calibration = student.corpus.calibration
-    if len(calibration) < LEAST_CALIBRATION:
-        raise CompressKitError(
-            "one calibration example is too few: some are fitted on, others choose how far to trust the fit",
-            where="data.calibration",
-            fix=f"use calibration: {LEAST_CALIBRATION} or more (hundreds are better)",
-        )
-    weight, period = conv.weight.detach().flatten(1), min(4, len(calibration))
+    calibration, provenance = student.corpus.calibration, Provenance(student.edits)
+    held, weight = held_out(calibration), conv.weight.detach().flatten(1)
     parts = [Moments.zeros(weight.shape[1], weight.shape[0]) for _ in range(2)]
-    for index, batch in enumerate(calibration.batches(1)):
-        x, y = probe(student.model, name, batch)
-        target = torch.lerp(y, probe(student.reference, name, batch)[1], anchor) if anchor else y
+    for is_held, batch in zip(held.tolist(), calibration.batches(1), strict=True):
+        x, target = probe(student.model, name, batch)
+        if anchor:
+            given = probe(student.reference, provenance.original_name(name), batch)[1]
+            target = torch.lerp(target, provenance.left_of(name, given, dim=1), anchor)
         rows, wanted = patches(conv, x), target.flatten(2).transpose(1, 2).flatten(0, 1)
-        held_out = index % period == period - 1
         for some, t in zip(rows.split(_PLACES_AT_A_TIME), wanted.split(_PLACES_AT_A_TIME), strict=True):
-            parts[held_out].update(some, t)
+            parts[is_held].update(some, t)
     return SiteMoments(*parts)
 
 

@@ -53,12 +53,6 @@ def patches(conv: Conv, x: Tensor) -> Tensor:
     return F.unfold(x, kernel, dilation=dilation, stride=stride).transpose(1, 2).flatten(0, 1)
 
 
-def map_error(target: Tensor, weight: Tensor, moment: Tensor) -> float:
-    """E‖(M − W') x‖² for M, W' (O, I·K) and P (I·K, I·K)."""
-    gap = target.double() - weight.double()
-    return float(((gap @ moment) * gap).sum())
-
-
 def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:
     """C^½ and its pseudo-inverse, of a symmetric, positive semi-definite moment."""
     values, Q = torch.linalg.eigh(moment)
@@ -206,7 +200,7 @@ def tucker_ranks(
     """Ranks whose factors hold at most `keep` of the weights: the same share of either mode, in multiples.
 
     With one tap, or fewer input channels than `least_inputs`, the input mode is left whole: cutting it saves nothing.
-    The output rank is the largest that fits; 0 where none does.
+    The output rank is the largest that fits, at most `outputs`; 0 where none does.
     """
     budget = keep * outputs * inputs * taps
     cost = inputs**2 + outputs**2
@@ -216,6 +210,9 @@ def tucker_ranks(
     in_rank = inputs if whole else min(inputs, max(1, round(share * inputs / multiple)) * multiple)
     left = budget - (inputs * in_rank if in_rank < inputs else 0)
     out_rank = max(0, int(left / (in_rank * taps + outputs)))
+    if out_rank >= outputs:  # that mode is whole then, and what its factor would have cost is for the other
+        in_rank = int(budget / (inputs + taps * outputs))
+        return in_rank // multiple * multiple or in_rank, outputs
     return in_rank, out_rank // multiple * multiple or out_rank
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from compresskit.surgery.channel_edits import PruneChannels
 from compresskit.surgery.cuts import PruneFusedHeads, PruneHeads, PruneNeurons
 from compresskit.surgery.depth_edits import DropBlocks
 from compresskit.surgery.edits import Edit, read_ranges
@@ -17,7 +18,7 @@ class Provenance:
         edits: what was done to the original, in order. Edits name modules as the model called them at their time.
 
     Attributes:
-        kept: for each linear of the original whose outputs were cut, the indices that are left, ascending; linears
+        kept: for each layer of the original whose outputs were cut, the indices that are left, ascending; layers
             that are absent kept all their outputs.
         stacks: for each list of blocks that was cut, which of the original's blocks its blocks are.
     """
@@ -38,6 +39,10 @@ class Provenance:
             self._cut((edit.key, edit.value), rows_kv)
         elif isinstance(edit, PruneFusedHeads):
             self._cut((edit.projection,), edit.projection_rows())
+        elif isinstance(edit, PruneChannels):
+            for cut in edit.cuts:
+                if cut.outputs is not None:
+                    self._cut((cut.module,), torch.tensor(read_ranges(cut.outputs)))
         elif isinstance(edit, DropBlocks):
             kept, before = read_ranges(edit.keep), self.stacks.get(edit.stack)
             self.stacks[edit.stack] = kept if before is None else [before[index] for index in kept]
@@ -53,6 +58,16 @@ class Provenance:
                 number, dot, rest = name[len(stack) + 1 :].partition(".")
                 return f"{stack}.{blocks[int(number)]}{dot}{rest}"
         return name
+
+    def left_of(self, name: str, outputs: Tensor, *, dim: int = -1) -> Tensor:
+        """What the original's layer of the student's layer `name` gives, cut to what the student's gives too.
+
+        Args:
+            name: as the student calls it.
+            outputs: of the original's layer, `dim` its channels.
+        """
+        kept = self.kept.get(self.original_name(name))
+        return outputs if kept is None else outputs.index_select(dim, kept)
 
     def is_left(self, name: str) -> bool:
         """Whether the block that holds the original's module `name` is still there."""

@@ -311,6 +311,23 @@ def tied_heads(model: PreTrainedModel) -> list[tuple[str, str]]:
     ]
 
 
+def tied_parameters(model: PreTrainedModel, seeds: set[int]) -> tuple[str, ...]:
+    """Names of the parameters `seeds` (by identity), and of those that are tied to them, in the model's order."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    found = {name for name, parameter in named.items() if id(parameter) in seeds}
+    tied = [(one, other) for one, other in model.all_tied_weights_keys.items() if one in named and other in named]
+    while grown := {name for pair in tied if found & set(pair) for name in pair} - found:
+        found |= grown
+    return tuple(name for name in named if name in found)
+
+
+def tied_modules(model: PreTrainedModel, name: str) -> dict[str, nn.Module]:
+    """The other modules that hold the weight of the module `name`, in the model's order: tables and heads."""
+    names = tied_parameters(model, {id(model.get_parameter(f"{name}.weight"))})
+    paths = (parameter.rpartition(".")[0] for parameter in names)
+    return {path: model.get_submodule(path) for path in paths if path != name}
+
+
 def select(names: list[str], pattern: str, *, where: str = "targets") -> list[str]:
     """The names that a glob matches, in order.
 

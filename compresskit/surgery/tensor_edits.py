@@ -15,30 +15,37 @@ from compresskit.surgery.edits import EDITS, Edit, get_module, set_module, untie
 
 
 class _ReplacingTable(Edit):
-    """Edits that replace an embedding table, and the output head that is tied to it, if any."""
+    """Edits that replace an embedding table, and the output head and other tables that are tied to it, if any."""
 
     target: str
     head: str | None = None
+    #: other tables that hold the same weight (an encoder's, a decoder's): they look up in the same factors
+    tables: tuple[str, ...] = ()
 
-    def _table(self, model: nn.Module) -> tuple[nn.Embedding, dict[str, Any]]:
-        """The table that is there, and what the new one takes over from it."""
-        old = get_module(model, self.target)
-        if not isinstance(old, nn.Embedding):
-            raise CompressKitError(f"{self.target} is a {type(old).__name__}, not an Embedding", where=self.kind)
-        return old, {"padding_idx": old.padding_idx, "device": old.weight.device, "dtype": old.weight.dtype}
-
-    def _head_bias(self, model: nn.Module) -> nn.Parameter | None:
-        old = get_module(model, str(self.head))
-        if not isinstance(old, nn.Linear):
-            raise CompressKitError(f"{self.head} is a {type(old).__name__}, not a Linear", where=self.kind)
-        return old.bias
-
-    def _tie(self, model: nn.Module, names: dict[str, str]) -> None:
-        """Make parameters of the head those of the table, and tell transformers, which ties them when it loads."""
+    def apply(self, model: nn.Module) -> None:
+        """Insert zero factors; the pass fills those of the target, which are those of all."""
+        for name in (self.target, *self.tables):
+            old = get_module(model, name)
+            if not isinstance(old, nn.Embedding):
+                raise CompressKitError(f"{name} is a {type(old).__name__}, not an Embedding", where=self.kind)
+            set_module(model, name, self._table(old))
+        if self.head:
+            old = get_module(model, self.head)
+            if not isinstance(old, nn.Linear):
+                raise CompressKitError(f"{self.head} is a {type(old).__name__}, not a Linear", where=self.kind)
+            set_module(model, self.head, self._head(get_module(model, self.target), old.bias))
         untie(model)
+        for name in self.tables:
+            own = [each for each, _ in get_module(model, name).named_parameters()]
+            self._tie(model, name, dict(zip(own, own, strict=True)))
+        if self.head:
+            self._tie(model, self.head, self._shared_with_head())
+
+    def _tie(self, model: nn.Module, other: str, names: dict[str, str]) -> None:
+        """Make parameters of `other` those of the target, and tell transformers, which ties them when it loads."""
         known: dict[str, str] | None = getattr(model, "all_tied_weights_keys", None)
         for own, shared in names.items():
-            parent, _, name = f"{self.head}.{own}".rpartition(".")
+            parent, _, name = f"{other}.{own}".rpartition(".")
             holder = get_module(model, parent)
             parameter = get_module(model, self.target).get_parameter(shared)
             if isinstance(holder, nn.ParameterList):
@@ -46,7 +53,24 @@ class _ReplacingTable(Edit):
             else:
                 setattr(holder, name, parameter)
             if known is not None:
-                known[f"{self.head}.{own}"] = f"{self.target}.{shared}"
+                known[f"{other}.{own}"] = f"{self.target}.{shared}"
+
+    @abstractmethod
+    def _table(self, old: nn.Embedding) -> nn.Module:
+        """The table of zeros for `old`."""
+
+    @abstractmethod
+    def _head(self, table: nn.Module, bias: nn.Parameter | None) -> nn.Module:
+        """A head of zeros for a new table, with the old head's bias."""
+
+    @abstractmethod
+    def _shared_with_head(self) -> dict[str, str]:
+        """For each parameter of the head that is one of the table's, which."""
+
+
+def _place(old: nn.Embedding) -> dict[str, Any]:
+    """What a new table takes over from the old one beside its shape."""
+    return {"padding_idx": old.padding_idx, "device": old.weight.device, "dtype": old.weight.dtype}
 
 
 @EDITS.add
@@ -56,19 +80,19 @@ class MakeLowRankTable(_ReplacingTable):
     kind: Literal["low_rank_table"] = "low_rank_table"
     rank: int
 
-    def apply(self, model: nn.Module) -> None:
-        """Insert zero factors; the pass fills them."""
-        old, kept = self._table(model)
-        set_module(model, self.target, LowRankEmbedding(old.num_embeddings, old.embedding_dim, self.rank, **kept))
-        if self.head is None:
-            return
-        place = {"device": old.weight.device, "dtype": old.weight.dtype}
-        bias = self._head_bias(model)
-        head = LowRankLinear(old.embedding_dim, old.num_embeddings, self.rank, bias=bias is not None, **place)
+    def _table(self, old: nn.Embedding) -> LowRankEmbedding:
+        return LowRankEmbedding(old.num_embeddings, old.embedding_dim, self.rank, **_place(old))
+
+    def _head(self, table: nn.Module, bias: nn.Parameter | None) -> LowRankLinear:
+        assert isinstance(table, LowRankEmbedding)
+        place = {"device": table.project.device, "dtype": table.project.dtype}
+        head = LowRankLinear(table.embedding_dim, table.num_embeddings, self.rank, bias=bias is not None, **place)
         if bias is not None:
             head.expand.bias = bias
-        set_module(model, self.head, head)
-        self._tie(model, {"reduce.weight": "project", "expand.weight": "rows.weight"})
+        return head
+
+    def _shared_with_head(self) -> dict[str, str]:
+        return {"reduce.weight": "project", "expand.weight": "rows.weight"}
 
 
 @EDITS.add
@@ -81,20 +105,19 @@ class MakeTensorTrain(_ReplacingTable):
     columns: tuple[int, ...]
     ranks: tuple[int, ...]
 
-    def apply(self, model: nn.Module) -> None:
-        """Insert zero cores; the pass fills them."""
-        old, kept = self._table(model)
+    def _table(self, old: nn.Embedding) -> TensorTrainEmbedding:
         shape = {"rows": self.rows, "columns": self.columns, "ranks": self.ranks}
-        table = TensorTrainEmbedding(old.num_embeddings, old.embedding_dim, **shape, **kept)
-        set_module(model, self.target, table)
-        if self.head is None:
-            return
-        bias = self._head_bias(model)
+        return TensorTrainEmbedding(old.num_embeddings, old.embedding_dim, **shape, **_place(old))
+
+    def _head(self, table: nn.Module, bias: nn.Parameter | None) -> TensorTrainHead:
+        assert isinstance(table, TensorTrainEmbedding)
         head = TensorTrainHead(table, bias=bias is not None)
         if bias is not None:
             head.bias = bias
-        set_module(model, self.head, head)
-        self._tie(model, {f"cores.{k}": f"cores.{k}" for k in range(len(self.rows))})
+        return head
+
+    def _shared_with_head(self) -> dict[str, str]:
+        return {f"cores.{k}": f"cores.{k}" for k in range(len(self.rows))}
 
 
 class _ReplacingConv(Edit):

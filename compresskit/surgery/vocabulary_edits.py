@@ -10,6 +10,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from compresskit.errors import CompressKitError
 from compresskit.surgery.edits import EDITS, Cutting, keep_slices, read_ranges, write_ranges
+from compresskit.surgery.sites import tied_parameters
 
 _ID_NAMES = ("_token_id", "_token_ids", "suppress_tokens", "bad_words_ids")
 
@@ -34,23 +35,13 @@ def vocabulary_parameters(model: PreTrainedModel) -> tuple[str, ...]:
     seeds = {id(table.weight)}
     if isinstance(head, nn.Linear):
         seeds |= {id(head.weight)} | (set() if head.bias is None else {id(head.bias)})
-    names = _with_tied(model, seeds)
+    names = tied_parameters(model, seeds)
     for name, other in model.named_modules():
         is_table = isinstance(other, nn.Embedding) and f"{name}.weight" not in names
         if is_table and other.num_embeddings == table.num_embeddings:
             what = f"{name} has a row for each of {table.num_embeddings} things too, and whether these are tokens is "
             raise CompressKitError(f"{what}not known", where=where, fix="leave prune_vocab out")
     return names
-
-
-def _with_tied(model: PreTrainedModel, seeds: set[int]) -> tuple[str, ...]:
-    """Names of the parameters `seeds` (by identity), and of those that are tied to them, in the model's order."""
-    named = dict(model.named_parameters(remove_duplicate=False))
-    found = {name for name, parameter in named.items() if id(parameter) in seeds}
-    tied = [(one, other) for one, other in model.all_tied_weights_keys.items() if one in named and other in named]
-    while grown := {name for pair in tied if found & set(pair) for name in pair} - found:
-        found |= grown
-    return tuple(name for name in named if name in found)
 
 
 def config_token_ids(config: PretrainedConfig | GenerationConfig | None) -> set[int]:

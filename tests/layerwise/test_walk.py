@@ -62,9 +62,9 @@ def test_of_few_sequences_one_is_held_out(count):
     assert moments.fit.count == sum(map(len, student.corpus.calibration.rows)) - moments.held_out.count
 
 
-def test_one_calibration_sequence_is_refused():
+def test_one_calibration_example_is_refused():
     student = _with_calibration(tiny_student("bert"), 1)
-    with pytest.raises(CompressKitError, match="one calibration sequence"):
+    with pytest.raises(CompressKitError, match="one calibration example"):
         collect(student, 1.0)
 
 

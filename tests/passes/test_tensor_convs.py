@@ -1,6 +1,7 @@
 """Convolutions in factors: exact errors, whitening, bounded components, and the pass on vision and audio models."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -23,12 +24,13 @@ from compresskit.errors import CompressKitError
 from compresskit.evaluate import Fidelity, count_parameters, evaluate
 from compresskit.export import OnnxExport
 from compresskit.layers.factored_conv import FactoredConv
-from compresskit.layerwise.output_pca import solve_output_pca
-from compresskit.passes import Distill, TensorDecomposition
+from compresskit.layerwise.output_pca import solve_output_pca, squared_error
+from compresskit.layerwise.probe import probe
+from compresskit.passes import Distill, PruneFilters, TensorDecomposition
+from compresskit.passes.tensor import _conv_factors
 from compresskit.passes.tensor_convs import (
     components,
     cp_factors,
-    map_error,
     patches,
     tucker_factors,
     tucker_ranks,
@@ -36,6 +38,7 @@ from compresskit.passes.tensor_convs import (
 )
 from compresskit.student import Student, load_student_model, save_student
 from compresskit.surgery.edits import replay
+from compresskit.surgery.provenance import Provenance
 from compresskit.surgery.tensor_edits import MakeCPConv, MakeTuckerConv
 
 CONVS = {
@@ -109,7 +112,7 @@ def test_tucker_error_is_predicted_exactly_and_none_at_full_rank(problem, ranks)
     layer, found = tucker(conv, weight, moment, *ranks)
     places = len(patches(conv, x))
     measured = float((layer(x) - conv(x)).square().sum()) / places
-    assert measured == pytest.approx(map_error(weight, found, moment), rel=1e-6, abs=1e-12)
+    assert measured == pytest.approx(squared_error(weight, found, moment), rel=1e-6, abs=1e-12)
     if ranks == (6, 10):
         torch.testing.assert_close(layer(x), conv(x))
     else:
@@ -119,7 +122,7 @@ def test_tucker_error_is_predicted_exactly_and_none_at_full_rank(problem, ranks)
 def test_tucker_on_the_output_mode_alone_is_output_pca(problem):
     conv, _, weight, moment = problem
     _, found = tucker(conv, weight, moment, 6, 3)
-    assert map_error(weight, found, moment) == pytest.approx(
+    assert squared_error(weight, found, moment) == pytest.approx(
         float(solve_output_pca(weight, moment=moment).tail[3]), rel=1e-9
     )
 
@@ -147,14 +150,12 @@ def test_channels_that_are_always_zero_do_no_harm():
 @pytest.mark.parametrize("rank", [2, 8])
 def test_cp_error_is_predicted_exactly(problem, rank):
     conv, x, weight, moment = problem
-    A, taps, B = cp_factors(weight, rank, moment=moment, kernel=conv.kernel_size)
-    if max(conv.kernel_size) == 1:
-        return
-    layer = in_factors(conv, MakeCPConv(target="conv", bias=False, rank=rank), [A, *taps, B])
+    edit = MakeCPConv(target="conv", bias=False, rank=rank)
+    factors, found = _conv_factors(edit, conv, weight, moment)
+    layer = in_factors(conv, edit, factors)
     measured = float((layer(x) - conv(x)).square().sum()) / len(patches(conv, x))
-    predicted = map_error(weight, B @ components(A, taps), moment)
-    assert measured == pytest.approx(predicted, rel=1e-6)
-    assert measured < map_error(weight, 0 * weight, moment)
+    assert measured == pytest.approx(squared_error(weight, found, moment), rel=1e-6)
+    assert measured < squared_error(weight, 0 * weight, moment)
 
 
 def test_cp_components_stay_bounded_where_no_best_answer_exists():
@@ -169,7 +170,7 @@ def test_cp_components_stay_bounded_where_no_best_answer_exists():
         torch.testing.assert_close(components(A, taps).square().sum(1), torch.ones(2, dtype=torch.float64))
         energies.append(float(B.square().sum()))
         assert energies[-1] <= power / ridge
-        assert map_error(weight, B @ components(A, taps), moment) < 0.01 * power
+        assert squared_error(weight, B @ components(A, taps), moment) < 0.01 * power
     assert energies[0] < energies[1], "the bound is what holds them"
 
 
@@ -181,6 +182,42 @@ def test_ranks_share_the_budget_and_few_input_channels_stay_whole():
     assert tucker_ranks(0.5, 768, 3, 256)[0] == 3
     assert tucker_ranks(0.5, 64, 64, 1)[0] == 64
     assert tucker_ranks(0.5, 256, 128, 9, multiple=8)[0] % 8 == 0
+
+
+@pytest.mark.parametrize("multiple", [1, 3, 8, 16, 64, 128])
+@pytest.mark.parametrize("keep", [0.05, 0.3, 0.5, 0.8, 0.95, 0.99])
+def test_ranks_are_within_the_channels_and_the_budget_for_every_shape(keep, multiple):
+    fitting = 0
+    for outputs, inputs in itertools.product((1, 5, 16, 64, 96, 256, 768), repeat=2):
+        for taps in (1, 3, 9, 25, 49):
+            r1, r2 = tucker_ranks(keep, outputs, inputs, taps, multiple=multiple)
+            assert 1 <= r1 <= inputs
+            assert 0 <= r2 <= outputs
+            if r2:
+                fitting += 1
+                ends = (inputs * r1 if r1 < inputs else 0) + (outputs * r2 if r2 < outputs else 0)
+                assert r1 * r2 * taps + ends <= keep * outputs * inputs * taps
+    assert fitting > 50
+
+
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "side", "keep", "multiple"), [(64, 256, 3, 0.8, 128), (96, 96, 7, 0.95, 64)]
+)
+def test_a_coarse_multiple_that_leaves_the_output_mode_whole_still_gives_factors(outputs, inputs, side, keep, multiple):
+    student = student_of("resnet")
+    student.model.wide = nn.Conv2d(inputs, outputs, side)
+    (edit,) = TensorDecomposition(keep=keep, round_to=multiple, targets="wide").plan(student.model)
+    assert edit.out_rank == outputs
+    assert edit.in_rank < inputs
+    with torch.no_grad():
+        _, found = _conv_factors(
+            edit, student.model.wide, student.model.wide.weight.flatten(1), torch.eye(inputs * side**2)
+        )
+    assert found.shape == (outputs, inputs * side**2)
+    replay([edit], student.model)
+    assert (
+        sum(p.numel() for p in student.model.wide.factors.parameters()) <= keep * outputs * inputs * side**2 + outputs
+    )
 
 
 _CONFIGS: dict[str, PretrainedConfig] = {
@@ -274,7 +311,7 @@ def test_convolutions_of_every_kind_of_model_are_factorised_and_reload_bit_for_b
     model, edits = load_student_model(tmp_path, student.task)
     assert edits == student.edits
     loaded = answer_to_images(model, student.corpus.evaluation)
-    torch.testing.assert_close(loaded, answer_to_images(student.model, student.corpus.evaluation), atol=1e-6, rtol=1e-5)
+    assert torch.equal(loaded, answer_to_images(student.model, student.corpus.evaluation))
     if student.task == "image-classification":
         prove_reloads(student, tmp_path)
 
@@ -288,6 +325,32 @@ def test_more_weights_lose_less(anchor):
         truth = answer_to_images(student.original, student.corpus.evaluation)
         lost.append(float((answer_to_images(student.model, student.corpus.evaluation) - truth).norm()))
     assert 0 < lost[1] < lost[0]
+
+
+def test_the_notes_have_output_pca_of_equal_size_beside_tucker():
+    student = student_of("resnet")
+    notes = TensorDecomposition(keep=0.5, on_misfit="keep").apply(student, generator=torch.Generator())
+    for layer in notes["layers"].values():
+        assert 0 < layer["output_pca"] < 1
+        assert "plain_low_rank" not in layer
+
+
+@pytest.mark.parametrize("anchor", [0.5, 1.0])
+def test_it_follows_prune_filters(anchor, tmp_path):
+    pytest.importorskip("torch_pruning")
+    student = student_of("resnet")
+    PruneFilters(keep=0.5, round_to=2).apply(student, generator=torch.Generator().manual_seed(0))
+    name = "resnet.embedder.embedder.convolution"
+    batch = next(student.corpus.calibration.batches(2))
+    given, before = (probe(model, name, batch)[1] for model in (student.model, student.original))
+    assert given.shape[1] < before.shape[1]
+    kept = Provenance(student.edits).left_of(name, before, dim=1)
+    assert torch.equal(kept, given), "it reads the images, of which nothing was cut"
+    notes = TensorDecomposition(keep=0.6, anchor=anchor, on_misfit="keep").apply(student, generator=torch.Generator())
+    assert len(notes["layers"]) > 3
+    assert all(0 <= layer["relative_error"] < 1 for layer in notes["layers"].values())
+    save_student(student, tmp_path)
+    prove_reloads(student, tmp_path)
 
 
 def test_without_bias_none_is_added():

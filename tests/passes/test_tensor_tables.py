@@ -1,12 +1,15 @@
 """Tables in factors: exact errors, frequencies, tensor trains, and the pass on models with and without a tied head."""
 
 import copy
+import dataclasses
 import math
+import re
 
 import pytest
 import torch
 from families import FAMILIES, answer, student_of, tiny, tiny_student
 
+from compresskit.data import Sequences
 from compresskit.engine import prove_reloads
 from compresskit.errors import CompressKitError
 from compresskit.evaluate import count_parameters
@@ -27,6 +30,7 @@ from compresskit.passes.tensor_tables import (
     train_weights,
 )
 from compresskit.recipe import Recipe
+from compresskit.report import render_html
 from compresskit.student import load_student_model, save_student
 from compresskit.surgery.edits import get_module
 
@@ -173,7 +177,7 @@ METHODS = [{"embeddings": "low_rank", "round_to": 2}, {"embeddings": "tensor_tra
 
 
 @pytest.mark.parametrize("options", METHODS)
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gemma3"])
+@pytest.mark.parametrize("family", [*(name for name in FAMILIES if name != "gemma3"), "t5", "bart"])
 def test_more_weights_lose_less_in_every_architecture(family, options):
     original = tiny(family)
     lost = []
@@ -181,7 +185,8 @@ def test_more_weights_lose_less_in_every_architecture(family, options):
         student = student_of(original)
         notes = TensorDecomposition(keep=keep, **options).apply(student, generator=torch.Generator())
         saved = count_parameters(original) - count_parameters(student.model)
-        assert saved >= (1 - keep) * 96 * 32 * 0.9, "what the head shares is held once"
+        assert saved >= (1 - keep) * 96 * 32 * 0.9, "what is tied to the table is held once"
+        assert not torch.equal(answer(student.model), answer(original)), "what the model reads is in factors"
         (layer,) = notes["layers"].values()
         assert 0 < layer["relative_error"] < 1
         lost.append(layer["relative_error"])
@@ -212,6 +217,37 @@ def test_shared_factors_are_stored_once_and_stay_shared_after_loading_and_traini
     assert count_parameters(model) == count_parameters(student.model)
     head = {parameter.data_ptr() for parameter in model.lm_head.parameters()}
     assert head == {parameter.data_ptr() for parameter in model.model.embed_tokens.parameters()}
+
+
+@pytest.mark.parametrize("options", METHODS)
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_all_tables_that_are_tied_look_up_in_the_same_factors_which_are_stored_once(family, options, tmp_path):
+    student = tiny_student(family)
+    names = [name for name, module in student.model.named_modules() if name.endswith(("shared", "embed_tokens"))]
+    assert len(names) > 1
+    TensorDecomposition(keep=0.5, **options).apply(student, generator=torch.Generator())
+    expanded = student.model.get_submodule(names[0])(torch.arange(96)).detach()
+    dense = copy.deepcopy(student.original)
+    dense.get_submodule(names[0]).weight.data.copy_(expanded)
+    torch.testing.assert_close(answer(student.model), answer(dense), atol=1e-5, rtol=1e-5)
+    save_student(student, tmp_path)
+    prove_reloads(student, tmp_path)
+    model, _ = load_student_model(tmp_path, student.task)
+    for one in (student.model, model):
+        held = [{parameter.data_ptr() for parameter in one.get_submodule(name).parameters()} for name in names]
+        assert all(each == held[0] for each in held)
+
+
+def test_a_table_that_is_tied_to_more_than_plain_tables_and_one_head_is_refused():
+    model = tiny("llama")
+    model.second_head = torch.nn.Linear(32, 96, bias=False)
+    model.second_head.weight = model.model.embed_tokens.weight
+    with pytest.raises(CompressKitError, match=r"is tied to lm_head, second_head: factors are shared with"):
+        TensorDecomposition(keep=0.5).plan(model)
+    model = tiny("bart")
+    model.encoder.embed_tokens.embed_scale = 2.0
+    with pytest.raises(CompressKitError, match=r"shared is tied to encoder.embed_tokens: factors"):
+        TensorDecomposition(keep=0.5).plan(model)
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
@@ -261,6 +297,14 @@ def test_tables_that_cannot_be_factorised_are_named(family, options, words):
     assert caught.value.fix
 
 
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_calibration_without_tokens_is_refused(family):
+    student = tiny_student(family)
+    student.corpus = dataclasses.replace(student.corpus, calibration=Sequences([[], []], 0))
+    with pytest.raises(CompressKitError, match="the calibration sequences hold no token"):
+        TensorDecomposition(keep=0.5).apply(student, generator=torch.Generator())
+
+
 def test_a_second_time_is_a_misfit_that_is_listed_on_request():
     student = tiny_student("bert")
     TensorDecomposition(keep=0.5).apply(student, generator=torch.Generator())
@@ -270,18 +314,35 @@ def test_a_second_time_is_a_misfit_that_is_listed_on_request():
     assert notes == {"layers": {}, "kept_dense": ["embeddings.word_embeddings"]}
 
 
-def test_the_report_has_plain_low_rank_of_equal_size_beside_it():
+@pytest.mark.parametrize("options", METHODS)
+def test_the_report_has_plain_low_rank_of_equal_size_beside_it(options):
     student = tiny_student("llama")
-    notes = TensorDecomposition(keep=0.5).apply(student, generator=torch.Generator())
-    layer = notes["layers"]["model.embed_tokens"]
-    assert layer["tied_head"] == "lm_head"
-    assert 0 < layer["relative_error"] < layer["plain_low_rank"]
-    student = tiny_student("llama")
-    options = {"keep": 0.5, "embeddings": "tensor_train"}
-    notes = TensorDecomposition.model_validate(options).apply(student, generator=torch.Generator())
-    layer = notes["layers"]["model.embed_tokens"]
-    assert 0 < layer["weighted_low_rank"] < layer["plain_low_rank"]
-    assert layer["relative_error"] > 0
+    one = TensorDecomposition(keep=0.5, **options)
+    layer = one.apply(student, generator=torch.Generator())["layers"]["model.embed_tokens"]
+    columns = ["method", "rank", "tied head", "seen rows", "relative error", "plain low rank"]
+    if one.embeddings == "low_rank":
+        assert 0 < layer["relative_error"] < layer["plain_low_rank"]
+    else:
+        columns.append("weighted low rank")
+        assert 0 < layer["weighted_low_rank"] < layer["plain_low_rank"]
+        assert layer["relative_error"] > 0
+    heads, cells = table_of_layers(one, {"layers": {"model.embed_tokens": layer}})
+    assert heads == ["layers", *columns]
+    told = dict(zip(heads, cells, strict=True))
+    assert (told["layers"], told["method"], told["tied head"]) == ("model.embed_tokens", layer["method"], "lm_head")
+    for name in ("relative_error", "plain_low_rank"):
+        assert told[name.replace("_", " ")] == f"{layer[name]:.5g}"
+
+
+def table_of_layers(one: TensorDecomposition, notes: dict) -> tuple[list[str], list[str]]:
+    """Heads and cells of the one-line table that the rendered report has for the notes of a pass."""
+    start = {"params": 1, "size_bytes": 1, "metrics": {}, "elapsed_s": 0.0, "options": {}, "notes": {}}
+    passes = [{"kind": "original", **start}, {"kind": one.kind, **start, "options": one.model_dump(), "notes": notes}]
+    said = {"model": "m", "task": "text-generation", "seed": 0, "warnings": [], "recipe": "model: m", "environment": {}}
+    page = render_html({"schema_version": 1, **said, "passes": passes, "export": []})
+    table = next(part for part in page.split("<table>") if part.startswith("<thead><tr><th>layers</th>"))
+    heads = re.findall(r"<th>(.*?)</th>", table)
+    return heads, re.findall(r"<td>(.*?)</td>", table[: table.index("</tbody>")])
 
 
 @pytest.mark.parametrize("options", METHODS)
