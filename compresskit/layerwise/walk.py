@@ -99,15 +99,14 @@ class _Lane:
         student, original: hidden states, (batch, length, width); the original's only where anchored.
         beside: of the current block of the original, the outputs (tokens, O) of each target layer that is still to be
             visited, padding included, and under `…+` the stream after they were added.
-        fit_rows, held_out_rows: flat indices of real tokens.
+        rows: flat indices of real tokens: of the sequences to fit on, and of those held out.
     """
 
     calls: Sequence[_Arguments]
     original_calls: Sequence[_Arguments]
     student: Tensor
     original: Tensor | None
-    fit_rows: Tensor
-    held_out_rows: Tensor
+    rows: tuple[Tensor, Tensor]
     beside: dict[str, Tensor] = field(default_factory=dict)
 
     def run(self, block: nn.Module, index: int, hidden: Tensor) -> Tensor:
@@ -247,7 +246,7 @@ class Walk:
                 lane.student = given
                 for name, x in watch.inputs.items():
                     check_token_rows(name, x, lane.student.shape[:2])
-                    for moments, all_rows in zip(sums[name], (lane.fit_rows, lane.held_out_rows), strict=True):
+                    for moments, all_rows in zip(sums[name], lane.rows, strict=True):
                         for rows in _parts(all_rows, x.shape[-1]):
                             moments.update_input(_flat(x)[rows])
             for site in here:
@@ -289,7 +288,7 @@ class Walk:
                 original_calls, beside = _block_calls(original, self._original_blocks[: None if other else 1], batch)
                 original_calls = original_calls if other else calls
             split = _split_rows(batch, hidden.shape[:2], held[sequences : sequences + len(hidden)])
-            lanes.append(_Lane(calls, original_calls, hidden, beside, *split))
+            lanes.append(_Lane(calls, original_calls, hidden, beside, split))
             sequences += len(hidden)
         return lanes
 
@@ -325,11 +324,7 @@ class Walk:
     def _block_batches(self, index: int, lanes: list[_Lane]) -> list[BlockBatch]:
         block = self._student.model.get_submodule(self._blocks[index])
         return [
-            BlockBatch(
-                partial(lane.run, block, index, lane.student),
-                lane.original,
-                torch.cat([lane.fit_rows, lane.held_out_rows]),
-            )
+            BlockBatch(partial(lane.run, block, index, lane.student), lane.original, torch.cat(lane.rows))
             for lane in lanes
             if lane.original is not None
         ]
@@ -360,7 +355,7 @@ class Walk:
                 continue
             check_token_rows(site.linears[0], watch.inputs[site.linears[0]], lane.student.shape[:2])
             x = _flat(watch.inputs[site.linears[0]])
-            for moments, all_rows in ((fit, lane.fit_rows), (held_out, lane.held_out_rows)):
+            for moments, all_rows in zip((fit, held_out), lane.rows, strict=True):
                 for rows in _parts(all_rows, sum(weight.shape)):
                     if anchored:
                         moments.update(x[rows], self._target(site, lane, watch, rows))

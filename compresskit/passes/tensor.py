@@ -46,7 +46,7 @@ from compresskit.layerwise.moments import Moments
 from compresskit.layerwise.objective import fit_weight, folded_bias
 from compresskit.layerwise.output_pca import solve_output_pca, squared_error
 from compresskit.layerwise.probe import probe
-from compresskit.layerwise.ranks import break_even_rank, rank_for
+from compresskit.layerwise.ranks import break_even_rank, factor_weights, rank_for
 from compresskit.layerwise.walk import SiteMoments, held_out
 from compresskit.passes.base import PASSES, Part, Pass, Trait
 from compresskit.passes.tensor_convs import (
@@ -139,7 +139,7 @@ class TensorDecomposition(Pass):
             raise CompressKitError(
                 f"{len(misfits)} of the targets cannot be factorised:\n    {listed}",
                 where="targets",
-                fix="narrow targets, lower keep, or say on_misfit: keep",
+                fix="narrow targets, use another keep, or say on_misfit: keep",
             )
         return edits, list(misfits)
 
@@ -189,9 +189,12 @@ class TensorDecomposition(Pass):
         said: dict[str, Any] = {"target": name, "head": heads[0] if heads else None, "tables": others}
         if self.embeddings == "low_rank":
             rank = rank_for(self.keep, rows, columns, round_to=self.round_to or (_TIED_MULTIPLE if heads else None))
-            if rank <= break_even_rank(rows, columns):
-                return MakeLowRankTable(rank=rank, **said)
-            return f"({rows}x{columns}): rank {rank} saves nothing above {break_even_rank(rows, columns)}"
+            if rank > break_even_rank(rows, columns):
+                return f"({rows}x{columns}): rank {rank} saves nothing above {break_even_rank(rows, columns)}"
+            share = factor_weights(rows, columns, rank, pivot=False) / (rows * columns)
+            if share > 2 * self.keep:
+                return f"({rows}x{columns}): the smallest rank, {rank}, holds {share:.1%} of it"
+            return MakeLowRankTable(rank=rank, **said)
         v, d = row_digits(rows, self.cores), column_digits(columns, self.cores)
         rank = rank_within(v, d, int(self.keep * rows * columns))
         if rank:
