@@ -193,5 +193,16 @@ def load_student_model(folder: Path, task: str) -> tuple[PreTrainedModel, list[E
 
 def needs_plugin(folder: Path) -> bool:
     """Whether loading this student needs `import compresskit` (else it is a stock checkpoint)."""
-    said = json.loads((folder / "config.json").read_text())
-    return quant_method(said.get("quantization_config")) == STUDENT_METHOD
+    return _method(folder) == STUDENT_METHOD
+
+
+def loads_with(folder: Path) -> str:
+    """What has to be there to load this student: compresskit, transformers alone, or that and bitsandbytes."""
+    if needs_plugin(folder):
+        return "compresskit"
+    return "transformers and bitsandbytes" if _method(folder) == BITSANDBYTES_METHOD else "transformers"
+
+
+def _method(folder: Path) -> str | None:
+    """The quantisation that a folder's config.json tells."""
+    return quant_method(json.loads((folder / "config.json").read_text()).get("quantization_config"))

@@ -171,7 +171,7 @@ def adopt_stock_layers(model: PreTrainedModel) -> None:
 
 
 def served_layer(layer: Bnb4Linear | Bnb8Linear) -> nn.Module:
-    """bitsandbytes' own layer with the tensors that `stock_tensors` tells, as transformers makes it of a checkpoint."""
+    """bitsandbytes' own layer with the tensors that `stock_tensors` tells, in eval mode, as transformers makes it of a checkpoint."""
     bnb = load_bitsandbytes()
     columns, rows, bias = layer.in_features, layer.out_features, layer.bias is not None
     tensors = {end: tensor.clone() for end, tensor in stock_tensors(layer).items()}
@@ -185,4 +185,4 @@ def served_layer(layer: Bnb4Linear | Bnb8Linear) -> nn.Module:
         new.weight = bnb.nn.Params4bit.from_prequantized(weight, statistics, device="cpu", module=new)
     if layer.bias is not None:
         new.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
-    return new.requires_grad_(False).train(layer.training)
+    return new.requires_grad_(False).eval()
