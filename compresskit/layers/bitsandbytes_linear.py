@@ -101,9 +101,7 @@ class Bnb4Linear(nn.Module):
         """The layer whose tensors the operator reads: with double quantisation one of float absmaxes, else itself."""
         if not self.double_quant:
             return self
-        plain = Bnb4Linear(
-            self.in_features, self.out_features, form=self.form, bias=False, device=self.codes.device
-        )
+        plain = Bnb4Linear(self.in_features, self.out_features, form=self.form, bias=False, device=self.codes.device)
         plain.codes.copy_(self.codes)
         plain.absmax.copy_(self.scales())
         plain.bias = self.bias

@@ -24,7 +24,9 @@ def swapped(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]
 
 def onnx_forms(model: nn.Module) -> dict[str, nn.Module]:
     """By name, what layers become whose tensors no ONNX operator reads as they are."""
-    layers = {n: layer for n, layer in model.named_modules() if isinstance(layer, QuantLinear | Bnb4Linear | Bnb8Linear)}
+    layers = {
+        n: layer for n, layer in model.named_modules() if isinstance(layer, QuantLinear | Bnb4Linear | Bnb8Linear)
+    }
     forms = {name: layer.onnx_form() for name, layer in layers.items()}
     return {name: form for name, form in forms.items() if form is not layers[name]}
 

@@ -4,21 +4,21 @@
                                       y = s_x s_w Σ q(x) codes + b          int8: outlier columns of x in float
 
 The codes are those that bitsandbytes gives today's weight (arXiv:2305.14314, arXiv:2208.07339): no calibration, no
-anchor, no clip search. They are for serving with transformers or what builds on it (peft, for one), on a CPU or a GPU.
-Where ONNX Runtime or the smallest loss is wanted, `quantize` is better: at 4 bits its groups of 32 or GPTQ lose less, its
-tables and heads are integers too, which here stay float, as bitsandbytes leaves them, with all that stands outside the
-blocks. Not before training, and not for GPT-2's Conv1D.
+anchor, no clip search. They are for serving with transformers or what builds on it, on a CPU or a GPU. Where ONNX
+Runtime or the smallest file is wanted, use `quantize`: its tables and heads are integers too, which here stay float, as
+does all that stands outside the blocks. Not before training, and not for GPT-2's Conv1D.
 
 Checkpoint: where a stock config can say the student's shapes, plain `from_pretrained` reads it (bitsandbytes installed,
 compresskit not needed); after passes that need our plug-in (factors, uneven widths), so does this. What is evaluated is
 float32. On CPUs with AVX512-BF16 bitsandbytes' own layers multiply 4 bits in bfloat16 whatever the compute dtype says:
 `served_difference` in the step's notes is how far they move the answer on the machine that ran the pass, 0 where they
-compute the same. Those kernels take rows in multiples of 32 and columns of 64, which are therefore asked for everywhere.
-Do not save again what has answered there: bitsandbytes 0.50 then loses the absmaxes' order (`surgery.bitsandbytes_edits`).
+compute the same. Those kernels take rows in multiples of 32 and columns of 64, so these are asked for everywhere. A model
+that has answered there must not be saved again: bitsandbytes 0.50 then loses its absmaxes
+(`surgery.bitsandbytes_edits`).
 
 ONNX: 4 bits are `com.microsoft::MatMulBnb4` with the same codes, absmaxes decoded where they are quantised too. LLM.int8
-has no operator: its codes become 8-bit weights with one scale a row, and no activation is rounded; `onnx_difference` in
-the notes, and `re_expressed` in the export's parity, say how far that is from the student.
+has no operator: its codes become 8-bit weights with one scale a row, and no activation is rounded; `onnx_difference`
+in the notes, and `re_expressed` in the export's parity, say how far that is from the student.
 """
 
 from collections.abc import Mapping
@@ -63,7 +63,9 @@ class BitsAndBytes(Pass):
     kind: Literal["bitsandbytes"] = "bitsandbytes"
     format: Format = Field(default="nf4", description="4 bits by a table of 16 values, or LLM.int8")
     double_quant: bool = Field(default=False, description="of nf4 and fp4: absmaxes in 8 bits too")
-    threshold: float = Field(default=6.0, ge=0, description="of int8: |input| from which a column is multiplied in float")
+    threshold: float = Field(
+        default=6.0, ge=0, description="of int8: |input| from which a column is multiplied in float"
+    )
     targets: str = Field(default="*", description="glob over the names of linears inside blocks")
     on_misfit: Literal["error", "keep"] = Field(
         default="error", description="shapes that 4 bits do not fit: an error; or the layer stays float and is listed"
@@ -143,7 +145,9 @@ def _misfit_error(form: str, misfits: Mapping[str, nn.Linear], *, any_fits: bool
     listed = "".join(f"\n    {n}: {one.out_features} × {one.in_features}" for n, one in misfits.items())
     keep = ["say on_misfit: keep to leave them in float"] if any_fits else []
     fixes = ["narrow targets", "set round_to: 64 in the passes that cut these widths", *keep, "use format: int8"]
-    what = f"{form} takes rows in multiples of {_ROWS} and columns of {BLOCK}; {len(misfits)} layers have others:{listed}"
+    what = (
+        f"{form} takes rows in multiples of {_ROWS} and columns of {BLOCK}; {len(misfits)} layers have others:{listed}"
+    )
     return CompressKitError(what, where="format", fix="; or ".join(fixes))
 
 

@@ -100,7 +100,11 @@ def stock_tensors(layer: Bnb4Linear | Bnb8Linear) -> dict[str, Tensor]:
         return {"weight": layer.codes, "SCB": layer.scales, "weight_format": torch.tensor(0, dtype=torch.uint8)}
     said: dict[str, Any] = {"quant_type": layer.form, "blocksize": BLOCK, "dtype": "float32"}
     said["shape"] = [layer.out_features, layer.in_features]
-    tensors = {"weight": layer.codes[:, None], "weight.absmax": layer.absmax, "weight.quant_map": code_table(layer.form)}
+    tensors = {
+        "weight": layer.codes[:, None],
+        "weight.absmax": layer.absmax,
+        "weight.quant_map": code_table(layer.form),
+    }
     if layer.nested_absmax is not None and layer.nested_map is not None and layer.offset is not None:
         said |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": layer.offset.item()}
         tensors |= {"weight.nested_absmax": layer.nested_absmax, "weight.nested_quant_map": layer.nested_map}
@@ -171,7 +175,7 @@ def adopt_stock_layers(model: PreTrainedModel) -> None:
 
 
 def served_layer(layer: Bnb4Linear | Bnb8Linear) -> nn.Module:
-    """bitsandbytes' own layer with the tensors that `stock_tensors` tells, in eval mode, as transformers makes it of a checkpoint."""
+    """bitsandbytes' own layer in eval mode, made of `stock_tensors` as transformers makes it of a checkpoint."""
     bnb = load_bitsandbytes()
     columns, rows, bias = layer.in_features, layer.out_features, layer.bias is not None
     tensors = {end: tensor.clone() for end, tensor in stock_tensors(layer).items()}

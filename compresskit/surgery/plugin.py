@@ -53,7 +53,16 @@ def dump_edits(edits: list[Edit]) -> list[dict[str, Any]]:
 
 
 _INSERTED_TABLES = (QuantEmbedding, LowRankEmbedding, TensorTrainEmbedding)
-_INSERTED_LINEARS = (CorrectedLinear, EmptyLinear, LowRankLinear, PivotedLinear, QuantLinear, Int8Linear, Bnb4Linear, Bnb8Linear)
+_INSERTED_LINEARS = (
+    CorrectedLinear,
+    EmptyLinear,
+    LowRankLinear,
+    PivotedLinear,
+    QuantLinear,
+    Int8Linear,
+    Bnb4Linear,
+    Bnb8Linear,
+)
 _INSERTED = (*_INSERTED_LINEARS, TensorTrainHead, *_INSERTED_TABLES)
 
 
@@ -129,7 +138,9 @@ def stock_config(original: PreTrainedModel, edits: list[Edit]) -> PretrainedConf
         original: may be on the meta device.
         edits: what was done to it.
     """
-    if not all(isinstance(edit, PruneNeurons | PruneHeads | DropBlocks | PruneVocabulary | HoldBitsAndBytes) for edit in edits):
+    if not all(
+        isinstance(edit, PruneNeurons | PruneHeads | DropBlocks | PruneVocabulary | HoldBitsAndBytes) for edit in edits
+    ):
         return None
     config: PretrainedConfig | None = original.config
     drops = [edit for edit in edits if isinstance(edit, DropBlocks)]
