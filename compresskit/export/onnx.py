@@ -121,7 +121,7 @@ class OnnxExport(Exporter):
     def _check_parity(
         self, student: Student, graph: ir.Model, path: Path, output: str, threads: int, folder: Path
     ) -> dict[str, Any]:
-        """Prove the file against the student, or what the file says of layers that have no operator (`re_expressed`)."""
+        """Prove the file against the student, layers without an operator in their ONNX form (`re_expressed`)."""
         forms = re_expressed(student.model)
         if not forms:
             return self._prove(student, graph, path, output, threads, folder)

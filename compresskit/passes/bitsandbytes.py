@@ -10,15 +10,15 @@ does all that stands outside the blocks. Not before training, and not for GPT-2'
 
 Checkpoint: where a stock config can say the student's shapes, plain `from_pretrained` reads it (bitsandbytes installed,
 compresskit not needed); after passes that need our plug-in (factors, uneven widths), so does this. What is evaluated is
-float32. On CPUs with AVX512-BF16 bitsandbytes' own layers multiply 4 bits in bfloat16 whatever the compute dtype says:
+float32. On CPUs with AVX512-BF16 bitsandbytes' own layers multiply 4 bits in bfloat16, whatever the compute dtype:
 `served_difference` in the step's notes is how far they move the answer on the machine that ran the pass, 0 where they
-compute the same. Those kernels take rows in multiples of 32 and columns of 64, so these are asked for everywhere. A model
-that has answered there must not be saved again: bitsandbytes 0.50 then loses its absmaxes
+compute the same. Those kernels take rows in multiples of 32 and columns of 64, so these are asked for everywhere. A
+model that has answered there must not be saved again: bitsandbytes 0.50 then loses its absmaxes
 (`surgery.bitsandbytes_edits`).
 
-ONNX: 4 bits are `com.microsoft::MatMulBnb4` with the same codes, absmaxes decoded where they are quantised too. LLM.int8
-has no operator: its codes become 8-bit weights with one scale a row, and no activation is rounded; `onnx_difference`
-in the notes, and `re_expressed` in the export's parity, say how far that is from the student.
+ONNX: 4 bits are `com.microsoft::MatMulBnb4` with the same codes, absmaxes decoded where they are quantised too.
+LLM.int8 has no operator: its codes become 8-bit weights with one scale a row, and no activation is rounded;
+`onnx_difference` in the notes, and `re_expressed` in the export's parity, say how far that is from the student.
 """
 
 from collections.abc import Mapping

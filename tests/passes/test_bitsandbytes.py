@@ -149,8 +149,8 @@ def test_why_we_never_save_bitsandbytes_own_layers() -> None:
 
 def test_checkpoints_load_with_transformers_alone_and_answer_exactly_as_the_student(tmp_path: Path) -> None:
     """Where bitsandbytes multiplies in bfloat16 whatever it is told: as near as the step's notes say."""
-    cases = [(family, options) for family in ("bert", "llama") for options in FORMS]
-    cases.append(("bert", {"format": "nf4", "targets": "*attention*"}))
+    cases = [("bert", options) for options in FORMS]
+    cases += [("llama", FORMS[1]), ("bert", {"targets": "*attention*"})]
     students, arguments = [], []
     for number, (family, options) in enumerate(cases):
         student, notes = held(family, **options)
