@@ -101,11 +101,10 @@ def matmul_bnb4(x: Tensor, codes: Tensor, absmax: Tensor, *, form: str, block: i
         block: weights that share an absmax.
         out_features: rows of the weight.
     """
-    attributes = {"K": x.shape[-1], "N": out_features, "block_size": block, "quant_type": {"fp4": 0, "nf4": 1}[form]}
     return torch.onnx.ops.symbolic(
         "com.microsoft::MatMulBnb4",
         [x, codes, absmax],
-        attributes,
+        {"K": x.shape[-1], "N": out_features, "block_size": block, "quant_type": {"fp4": 0, "nf4": 1}[form]},
         dtype=torch.float32,
         shape=(*x.shape[:-1], out_features),
         version=1,

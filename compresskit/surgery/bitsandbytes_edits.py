@@ -156,9 +156,9 @@ def _skipped(model: nn.Module, targets: list[str]) -> list[str]:
 def adopt_stock_layers(model: PreTrainedModel) -> None:
     """Put our layers in the place of those that transformers made of a stock checkpoint, with the same tensors."""
     bnb = load_bitsandbytes()
-    for name, old in list(model.named_modules()):
-        if not isinstance(old, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt):
-            continue
+    made = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
+    found: dict[str, Any] = {name: part for name, part in model.named_modules() if isinstance(part, made)}
+    for name, old in found.items():
         columns, rows, bias = old.in_features, old.out_features, old.bias is not None
         if isinstance(old, bnb.nn.Linear8bitLt):
             new: Any = Bnb8Linear(columns, rows, threshold=old.state.threshold, bias=bias)
