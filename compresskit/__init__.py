@@ -15,6 +15,7 @@ from compresskit.errors import CompressKitError, ManyErrors, RunFailedError
 from compresskit.export import EXPORTERS, Exporter, OnnxExport
 from compresskit.passes import (
     PASSES,
+    BitsAndBytes,
     Distill,
     LowRank,
     LowRankCorrection,
@@ -34,6 +35,7 @@ __all__ = [
     "KL",
     "LOSSES",
     "PASSES",
+    "BitsAndBytes",
     "CompressKitError",
     "Config",
     "DataSource",

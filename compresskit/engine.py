@@ -27,7 +27,7 @@ from compresskit.progress import working
 from compresskit.recipe import Recipe, dump_recipe, load_recipe
 from compresskit.report import SCHEMA_VERSION, write_report
 from compresskit.store import FAILURE_LOG, Step, Store, opened, refuse_foreign, write_json
-from compresskit.student import Student, load_student_model, needs_plugin, save_student
+from compresskit.student import Student, load_student_model, loads_with, save_student
 from compresskit.surgery.edits import replay
 
 LOG = logging.getLogger(__name__)
@@ -223,7 +223,7 @@ class _Run:
             "seed": recipe.seed,
             "recipe": dump_recipe(recipe),
             "data": self.job.corpus.amounts(),
-            "loads_with": "compresskit" if needs_plugin(store.folder / "student") else "transformers",
+            "loads_with": loads_with(store.folder / "student"),
             "warnings": list(self.job.forecast.warnings),
             "passes": self.records,
             "export": exports,

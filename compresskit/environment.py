@@ -13,7 +13,7 @@ import torch
 _PACKAGES = ("compresskit", "torch", "transformers", "onnxruntime", "onnx", "numpy", "datasets", "tokenizers")
 
 #: Another version of one of these may give other weights from the same options.
-_COMPUTING = ("compresskit", "torch", "transformers")
+_COMPUTING = ("compresskit", "torch", "transformers", "bitsandbytes")
 #: Another version of one of these may give another file of the same student.
 _EXPORTING = ("compresskit", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
 

@@ -18,6 +18,9 @@ from compresskit.errors import CompressKitError
 
 #: `quant_method` of a student that only our plug-in can rebuild
 STUDENT_METHOD = "compresskit"
+#: that of a student which bitsandbytes' own layers hold; the record of edits tells it from other people's
+BITSANDBYTES_METHOD = "bitsandbytes"
+EDITS_RECORD = "compresskit_edits"
 _MAX_SAID = 300
 
 
@@ -129,7 +132,8 @@ def _refuse_quantized(config: dict[str, Any], folder: Path) -> None:
     for said in [one for one in (config, config.get("text_config")) if isinstance(one, dict)]:
         for key in ("quantization_config", "compression_config"):
             method = quant_method(said.get(key))
-            if method not in (None, STUDENT_METHOD):
+            own = method == BITSANDBYTES_METHOD and EDITS_RECORD in config
+            if method not in (None, STUDENT_METHOD) and not own:
                 what = f"its weights are quantised already ({key} of method {method!r})"
                 raise CompressKitError(what, where=str(folder), fix="use the float model that it was made from")
 

@@ -38,7 +38,15 @@ from transformers.utils.quantization_config import GgufConfig
 from compresskit.cache import cache_folder, writing_to_cache
 from compresskit.config import did_you_mean
 from compresskit.errors import CompressKitError
-from compresskit.model_folder import STUDENT_METHOD, find_folder, only_gguf, quant_method, refuse_unsafe, shortened
+from compresskit.model_folder import (
+    BITSANDBYTES_METHOD,
+    STUDENT_METHOD,
+    find_folder,
+    only_gguf,
+    quant_method,
+    refuse_unsafe,
+    shortened,
+)
 from compresskit.whole import whole_folder
 
 TASKS: dict[str, Any] = {
@@ -209,7 +217,7 @@ def load_empty(source: ModelSource, task: str) -> PreTrainedModel:
             shapes only its edits say (passes cannot go on from those).
     """
     config = load_config(source)
-    if quant_method(getattr(config, "quantization_config", None)) == STUDENT_METHOD:
+    if quant_method(getattr(config, "quantization_config", None)) in (STUDENT_METHOD, BITSANDBYTES_METHOD):
         raise CompressKitError(
             f"{source.name} is a student that compresskit made, and passes cannot start from its edited layers",
             where="model",
@@ -283,11 +291,13 @@ def _read_model(source: ModelSource, task: str, *, device: str) -> PreTrainedMod
     auto = _task_class(task, config)
     options = _pooler_option(source, auto, config)
     folder = safetensors_source(source).folder
+    # bitsandbytes' loader would take a GPU where there is one.
+    named = device != "cpu" or quant_method(getattr(config, "quantization_config", None)) == BITSANDBYTES_METHOD
     with explained(source, "the model", _WEIGHTS_FIX):
         model, info = auto.from_pretrained(
             folder,
             dtype=torch.float32,
-            device_map=None if device == "cpu" else device,
+            device_map=device if named else None,
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, by name

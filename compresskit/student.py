@@ -10,9 +10,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskit.data import Corpus, Sequences, token_rows
 from compresskit.errors import CompressKitError
+from compresskit.model_folder import BITSANDBYTES_METHOD, STUDENT_METHOD, quant_method
 from compresskit.models import ModelSource, load_model
 from compresskit.processors import Processor
 from compresskit.sentence import MEAN_POOLED, SentenceEmbedding
+from compresskit.surgery.bitsandbytes_edits import adopt_stock_layers, stock_quantization, stock_weights
 from compresskit.surgery.edits import Edit
 from compresskit.surgery.plugin import config_with_edits, edits_of
 from compresskit.surgery.vocabulary_edits import PruneVocabulary, narrowed
@@ -157,8 +159,14 @@ def save_student(student: Student, folder: Path) -> None:
         folder: made if absent; files of these names are overwritten.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(student_weights(student.model), folder / "model.safetensors", metadata={"format": "pt"})
+    weights = student_weights(student.model)
     config = config_with_edits(student.original, student.edits)
+    if quant_method(getattr(config, "quantization_config", None)) != STUDENT_METHOD:
+        weights = stock_weights(student.model, weights)
+        quantization = stock_quantization(student.model)
+        if quantization is not None:
+            config.quantization_config = quantization
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config.architectures = [type(student.model).__name__]
     config.save_pretrained(folder)
     if student.model.can_generate() and student.model.generation_config is not None:
@@ -174,6 +182,8 @@ def load_student_model(folder: Path, task: str) -> tuple[PreTrainedModel, list[E
         CompressKitError: a folder that holds no model, or not one for this task, or whose edits are damaged.
     """
     model = load_model(ModelSource(str(folder), folder), task)
+    if quant_method(getattr(model.config, "quantization_config", None)) == BITSANDBYTES_METHOD:
+        adopt_stock_layers(model)
     try:
         return model, edits_of(model.config)
     except (ValueError, TypeError) as error:
@@ -183,4 +193,16 @@ def load_student_model(folder: Path, task: str) -> tuple[PreTrainedModel, list[E
 
 def needs_plugin(folder: Path) -> bool:
     """Whether loading this student needs `import compresskit` (else it is a stock checkpoint)."""
-    return "quantization_config" in json.loads((folder / "config.json").read_text())
+    return _method(folder) == STUDENT_METHOD
+
+
+def loads_with(folder: Path) -> str:
+    """What has to be there to load this student: compresskit, transformers alone, or that and bitsandbytes."""
+    if needs_plugin(folder):
+        return "compresskit"
+    return "transformers and bitsandbytes" if _method(folder) == BITSANDBYTES_METHOD else "transformers"
+
+
+def _method(folder: Path) -> str | None:
+    """The quantisation that a folder's config.json tells."""
+    return quant_method(json.loads((folder / "config.json").read_text()).get("quantization_config"))

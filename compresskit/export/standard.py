@@ -54,7 +54,7 @@ def use_standard_operators(model: ir.Model) -> None:
         raise CompressKitError(
             f"{', '.join(foreign)} belong to ONNX Runtime, and the target is standard ONNX",
             where="target",
-            fix="say target: ort; integer activations (act: int8) have no standard form here",
+            fix="say target: ort; integer activations (act: int8) and bitsandbytes' 4 bits have no standard form here",
         )
     for domain in [domain for domain in model.opset_imports if domain]:
         del model.opset_imports[domain]

@@ -26,9 +26,9 @@ from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 from compresskit.data import Batch
 from compresskit.errors import CompressKitError
 from compresskit.export.fusion import fuse_encoder, prefer_sums, share_tables
+from compresskit.layers.forms import onnx_forms, swapped
 from compresskit.layers.int8_linear import Int8Linear
 from compresskit.layers.operators import emit_operators
-from compresskit.layers.quant_linear import QuantLinear
 from compresskit.progress import working
 
 OUTPUTS = {
@@ -110,19 +110,6 @@ def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_three_bits(model: nn.Module) -> Iterator[None]:
-    """Inside, layers of 3-bit integers hold the same integers in 4 bits: no operator of ONNX Runtime has 3."""
-    layers = {n: layer for n, layer in model.named_modules() if isinstance(layer, QuantLinear) and layer.bits == 3}
-    for name, layer in layers.items():
-        model.set_submodule(name, layer.widened())
-    try:
-        yield
-    finally:
-        for name, layer in layers.items():
-            model.set_submodule(name, layer)
-
-
-@contextlib.contextmanager
 def quiet_exporters() -> Iterator[None]:
     """Keep the exporters' progress prints and version notes to themselves; their errors still arrive."""
     loggers = [logging.getLogger(name) for name in ("transformers", "torch.onnx", "onnxscript")]
@@ -196,7 +183,7 @@ def _export(model: PreTrainedModel, batch: Batch, *, as_node: bool, opset: int |
         working("tracing the graph"),
         quiet_exporters(),
         _attention(model, attention),
-        _without_three_bits(model),
+        swapped(model, onnx_forms(model)),
         emit_operators(),
     ):
         return OnnxExporter().export(model, inputs, config=config).program

@@ -90,6 +90,27 @@ def matmul_nbits(
     )
 
 
+def matmul_bnb4(x: Tensor, codes: Tensor, absmax: Tensor, *, form: str, block: int, out_features: int) -> Tensor:
+    """x · (T[codes] · absmax)ᵀ, shape (…, out).
+
+    Args:
+        x: (…, in) float32.
+        codes: (out · in / 2,) uint8, row after row, the first of two weights in the high half.
+        absmax: (out · in / block,) float32.
+        form: nf4 or fp4, which says T.
+        block: weights that share an absmax.
+        out_features: rows of the weight.
+    """
+    return torch.onnx.ops.symbolic(
+        "com.microsoft::MatMulBnb4",
+        [x, codes, absmax],
+        {"K": x.shape[-1], "N": out_features, "block_size": block, "quant_type": {"fp4": 0, "nf4": 1}[form]},
+        dtype=torch.float32,
+        shape=(*x.shape[:-1], out_features),
+        version=1,
+    )
+
+
 def gather_block_quantized(
     codes: Tensor, indices: Tensor, scales: Tensor, zeros: Tensor | None, *, bits: int, columns: int
 ) -> Tensor:

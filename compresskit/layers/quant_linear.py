@@ -148,6 +148,10 @@ class QuantLinear(nn.Module):
         wide.bias = self.bias
         return wide
 
+    def onnx_form(self) -> "QuantLinear":
+        """The layer whose tensors the operator reads: of 3 bits the widened one, else itself."""
+        return self.widened() if self.bits == 3 else self
+
     def dequantize(self) -> Tensor:
         """The weight that the codes stand for, (out, in) float32."""
         return self.dequantize_rows(0, self.out_features)

@@ -1,6 +1,7 @@
 """Every built-in pass; importing this registers them. A new pass is one file, one test file and one line here."""
 
 from compresskit.passes.base import PASSES, Pass, Trait
+from compresskit.passes.bitsandbytes import BitsAndBytes
 from compresskit.passes.distill import Distill
 from compresskit.passes.low_rank import LowRank
 from compresskit.passes.low_rank_correction import LowRankCorrection
@@ -13,6 +14,7 @@ from compresskit.passes.tensor import TensorDecomposition
 
 __all__ = [
     "PASSES",
+    "BitsAndBytes",
     "Distill",
     "LowRank",
     "LowRankCorrection",

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from compresskit.config import Config
 from compresskit.errors import CompressKitError
+from compresskit.layers.bitsandbytes_linear import Bnb4Linear, Bnb8Linear
 from compresskit.layers.int8_linear import Int8Linear
 from compresskit.layers.operators import BLOCK_SIZES
 from compresskit.layers.quant_embedding import QuantEmbedding
@@ -101,7 +102,7 @@ def plan_grids(model: PreTrainedModel, wanted: Wanted) -> Plan:
     Raises:
         CompressKitError: a quantised model, globs that match nothing, and misfits, all in one message.
     """
-    _refuse_integers(model)
+    refuse_integers(model)
     anatomy = find_anatomy(model, factors=True)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for _, head in tied_heads(model):
@@ -131,9 +132,14 @@ def plan_grids(model: PreTrainedModel, wanted: Wanted) -> Plan:
     )
 
 
-def _refuse_integers(model: nn.Module) -> None:
+def refuse_integers(model: nn.Module) -> None:
+    """Refuse a model of which any layer holds integers already.
+
+    Raises:
+        CompressKitError: it names the first.
+    """
     for name, module in model.named_modules():
-        if isinstance(module, QuantLinear | Int8Linear | QuantEmbedding):
+        if isinstance(module, QuantLinear | Int8Linear | QuantEmbedding | Bnb4Linear | Bnb8Linear):
             raise CompressKitError(
                 f"{name} holds integers already: rounding what was rounded only adds errors",
                 fix="quantise the float model, with overrides where layers want other grids",

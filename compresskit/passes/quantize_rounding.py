@@ -98,7 +98,7 @@ def _round_layer(
 
     def lost(codes: Tensor) -> float:
         layer.set_codes(Codes(codes, scales, zeros))
-        return _relative_error(problem.target[rows], layer.dequantize(), problem.mean)
+        return relative_error(problem.target[rows], layer.dequantize(), problem.mean)
 
     nearest = lost(encode(weight, scales, zeros, **grid))
     if ready.compensation is None:
@@ -142,10 +142,10 @@ def round_table(student: Student, edit: QuantizeEmbedding) -> dict[str, Any]:
         new = student.model.get_submodule(edit.head)
         assert isinstance(new.bias, Tensor)
         new.bias.copy_(head.bias.detach())
-    return {"bits": edit.bits, "method": "rtn", "relative_error": _relative_error(weight, table.dequantize(), None)}
+    return {"bits": edit.bits, "method": "rtn", "relative_error": relative_error(weight, table.dequantize(), None)}
 
 
-def _relative_error(weight: Tensor, rounded: Tensor, mean: MeanMoments | None) -> float:
+def relative_error(weight: Tensor, rounded: Tensor, mean: MeanMoments | None) -> float:
     """‖(M − Q) x‖ / ‖M x‖ over the inputs that were seen, or ‖M − Q‖ / ‖M‖ where none were."""
     if mean is None:
         lost, power = float((weight - rounded).double().square().sum()), float(weight.double().square().sum())

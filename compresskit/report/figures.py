@@ -172,8 +172,8 @@ def further_facts(entry: dict[str, Any]) -> dict[str, Any]:
 def background(report: dict[str, Any]) -> list[str]:
     """One sentence on what loads the student, and one on the text that it was made and measured with."""
     found: list[str] = []
-    if report.get("loads_with") == "transformers":
-        found.append("The checkpoint loads with transformers alone.")
+    if str(report.get("loads_with")).startswith("transformers"):
+        found.append(f"The checkpoint loads with {report['loads_with']} alone.")
     elif report.get("loads_with"):
         found.append(f"The checkpoint loads with transformers after `import {report['loads_with']}`.")
     data = dict(report.get("data") or {})

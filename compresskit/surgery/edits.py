@@ -129,7 +129,7 @@ class Cutting(Edit):
 AnyEdit = Annotated[SerializeAsAny[Edit], BeforeValidator(EDITS.parse)]
 
 
-class _Replacing(Edit):
+class Replacing(Edit):
     """Edits that put a new layer where a float linear was."""
 
     def _linear(self, model: nn.Module, name: str) -> nn.Linear:
@@ -140,7 +140,7 @@ class _Replacing(Edit):
 
 
 @EDITS.add
-class MakeLowRank(_Replacing):
+class MakeLowRank(Replacing):
     """Replace linears that read the same input by factors that share one A."""
 
     kind: Literal["low_rank"] = "low_rank"
@@ -171,7 +171,7 @@ class MakeLowRank(_Replacing):
 
 
 @EDITS.add
-class QuantizeLinears(_Replacing):
+class QuantizeLinears(Replacing):
     """Hold linears as integers: weight-only in groups, or int8 weights with dynamic int8 activations."""
 
     kind: Literal["quantize_linears"] = "quantize_linears"

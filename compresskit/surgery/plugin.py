@@ -18,6 +18,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from compresskit.layers.bitsandbytes_linear import Bnb4Linear, Bnb8Linear
 from compresskit.layers.corrected_linear import CorrectedLinear
 from compresskit.layers.empty_linear import EmptyLinear
 from compresskit.layers.int8_linear import Int8Linear
@@ -27,8 +28,9 @@ from compresskit.layers.pivoted_linear import PivotedLinear
 from compresskit.layers.quant_embedding import QuantEmbedding
 from compresskit.layers.quant_linear import QuantLinear
 from compresskit.layers.tensor_train import TensorTrainEmbedding, TensorTrainHead
-from compresskit.models import STUDENT_METHOD
+from compresskit.model_folder import EDITS_RECORD, STUDENT_METHOD
 from compresskit.surgery import channel_edits, correction_edits, tensor_edits  # noqa: F401 # register their edits
+from compresskit.surgery.bitsandbytes_edits import HoldBitsAndBytes
 from compresskit.surgery.cuts import PruneHeads, PruneNeurons
 from compresskit.surgery.depth_edits import DropBlocks, cut_config
 from compresskit.surgery.edits import EDITS, Edit, read_ranges, replay
@@ -51,7 +53,16 @@ def dump_edits(edits: list[Edit]) -> list[dict[str, Any]]:
 
 
 _INSERTED_TABLES = (QuantEmbedding, LowRankEmbedding, TensorTrainEmbedding)
-_INSERTED_LINEARS = (CorrectedLinear, EmptyLinear, LowRankLinear, PivotedLinear, QuantLinear, Int8Linear)
+_INSERTED_LINEARS = (
+    CorrectedLinear,
+    EmptyLinear,
+    LowRankLinear,
+    PivotedLinear,
+    QuantLinear,
+    Int8Linear,
+    Bnb4Linear,
+    Bnb8Linear,
+)
 _INSERTED = (*_INSERTED_LINEARS, TensorTrainHead, *_INSERTED_TABLES)
 
 
@@ -120,13 +131,16 @@ def stock_config(original: PreTrainedModel, edits: list[Edit]) -> PretrainedConf
     """A stock config that says the student's shapes, or None where only the plug-in can.
 
     Fewer blocks are said where they are what a model of that depth would have there, FFN width where every block has
-    the same; fewer heads of the same size only where the config has `head_dim`; fewer tokens always.
+    the same; fewer heads of the same size only where the config has `head_dim`; fewer tokens always. Layers in
+    bitsandbytes' formats do not change it: `stock_quantization` says them beside.
 
     Args:
         original: may be on the meta device.
         edits: what was done to it.
     """
-    if not all(isinstance(edit, PruneNeurons | PruneHeads | DropBlocks | PruneVocabulary) for edit in edits):
+    if not all(
+        isinstance(edit, PruneNeurons | PruneHeads | DropBlocks | PruneVocabulary | HoldBitsAndBytes) for edit in edits
+    ):
         return None
     config: PretrainedConfig | None = original.config
     drops = [edit for edit in edits if isinstance(edit, DropBlocks)]
@@ -185,7 +199,7 @@ def config_with_edits(original: PreTrainedModel, edits: list[Edit]) -> Pretraine
     """
     stock = stock_config(original, edits)
     if stock is not None:
-        stock.compresskit_edits = dump_edits(edits)
+        setattr(stock, EDITS_RECORD, dump_edits(edits))
         return stock
     said = _with_vocabulary(original.config, edits)
     said.quantization_config = {"quant_method": METHOD, "schema": EDITS_SCHEMA, "edits": dump_edits(edits)}
@@ -198,4 +212,4 @@ def edits_of(config: PretrainedConfig) -> list[Edit]:
     said = raw.to_dict() if isinstance(raw, QuantizationConfigMixin) else raw
     if isinstance(said, dict) and said.get("quant_method") == METHOD:
         return parse_edits(said["edits"])
-    return parse_edits(getattr(config, "compresskit_edits", []))
+    return parse_edits(getattr(config, EDITS_RECORD, []))

@@ -40,6 +40,12 @@ EXAMPLES: dict[str, list[dict[str, object]]] = {
     "tensor": [{"keep": 0.5}, {"keep": 0.5, "embeddings": "tensor_train"}],
     "low_rank_correction": [{"rank": 4}, {"rank": 2, "anchor": 0.5, "targets": "*0*"}],
     "distill": [{"steps": 2, "batch_size": 4}],
+    "bitsandbytes": [
+        {"format": "int8"},
+        {"format": "int8", "threshold": 0, "targets": "*0*"},
+        {"on_misfit": "keep"},
+        {"format": "fp4", "double_quant": True, "on_misfit": "keep"},
+    ],
 }
 #: What a pass builds on.
 BEFORE: dict[str, list[Pass]] = {"low_rank_correction": [Quantize(bits=4, group_size=16)]}
