@@ -42,7 +42,8 @@ def describe_pass(kind: str) -> Listing:
         fix = f"did you mean {near!r}?" if near else f"the passes are: {', '.join(PASSES)}"
         raise CompressKitError(f"no pass {kind!r}", fix=fix)
     cls = PASSES[kind]
-    traits = [f"makes the model {', '.join(sorted(cls.adds))}"] if cls.adds else []
+    traits = [f"in Python {cls.__name__}"]
+    traits += [f"makes the model {', '.join(sorted(cls.adds))}"] if cls.adds else []
     traits += [f"refuses a model that is {', '.join(sorted(cls.refuses))}"] if cls.refuses else []
     text = "\n\n".join(part for part in (inspect.getdoc(cls) or "", "; ".join(traits)) if part)
     return Listing(text, ("option", "type", "default", "meaning"), _options(cls, ""))
