@@ -21,7 +21,9 @@ def load_processor(source: ModelSource, task: str) -> Processor:
     if task not in IMAGE_TASKS:
         return load_tokenizer(source)
     if importlib.util.find_spec("PIL") is None:
-        raise CompressKitError("reading images needs the package Pillow", where="data.source", fix="pip install 'compresskit[vision]'")
+        raise CompressKitError(
+            "reading images needs the package Pillow", where="data.source", fix="pip install 'compresskit[vision]'"
+        )
     fix = "put preprocessor_config.json beside config.json: image_processor.save_pretrained(folder)"
     with explained(source, "the image processor", fix):
         return AutoImageProcessor.from_pretrained(source.folder, trust_remote_code=False)

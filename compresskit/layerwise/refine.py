@@ -5,8 +5,10 @@
 Layer by layer each factor was the best for its own target; together they can also make up for each other, and for what
 the stream has lost before the block. Errors count by the Fisher information of the model's answer in the block's output
 where it is known, else relative to each token's stream. All calibration tokens are trained on: the factors were fitted
-to all of them, so none could be kept apart now to say when to stop; a small step does that (on four blocks of
-SmolLM2-135M and 4096 tokens 3e-4 lowers the divergence on other text by 2 %, 1e-3 by 1 %, and 3e-3 raises it).
+to all of them, so none could be kept apart now to say when to stop, and a small step does that. SmolLM2-135M at keep
+0.8 on 16 windows of 256 tokens: perplexity 29.1 to 28.4 on wikitext-2 and 134.3 to 131.0 on another domain, in twice
+the time (`tools/bench_layerwise.py --keeps 0.8 --methods energy refine --calibration 16`); steps ten times as large
+lose more than they gain.
 Source: block-wise refinement of AA-SVD (arXiv:2604.02119); the metric is ours.
 """
 
