@@ -31,7 +31,7 @@ from compresskit.surgery.parts import Part
 from compresskit.surgery.sites import Site
 
 #: Raised by one whenever the same model, text and options would give another survey.
-VERSION = 1
+VERSION = 2
 #: Shares of a part's groups that are kept in its trials.
 TRIED = (0.85, 0.65, 0.4)
 
