@@ -10,6 +10,7 @@ F says which errors of the output count; `layerwise.sensitivity` measures it.
 
 # I in, O out, r min(I, O), k rank
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -118,3 +119,13 @@ def squared_error(target: Tensor, answer: Tensor, moment: Tensor) -> float:
     """E‖M x − N x‖² of two maps (O, I) over inputs with the moment C (I, I)."""
     gap = target.double() - answer.double()
     return float(((gap @ moment.double()) * gap).sum())
+
+
+def relative_error(target: Tensor, answer: Tensor, moment: Tensor | None) -> float:
+    """‖(M − N) x‖ / ‖M x‖ over inputs with the moment C (I, I), or ‖M − N‖ / ‖M‖ where nothing is known of them."""
+    if moment is None:
+        lost, power = float((target - answer).double().square().sum()), float(target.double().square().sum())
+    else:
+        lost = squared_error(target, answer, moment)
+        power = squared_error(target, torch.zeros_like(target), moment)
+    return math.sqrt(max(lost, 0.0) / power) if power > 0 else 0.0

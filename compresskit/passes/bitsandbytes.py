@@ -33,10 +33,10 @@ from compresskit.errors import CompressKitError
 from compresskit.layers.bitsandbytes_linear import BLOCK
 from compresskit.layers.forms import re_expressed, swapped
 from compresskit.layerwise.answer import read_answer
+from compresskit.layerwise.output_pca import relative_error
 from compresskit.layerwise.weights import require_finite
 from compresskit.passes.base import PASSES, Part, Pass, Trait
 from compresskit.passes.quantize_grids import refuse_integers
-from compresskit.passes.quantize_rounding import relative_error
 from compresskit.student import Student
 from compresskit.surgery.bitsandbytes_edits import (
     Format,

@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from compresskit.errors import CompressKitError
 from compresskit.layers.low_rank import LowRankLinear
 from compresskit.layerwise.objective import fit_weight
-from compresskit.layerwise.output_pca import solve_output_pca, squared_error
+from compresskit.layerwise.output_pca import relative_error, solve_output_pca
 from compresskit.layerwise.ranks import (
     Group,
     Ranks,
@@ -143,8 +143,7 @@ class LowRank(Pass):
             CompressKitError: layers that cannot be factorised; a budget that no ranks meet.
         """
         sites, _ = self._sites(model)
-        if self._allocates:
-            self._check_budget([_hollow_curve(model, site) for site in sites])
+        self._check_budget(model, sites)
         even = (choice for site in sites for choice in self._even(model, site))
         return [self._edit(group, rank) for group, rank in even if rank <= self._break_even(model, group)]
 
@@ -213,6 +212,7 @@ class LowRank(Pass):
                 LOG.warning("low_rank: nothing was factorised, all %d targeted layers stay dense", len(kept_dense))
             return {"layers": {}, "kept_dense": kept_dense}
         require_finite(student.model, [name for site in sites for name in site.linears])
+        self._check_budget(student.model, sites)
         survey = self._survey(student, sites, generator)
         ranks = self._choose(student.model, sites, survey)
         factorised = {name for choice in ranks for group, _ in choice for name in group}
@@ -250,24 +250,19 @@ class LowRank(Pass):
         )
 
     def _choose(self, model: nn.Module, sites: list[Site], survey: Survey) -> list[Ranks]:
-        """The ranks of each site.
-
-        Raises:
-            CompressKitError: as `_check_budget`.
-        """
+        """The ranks of each site."""
         if not survey.curves or (not self._allocates and self._share is False):
             return [self._even(model, site) for site in sites]
         curves = [survey.curves[site.linears] for site in sites]
         if not self._allocates or self.keep is None:
             return [self._even_shared(curve) for curve in curves]
-        self._check_budget(curves)
         return allocate_ranks(self._options(curves, self.keep), _budget(curves, self.keep))
 
     def _options(self, curves: Sequence[SiteCurve], keep: float) -> list[list[SiteOption]]:
         form: dict[str, Any] = {"share": self._share, "pivot": self.pivot, "round_to": self.round_to}
         return [site_options(curve, floor=self.floor * keep, **form) for curve in curves]
 
-    def _check_budget(self, curves: Sequence[SiteCurve]) -> None:
+    def _check_budget(self, model: nn.Module, sites: Sequence[Site]) -> None:
         """Refuse a budget below what the cheapest choices of all sites weigh, which shapes alone tell.
 
         Raises:
@@ -277,8 +272,8 @@ class LowRank(Pass):
         def least(keep: float) -> int:
             return sum(min(option.cost for option in site) for site in self._options(curves, keep))
 
-        keep = self.keep or 1.0
-        if not curves or least(keep) <= _budget(curves, keep):
+        curves, keep = [_hollow_curve(model, site) for site in sites], self.keep or 1.0
+        if not self._allocates or not curves or least(keep) <= _budget(curves, keep):
             return
         tried = (percent / 100 for percent in range(math.ceil(100 * keep), 101))
         enough = next(share for share in tried if least(share) <= _budget(curves, share))
@@ -317,12 +312,10 @@ class LowRank(Pass):
             student.edit(self._edit(group, rank))
             new_bias = mean.nu[rows] - B @ (A @ mean.mu) if centred else bias
             _fill(student.model, group, B, A, new_bias if centred or bias is None else bias[rows])
-            power = squared_error(target[rows], torch.zeros_like(target[rows]), mean.C)
-            lost = squared_error(target[rows], B @ A, mean.C)
             notes[" + ".join(group)] = {
                 "rank": rank,
                 "predicted_error": float(pca.tail[rank]),
-                "relative_error": (max(lost, 0.0) / power) ** 0.5 if power > 0 else 0.0,
+                "relative_error": relative_error(target[rows], B @ A, mean.C),
                 "shrinkage": None if shrinkage == float("inf") else shrinkage,
             }
         return notes

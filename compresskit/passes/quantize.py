@@ -145,8 +145,9 @@ class Quantize(Pass):
     def _open_sites(self, plan: Plan) -> dict[Site, tuple[QuantizeLinears, ...]]:
         """The sites whose bits are to be chosen, less the linears that an override gives some."""
         found: dict[Site, tuple[QuantizeLinears, ...]] = {}
+        wanted = self._wanted()
         for site, edits in plan.sites.items():
-            names = tuple(n for n in site.linears if self._wanted().override(n).bits is None)
+            names = tuple(n for n in site.linears if wanted.override(n).bits is None)
             parts = (tuple(name for name in edit.targets if name in names) for edit in edits)
             left = [edit.model_copy(update={"targets": t}) for edit, t in zip(edits, parts, strict=True) if t]
             if left:

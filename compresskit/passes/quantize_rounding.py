@@ -5,7 +5,6 @@
 The loss is told as ‖(M − Q) x‖ / ‖M x‖ over the calibration text, beside what rounding to nearest would have lost.
 """
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -19,7 +18,7 @@ from compresskit.layers.quant_linear import QuantLinear
 from compresskit.layerwise.gptq import Compensation, column_importance, plan_compensation, round_with
 from compresskit.layerwise.moments import MeanMoments
 from compresskit.layerwise.objective import folded_bias
-from compresskit.layerwise.output_pca import squared_error
+from compresskit.layerwise.output_pca import relative_error
 from compresskit.layerwise.weights import row_indices, stacked_weight
 from compresskit.student import Student
 from compresskit.surgery.edits import QuantizeEmbedding, QuantizeLinears
@@ -98,7 +97,9 @@ def _round_layer(
 
     def lost(codes: Tensor) -> float:
         layer.set_codes(Codes(codes, scales, zeros))
-        return relative_error(problem.target[rows], layer.dequantize(), problem.mean)
+        return relative_error(
+            problem.target[rows], layer.dequantize(), None if problem.mean is None else problem.mean.C
+        )
 
     nearest = lost(encode(weight, scales, zeros, **grid))
     if ready.compensation is None:
@@ -143,13 +144,3 @@ def round_table(student: Student, edit: QuantizeEmbedding) -> dict[str, Any]:
         assert isinstance(new.bias, Tensor)
         new.bias.copy_(head.bias.detach())
     return {"bits": edit.bits, "method": "rtn", "relative_error": relative_error(weight, table.dequantize(), None)}
-
-
-def relative_error(weight: Tensor, rounded: Tensor, mean: MeanMoments | None) -> float:
-    """‖(M − Q) x‖ / ‖M x‖ over the inputs that were seen, or ‖M − Q‖ / ‖M‖ where none were."""
-    if mean is None:
-        lost, power = float((weight - rounded).double().square().sum()), float(weight.double().square().sum())
-    else:
-        lost = squared_error(weight, rounded, mean.C)
-        power = squared_error(weight, torch.zeros_like(weight), mean.C)
-    return math.sqrt(max(lost, 0.0) / power) if power > 0 else 0.0
