@@ -20,6 +20,7 @@ from compresskit.layers.grid import Codes
 from compresskit.layers.int8_linear import multiply_exactly
 from compresskit.layers.operators import emitting, matmul_bnb4
 from compresskit.layers.quant_linear import QuantLinear
+from compresskit.layers.stand_in import LinearStandIn
 
 #: Weights that share an absmax, and absmaxes that share a nested scale: what bitsandbytes uses unless told otherwise.
 BLOCK, NESTED_BLOCK = 64, 256
@@ -40,7 +41,7 @@ def code_table(form: str) -> Tensor:
     return torch.tensor([*_FP4, *(-value for value in _FP4)]) / max(_FP4)
 
 
-class Bnb4Linear(nn.Module):
+class Bnb4Linear(LinearStandIn):
     """y = (T[codes] · absmax) x + bias.
 
     Args:
@@ -120,7 +121,7 @@ class Bnb4Linear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, {form}, bias={self.bias is not None}"
 
 
-class Bnb8Linear(nn.Module):
+class Bnb8Linear(LinearStandIn):
     """y = s_x s_w Σ q(x) codes + bias, columns with an outlier apart.
 
     Args:

@@ -9,9 +9,10 @@ In ONNX the path is two products and an addition.
 from torch import Tensor, nn
 
 from compresskit.layers.quant_linear import QuantLinear
+from compresskit.layers.stand_in import LinearStandIn
 
 
-class CorrectedLinear(nn.Module):
+class CorrectedLinear(LinearStandIn):
     """y = base(x) + expand(reduce(x)).
 
     Args:

@@ -1,9 +1,11 @@
 """A linear that is not there: it gives zeros, so a branch that ends in it adds nothing to the residual stream."""
 
-from torch import Tensor, nn
+from torch import Tensor
+
+from compresskit.layers.stand_in import LinearStandIn
 
 
-class EmptyLinear(nn.Module):
+class EmptyLinear(LinearStandIn):
     """y = 0 of shape (…, out_features), whatever x is; no weights. A traced graph holds nothing that x went through."""
 
     def __init__(self, in_features: int, out_features: int) -> None:

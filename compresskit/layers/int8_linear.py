@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from compresskit.layers import grid
 from compresskit.layers.operators import dynamic_matmul, emitting
+from compresskit.layers.stand_in import LinearStandIn
 
 # Any sum of this many products of 8-bit numbers stays below 2^24, where float32 counts every integer.
 _EXACT_COLUMNS = (1 << 24) // (255 * 127)
@@ -64,7 +65,7 @@ def multiply_exactly(left: Tensor, right: Tensor) -> Tensor:
     return total.float()
 
 
-class Int8Linear(nn.Module):
+class Int8Linear(LinearStandIn):
     """y = scale · scales · (q − zero) codes + bias, with q the input rounded to uint8.
 
     Args:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from compresskit.layers.pivoted_linear import PivotedLinear
+from compresskit.layers.stand_in import LinearStandIn
 
 
-class LowRankLinear(nn.Module):
+class LowRankLinear(LinearStandIn):
     """y = expand(reduce(x)): a linear map of rank `rank`.
 
     Args:

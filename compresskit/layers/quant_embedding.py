@@ -100,3 +100,22 @@ class QuantEmbedding(nn.Module):
     def extra_repr(self) -> str:
         """Shape and grid."""
         return f"{self.num_embeddings}, {self.embedding_dim}, bits={self.bits}, group_size={self.group_size}"
+
+
+class SameTable(nn.Module):
+    """Looks up in a table that stands elsewhere in the model, and holds nothing itself.
+
+    Args:
+        table: where it stands.
+    """
+
+    def __init__(self, table: QuantEmbedding) -> None:
+        super().__init__()
+        # A tuple hides the table from nn.Module: its integers must not appear a second time among the buffers.
+        self._table = (table,)
+        self.num_embeddings, self.embedding_dim = table.num_embeddings, table.embedding_dim
+        self.padding_idx = table.padding_idx
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """What the table gives."""
+        return self._table[0](indices)

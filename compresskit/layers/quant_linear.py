@@ -17,9 +17,10 @@ from torch.nn import functional as F
 from compresskit.layers import grid
 from compresskit.layers.operators import check_group_size, emitting, matmul_nbits, row_block
 from compresskit.layers.quant_embedding import QuantEmbedding
+from compresskit.layers.stand_in import LinearStandIn
 
 
-class QuantLinear(nn.Module):
+class QuantLinear(LinearStandIn):
     """y = dequantised(codes) x + bias.
 
     Args:

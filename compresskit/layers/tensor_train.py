@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compresskit.layers.operators import emitting
+from compresskit.layers.stand_in import LinearStandIn
 
 # Gathered cores are large: this many tokens are looked up at a time.
 _TOKENS_AT_A_TIME = 256
@@ -95,7 +96,7 @@ class TensorTrainEmbedding(nn.Module):
         return f"{self.num_embeddings}, {self.embedding_dim}, {digits}"
 
 
-class TensorTrainHead(nn.Module):
+class TensorTrainHead(LinearStandIn):
     """y = W x + b with W (out, in) as a tensor train, contracted core by core; W is never expanded.
 
     Args:

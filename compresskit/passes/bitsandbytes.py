@@ -6,7 +6,8 @@
 The codes are those that bitsandbytes gives today's weight (arXiv:2305.14314, arXiv:2208.07339): no calibration, no
 anchor, no clip search. They are for serving with transformers or what builds on it, on a CPU or a GPU. Where ONNX
 Runtime or the smallest file is wanted, use `quantize`: its tables and heads are integers too, which here stay float, as
-does all that stands outside the blocks. Not before training, and not for GPT-2's Conv1D.
+does all that stands outside the blocks, and what the model's class keeps in float32 when transformers quantises it
+(T5's `wo`). Not before training, and not for GPT-2's Conv1D.
 
 Checkpoint: where a stock config can say the student's shapes, plain `from_pretrained` reads it (bitsandbytes installed,
 compresskit not needed); after passes that need our plug-in (factors, uneven widths), so does this. What is evaluated is
@@ -28,6 +29,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from compresskit.errors import CompressKitError
 from compresskit.layers.bitsandbytes_linear import BLOCK
@@ -80,8 +82,8 @@ class BitsAndBytes(Pass):
     def _consistent(self) -> "BitsAndBytes":
         if self.format == "int8" and self.double_quant:
             raise ValueError("double_quant is of nf4 and fp4; int8 has one float scale a row")
-        if self.format != "int8" and "threshold" in self.model_fields_set:
-            raise ValueError(f"threshold is of int8; {self.format} rounds no activation")
+        if self.format != "int8":
+            self._refuse_idle("threshold", "format: int8")
         return self
 
     def plan(self, model: nn.Module) -> list[Edit]:
@@ -109,11 +111,16 @@ class BitsAndBytes(Pass):
             what = f"{transposed[0]} is a Conv1D, which stores its weight transposed, and so are all layers in blocks"
             raise CompressKitError(what, where="targets", fix="use a model made of nn.Linear")
         chosen = select(list(linears), self.targets)
-        misfits = {} if self.format == "int8" else {name: linears[name] for name in chosen if not _fits(linears[name])}
-        fitting = [name for name in chosen if name not in misfits]
+        float_only: list[str] = list(getattr(model, "_keep_in_fp32_modules", None) or ())
+        wanted = [name for name in chosen if should_convert_module(name, float_only)]
+        if not wanted:
+            what = f"transformers leaves {', '.join(chosen)} in float32 whenever it loads a {type(model).__name__}"
+            raise CompressKitError(what, where="targets", fix="target other layers, or use quantize")
+        misfits = {} if self.format == "int8" else {name: linears[name] for name in wanted if not _fits(linears[name])}
+        fitting = [name for name in wanted if name not in misfits]
         if misfits and (self.on_misfit == "error" or not fitting):
             raise _misfit_error(self.format, misfits, any_fits=bool(fitting))
-        return fitting, list(misfits)
+        return fitting, [name for name in chosen if name not in fitting]
 
     @torch.no_grad()
     def apply(self, student: Student, *, generator: torch.Generator) -> dict[str, Any]:

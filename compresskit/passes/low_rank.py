@@ -124,6 +124,10 @@ class LowRank(Pass):
             raise ValueError("give either keep or rank")
         if self.rank and self.allocation != "uniform":
             raise ValueError(f"allocation: {self.allocation} spreads a share of the weights; give keep instead of rank")
+        if self.allocation == "uniform":
+            self._refuse_idle("floor", "allocation: energy or kl")
+        if self.refine == "none":
+            self._refuse_idle("refine_rounds", "refine: block")
         return self
 
     @property

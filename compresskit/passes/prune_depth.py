@@ -74,8 +74,8 @@ class PruneDepth(Pass):
         twice = [number for number, times in Counter(self.blocks or ()).items() if times > 1]
         if twice:
             raise ValueError(f"blocks: {twice[0]} is listed twice")
-        if self.keep is None and "score" in self.model_fields_set:
-            raise ValueError("score chooses what goes where keep says how many stay; leave it out")
+        if self.keep is None:
+            self._refuse_idle("score", "keep")
         return self
 
     def plan(self, model: nn.Module) -> list[Edit]:

@@ -90,9 +90,11 @@ class PruneWidth(Pass):
         return {"ffn": keep} if isinstance(keep, int | float) and not isinstance(keep, bool) else keep
 
     @model_validator(mode="after")
-    def _bias_is_filled(self) -> "PruneWidth":
+    def _consistent(self) -> "PruneWidth":
         if self.bias and self.repair == "none":
             raise ValueError("bias: true adds biases that repair: none leaves at zero; say repair: bias")
+        if self.allocation == "uniform":
+            self._refuse_idle("floor", "allocation: per_layer")
         return self
 
     def plans_shapes(self) -> bool:

@@ -110,7 +110,10 @@ class Quantize(Pass):
         auto = self.bits == "auto"
         if auto == (self.mean_bits is None and self.budget_bytes is None) or (self.mean_bits and self.budget_bytes):
             raise ValueError("bits: auto needs either mean_bits or budget_bytes, and no other bits take them")
+        if not auto:
+            self._refuse_idle("widths", "bits: auto")
         if self.act == "none":
+            self._refuse_idle("smooth", "act: int8")
             return self
         if self.bits != 8 or self.group_size != "channel":
             raise ValueError("act: int8 needs bits: 8 and group_size: channel (one scale per output channel)")

@@ -24,7 +24,7 @@ from compresskit.layers.operators import BLOCK_SIZES
 from compresskit.layers.quant_embedding import QuantEmbedding
 from compresskit.layers.quant_linear import QuantLinear
 from compresskit.surgery.edits import Edit, QuantizeEmbedding, QuantizeLinears, table_multiplier
-from compresskit.surgery.sites import Anatomy, Site, find_anatomy, select, tied_heads
+from compresskit.surgery.sites import Anatomy, Site, find_anatomy, select, tied_heads, tied_modules
 
 # Tables with fewer rows, or less than this share of the largest one's (positions, token types), stay float: they hold
 # few bytes, and ONNX Runtime takes five times as long to look up integers.
@@ -212,6 +212,8 @@ def _table_edits(
     heads = dict(tied_heads(model))
     edits: list[QuantizeEmbedding] = []
     for name, table in tables.items():
+        if any(name in edit.tables for edit in edits):
+            continue
         said = wanted.override(name)
         bits = said.bits or wanted.tables
         if bits == "float":
@@ -222,12 +224,15 @@ def _table_edits(
         head = heads.get(name)
         size = _table_group(table, bits == 8 and head is None, said.group_size, wanted)
         if misfits.accepts_table(name, table, head, size):
-            edits.append(
-                QuantizeEmbedding.model_validate(
-                    {"target": name, "head": head, "bits": bits, "group_size": size, "symmetric": wanted.symmetric}
-                )
-            )
+            same = tuple(other for other in tied_modules(model, name) if _looks_up_alike(tables.get(other), table))
+            form = {"bits": bits, "group_size": size, "symmetric": wanted.symmetric}
+            edits.append(QuantizeEmbedding.model_validate({"target": name, "head": head, "tables": same, **form}))
     return edits
+
+
+def _looks_up_alike(other: nn.Embedding | None, table: nn.Embedding) -> bool:
+    """Whether a table with the same weight also gives the same rows."""
+    return other is not None and table_multiplier(other) == table_multiplier(table)
 
 
 def _table_group(table: nn.Embedding, whole_rows: bool, said: GroupSize | None, wanted: Wanted) -> int:
