@@ -1,22 +1,57 @@
 """What losses compare: the outputs of a model for one batch, only those that are needed."""
 
-from collections.abc import Iterable
-from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compresskit.data import Batch
 from compresskit.distill.heads import find_head, head_skipped
-from compresskit.kernels.linear_kl import Head
+from compresskit.errors import CompressKitError
+from compresskit.kernels.linear_kl import Head, TopK
 from compresskit.models import answer_kind
 from compresskit.sentence import MEAN_POOLED, SentenceEmbedding
+from compresskit.surgery.sites import without_cache
 
 # B sequences, L tokens (padded), H hidden size, V classes or vocabulary
 
 Need = Literal["predictions", "hidden", "sentence"]
+
+
+@dataclass(frozen=True)
+class Inner:
+    """What one of the student's layers gives, (B, L, width).
+
+    Attributes:
+        module: its name.
+        role: how the loss that asks for it finds it again.
+    """
+
+    module: str
+    role: str
+
+
+@dataclass(frozen=True)
+class Maps:
+    """Attention probabilities of one of the student's blocks, (B, heads, L, L).
+
+    Attributes:
+        block: its number.
+        query: the layer that gives its queries; the record of edits knows by it which heads are left.
+        head_dim: channels of one head.
+    """
+
+    block: int
+    query: str
+    head_dim: int
+
+
+Wanted = Need | Inner | Maps
 
 
 @dataclass(frozen=True)
@@ -33,16 +68,18 @@ class Outputs:
 
     Attributes:
         predictions: logits, (B, L, V) for heads over tokens, (B, V) for heads over sequences; or, where the model
-            exposes its head, what makes them.
+            exposes its head, what makes them; of a cached teacher perhaps the largest alone, at the loss's temperature.
         hidden: the embeddings' output and each block's, (B, L, H) each; the last as the model's head sees it.
         sentence: (B, H), the last hidden states pooled as the model's folder says.
+        inner: layers and attention maps, by what the student calls them.
     """
 
-    predictions: Tensor | Projection | None = None
+    predictions: Tensor | Projection | TopK | None = None
     hidden: tuple[Tensor, ...] | None = None
     sentence: Tensor | None = None
+    inner: Mapping[Inner | Maps, Tensor] = field(default_factory=dict)
 
-    def get(self, name: Need) -> Tensor | Projection | tuple[Tensor, ...]:
+    def get(self, name: Need) -> Tensor | Projection | TopK | tuple[Tensor, ...]:
         """The output `name`.
 
         Raises:
@@ -53,15 +90,19 @@ class Outputs:
             raise ValueError(f"{name!r} was not computed; a loss lists what it reads in `needs`")
         return value
 
+    def role(self, role: str) -> dict[str, Tensor]:
+        """The layers asked for under this role, by their names in the student."""
+        return {key.module: value for key, value in self.inner.items() if isinstance(key, Inner) and key.role == role}
+
 
 @dataclass(frozen=True)
 class StepWeights:
     """What each place of a batch counts; each vector sums to 1 over all batches of one optimiser step.
 
     Attributes:
-        token: (B, L), equal over real tokens, 0 at padding.
-        row: (B,), equal over sequences.
-        next_token: (B, L − 1), equal over tokens that a real token follows; 0 everywhere where there is none.
+        token: (B, L), equal over real tokens unless said otherwise, 0 at padding.
+        row: (B,), equal over sequences that hold a token.
+        next_token: (B, L − 1), as `token` over tokens that a real token follows; 0 everywhere where there is none.
     """
 
     token: Tensor
@@ -69,20 +110,37 @@ class StepWeights:
     next_token: Tensor
 
 
-def step_weights(masks: Iterable[Tensor]) -> list[StepWeights]:
+def _as_it_is(sums: Tensor) -> Tensor:
+    return sums
+
+
+def step_weights(
+    masks: Sequence[Tensor],
+    counts: Sequence[Tensor] | None = None,
+    *,
+    add_up: Callable[[Tensor], Tensor] = _as_it_is,
+) -> list[StepWeights]:
     """The weights of each batch of an optimiser step from their attention masks (B, L).
 
-    Normalised over the whole step, so that accumulating k batches gives the gradient of one k times as large, however
-    the tokens fall.
+    Normalised over the whole step, so that accumulating k batches, on however many processes, gives the gradient of one
+    k times as large, however the tokens fall. Where nothing counts, all are 0.
+
+    Args:
+        masks: of this process's batches of the step.
+        counts: (B, L) ≥ 0 each, what the tokens count before normalisation; by default all the same.
+        add_up: sums a tensor over all processes.
     """
-    masks = [mask.float() for mask in masks]
-    follows = [mask[:, :-1] * mask[:, 1:] for mask in masks]
-    tokens = sum(float(mask.sum()) for mask in masks)
-    pairs = sum(float(pair.sum()) for pair in follows)
-    rows = sum(len(mask) for mask in masks)
+    rows = [mask.float().amax(1) for mask in masks]
+    tokens = [mask.float() for mask in masks]
+    if counts is not None:
+        tokens = [mask * count for mask, count in zip(tokens, counts, strict=True)]
+    follows = [token[:, :-1] * mask[:, 1:] for token, mask in zip(tokens, masks, strict=True)]
+    parts = (tokens, rows, follows)
+    sums = [sum(float(one.double().sum()) for one in part) for part in parts]
+    totals = [total if total > 0 else 1.0 for total in add_up(torch.tensor(sums, dtype=torch.float64)).tolist()]
     return [
-        StepWeights(mask / max(tokens, 1), mask.new_full((len(mask),), 1 / rows), pair / max(pairs, 1))
-        for mask, pair in zip(masks, follows, strict=True)
+        StepWeights(*(one / total for one, total in zip(three, totals, strict=True)))
+        for three in zip(*parts, strict=True)
     ]
 
 
@@ -92,25 +150,79 @@ def has_head(model: nn.Module) -> bool:
 
 
 def observe(
-    model: PreTrainedModel, batch: Batch, needs: frozenset[Need], pooling: SentenceEmbedding = MEAN_POOLED
+    model: PreTrainedModel, batch: Batch, needs: frozenset[Wanted], pooling: SentenceEmbedding = MEAN_POOLED
 ) -> Outputs:
-    """Run `model` on the batch and return what is needed, in its own grad mode; `pooling` makes sentence embeddings."""
+    """Run `model` on the batch and return what is needed, in its own grad mode; `pooling` makes sentence embeddings.
+
+    Attention maps are made by the model's eager attention, which gives the same but for rounding.
+    """
     body_only = not needs - {"sentence"} and has_head(model)
     runner = model.base_model if body_only else model
     head = None if body_only or not has_head(model) else find_head(model)
-    with nullcontext([]) if head is None else head_skipped(model) as reached:
+    layers = [one for one in needs if isinstance(one, Inner)]
+    maps = [one for one in needs if isinstance(one, Maps)]
+    with (
+        without_cache(model),
+        nullcontext([]) if head is None else head_skipped(model) as reached,
+        _eager(model) if maps else nullcontext(),
+        _watched(model, layers) as inner,
+    ):
         result = runner(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             output_hidden_states="hidden" in needs or ("sentence" in needs and runner is not runner.base_model),
+            output_attentions=bool(maps),
             return_dict=True,
         )
     predictions = None
     if "predictions" in needs:
         predictions = result.logits if head is None else Projection(reached[0], head)
-    hidden = tuple(result.hidden_states) if "hidden" in needs else None
+    hidden = tuple(_precise(state) for state in result.hidden_states) if "hidden" in needs else None
     sentence = None
     if "sentence" in needs:
         last = result.hidden_states[-1] if result.get("hidden_states") is not None else result.last_hidden_state
-        sentence = pooling.pool(last, batch["attention_mask"])
-    return Outputs(predictions, hidden, sentence)
+        sentence = pooling.pool(_precise(last), batch["attention_mask"])
+    inner |= _maps(model, result, maps)
+    return Outputs(predictions, hidden, sentence, {key: _precise(value) for key, value in inner.items()})
+
+
+def _precise(values: Tensor) -> Tensor:
+    """At least float32, in which losses are computed."""
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+
+
+@contextmanager
+def _watched(model: nn.Module, layers: Iterable[Inner]) -> Iterator[dict[Inner | Maps, Tensor]]:
+    """Within it, what these layers give is put into the mapping."""
+    given: dict[Inner | Maps, Tensor] = {}
+
+    def note(layer: Inner, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        given[layer] = output
+
+    handles = [model.get_submodule(layer.module).register_forward_hook(partial(note, layer)) for layer in layers]
+    try:
+        yield given
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _eager(model: PreTrainedModel) -> Iterator[None]:
+    """Within it the model computes attention step by step, so that its probabilities can be seen."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before or "eager")
+
+
+def _maps(model: PreTrainedModel, result: Any, maps: Iterable[Maps]) -> dict[Inner | Maps, Tensor]:
+    found: dict[Inner | Maps, Tensor] = {}
+    for one in maps:
+        if one.block >= len(result.attentions) or result.attentions[one.block] is None:
+            what = f"block {one.block} of {type(model).__name__} shows no attention map"
+            raise CompressKitError(what, where="attention", fix="use losses: [{kind: relation}]")
+        found[one] = result.attentions[one.block]
+    return found

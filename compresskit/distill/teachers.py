@@ -1,6 +1,5 @@
 """Teachers: whatever gives the outputs that a student should give."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -10,15 +9,28 @@ from transformers import PreTrainedModel
 
 from compresskit.data import Batch, Sequences
 from compresskit.distill.batching import collate
-from compresskit.distill.outputs import Need, Outputs, Projection, observe
+from compresskit.distill.lineage import Lineage
+from compresskit.distill.outputs import Need, Outputs, Wanted, observe
 from compresskit.sentence import MEAN_POOLED, SentenceEmbedding
+from compresskit.surgery.provenance import Provenance
 
 
 class Teacher(Protocol):
     """Gives a batch's target outputs, without gradients."""
 
-    def __call__(self, batch: Batch, rows: list[int], needs: frozenset[Need]) -> Outputs:
-        """The outputs for `batch`, whose sequences have the numbers `rows` in the training part."""
+    def __call__(self, batch: Batch, rows: list[int], needs: frozenset[Wanted]) -> Outputs:
+        """The outputs for `batch`, whose sequences have the numbers `rows` in the training part.
+
+        A negative number is that of a sequence of another text, at which nothing is remembered.
+        """
+        ...
+
+    def memory(self) -> dict[str, Tensor]:
+        """What it remembers, for a checkpoint."""
+        ...
+
+    def remember(self, memory: dict[str, Tensor]) -> None:
+        """Go on from what another one of its kind remembered."""
         ...
 
 
@@ -31,7 +43,7 @@ class LiveTeacher:
     Args:
         model: in eval mode on the device of the batches; never modified.
         pooling: how hidden states become sentence embeddings.
-        layers: which of its hidden states (0 the embeddings) stand for the student's, in order; by default all.
+        lineage: what of the model each part of the student stands for; by default the student has all of it.
     """
 
     def __init__(
@@ -39,19 +51,17 @@ class LiveTeacher:
         model: PreTrainedModel,
         pooling: SentenceEmbedding = MEAN_POOLED,
         *,
-        layers: Sequence[int] | None = None,
+        lineage: Lineage | None = None,
     ) -> None:
-        self.model, self.pooling, self.layers = model, pooling, layers
+        self.model, self.pooling, self.lineage = model, pooling, lineage or Lineage(Provenance())
         self._sentences: dict[int, Tensor] = {}
 
     @torch.no_grad()
-    def __call__(self, batch: Batch, rows: list[int], needs: frozenset[Need]) -> Outputs:
+    def __call__(self, batch: Batch, rows: list[int], needs: frozenset[Wanted]) -> Outputs:
         """The original's outputs for this batch."""
-        if needs != {"sentence"}:
-            outputs = observe(self.model, batch, needs, self.pooling)
-            if self.layers is None or outputs.hidden is None:
-                return outputs
-            return replace(outputs, hidden=tuple(outputs.hidden[layer] for layer in self.layers))
+        if needs != {"sentence"} or min(rows) < 0:
+            outputs = observe(self.model, batch, self.lineage.asked(needs), self.pooling)
+            return self.lineage.left_of(needs, outputs)
         new = [i for i, row in enumerate(rows) if row not in self._sentences]
         if new:
             part = {name: values[new] for name, values in batch.items()}
@@ -59,6 +69,19 @@ class LiveTeacher:
             assert fresh is not None
             self._sentences.update(zip([rows[i] for i in new], fresh, strict=True))
         return Outputs(sentence=torch.stack([self._sentences[row] for row in rows]))
+
+    def memory(self) -> dict[str, Tensor]:
+        """The rows whose embeddings are known, and these."""
+        if not self._sentences:
+            return {}
+        rows = torch.tensor(list(self._sentences))
+        return {"rows": rows, "sentences": torch.stack(list(self._sentences.values()))}
+
+    def remember(self, memory: dict[str, Tensor]) -> None:
+        """Take these embeddings for known."""
+        if memory:
+            sentences = memory["sentences"].to(self.model.device)
+            self._sentences = dict(zip(memory["rows"].tolist(), sentences, strict=True))
 
 
 class TwoVocabularies:
@@ -87,15 +110,23 @@ class TwoVocabularies:
         self.whole, self.narrowed, self.training = whole, narrowed, training
         self.max_length, self.of_texts = max_length, of_texts
 
-    def __call__(self, batch: Batch, rows: list[int], needs: frozenset[Need]) -> Outputs:
+    def __call__(self, batch: Batch, rows: list[int], needs: frozenset[Wanted]) -> Outputs:
         """The outputs for these sequences, each from the one that reads the right tokens."""
-        found: dict[Need, Tensor | Projection | tuple[Tensor, ...]] = {}
-        if needs & self.of_texts:
-            own = collate(self.training, rows, max_length=self.max_length).batch
-            own = {name: values.to(batch["input_ids"].device) for name, values in own.items()}
-            told = self.whole(own, rows, needs & self.of_texts)
-            found |= {name: told.get(name) for name in needs & self.of_texts}
-        if needs - self.of_texts:
-            told = self.narrowed(batch, rows, needs - self.of_texts)
-            found |= {name: told.get(name) for name in needs - self.of_texts}
-        return Outputs(**found)  # type: ignore[arg-type]
+        if min(rows) < 0:  # of another text only the student's tokens are there
+            return self.narrowed(batch, rows, needs)
+        by_token, by_text = needs - self.of_texts, self.of_texts & needs
+        told = self.narrowed(batch, rows, by_token) if by_token else Outputs()
+        if not by_text:
+            return told
+        own = collate(self.training, rows, max_length=self.max_length).batch
+        own = {name: values.to(batch["input_ids"].device) for name, values in own.items()}
+        whole = self.whole(own, rows, by_text)
+        return replace(told, **{name: whole.get(name) for name in by_text})
+
+    def memory(self) -> dict[str, Tensor]:
+        """That of the one that reads whole texts."""
+        return self.whole.memory()
+
+    def remember(self, memory: dict[str, Tensor]) -> None:
+        """Go on from it."""
+        self.whole.remember(memory)

@@ -4,30 +4,33 @@ Each optimiser step sums the losses of `accumulate` batches, weighted once over 
 rate with warm-up and decay. Every `held_out_every` steps the same losses are measured on sequences kept apart from the
 training part, and the weights of the least held-out loss stay. Step 0 counts, so training never makes it worse.
 
-On a CPU two runs from the same generator end with the same bits. Dropout stays off unless asked for: the teacher runs
-without it, and a student that is to agree with it gains nothing from noise.
+Under `accelerate launch` the processes share a step's batches, and add up their gradients once a step: one process, two
+of them, and twice the accumulation give the same step. Each holds the whole student; the first writes checkpoints.
+
+On a CPU two runs from the same generator end with the same bits, and so does one that was killed and goes on from its
+checkpoint. Dropout stays off unless asked for: the teacher runs without it, and a student that is to agree with it
+gains nothing from noise.
 """
 
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import Literal
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from pydantic import Field
-from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from compresskit.config import Config, did_you_mean
 from compresskit.data import Sequences
 from compresskit.distill.batching import Numbered, by_length, split_held_out, training_steps
+from compresskit.distill.checkpoint import load_state, save_state
+from compresskit.distill.learner import Learner
 from compresskit.distill.losses import Loss
-from compresskit.distill.outputs import Need, StepWeights, observe, step_weights
+from compresskit.distill.options import TrainingOptions
+from compresskit.distill.parameters import choose_parameters, only_these_learn, recomputed_blocks
 from compresskit.distill.progress import TrainingBar
 from compresskit.distill.teachers import Teacher
 from compresskit.errors import CompressKitError, RunFailedError
@@ -36,184 +39,23 @@ from compresskit.sentence import MEAN_POOLED, SentenceEmbedding
 log = logging.getLogger(__name__)
 
 
-class TrainingOptions(Config):
-    """How to train, whatever the losses are."""
-
-    steps: int = Field(default=300, ge=1, description="optimiser steps")
-    batch_size: int = Field(default=32, ge=1, description="sequences in a batch")
-    accumulate: int = Field(default=1, ge=1, description="batches in an optimiser step")
-    learning_rate: float = Field(default=1e-4, gt=0, description="of AdamW, at its highest")
-    schedule: Literal["cosine", "linear"] = Field(default="cosine", description="how the learning rate falls to 0")
-    warmup: float = Field(default=0.1, ge=0, lt=1, description="share of the steps in which the learning rate rises")
-    weight_decay: float = Field(default=0.0, ge=0, description="of AdamW")
-    clip_norm: float = Field(default=1.0, gt=0, description="longer gradients are shortened to this norm")
-    max_length: int | None = Field(default=None, ge=2, description="tokens of a sequence that are used; by default all")
-    held_out: int = Field(
-        default=128, ge=1, description="training sequences, at most a tenth, that choose the best weights"
-    )
-    held_out_every: int = Field(default=50, ge=1, description="optimiser steps between two looks at the held-out loss")
-    train: tuple[str, ...] = Field(default=("*",), description="globs over the names of parameters that learn")
-    freeze: tuple[str, ...] = Field(default=(), description="globs over the names among those that do not")
-    dropout: bool = Field(default=False, description="whether the model's dropout is on while it learns")
-
-
 @dataclass(frozen=True)
 class TrainingResult:
-    """What training did; losses are weighted sums as they are minimised, `parts` each loss alone."""
+    """What training did; losses are weighted sums as they are minimised at the end, `parts` each loss alone.
+
+    `elsewhere` is the same weighted sum on a second text, None where none was given.
+    """
 
     held_out_loss_before: float
     held_out_loss_after: float
     parts_before: dict[str, float]
     parts_after: dict[str, float]
+    elsewhere_before: float | None
+    elsewhere_after: float | None
     best_step: int
     trained_params: int
     tokens: int
     tokens_per_s: float
-
-
-def learning_rate_at(step: int, *, steps: int, warmup: float, schedule: str) -> float:
-    """The factor of the learning rate at `step` (0 to steps − 1): rises over the warm-up, then falls towards 0."""
-    rising = math.ceil(warmup * steps)
-    if step < rising:
-        return (step + 1) / (rising + 1)
-    left = 1 - (step - rising) / (steps - rising)
-    return left if schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left))
-
-
-def choose_parameters(model: nn.Module, train: tuple[str, ...], freeze: tuple[str, ...]) -> dict[str, nn.Parameter]:
-    """The float parameters whose names match `train` and not `freeze`; shared ones once.
-
-    Raises:
-        CompressKitError: a pattern that matches nothing, or nothing left to train.
-    """
-    named = {name: value for name, value in model.named_parameters() if value.is_floating_point()}
-    if not named:
-        raise CompressKitError("the model has no float weight left to train", fix="move distill before quantize")
-    for field, patterns in (("train", train), ("freeze", freeze)):
-        for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in named):
-                near = did_you_mean(pattern, named)
-                fix = f"did you mean {near!r}?" if near else "`compresskit modules MODEL` lists the names"
-                raise CompressKitError(f"{pattern!r} matches no parameter", where=field, fix=fix)
-    chosen = {
-        name: value
-        for name, value in named.items()
-        if any(fnmatchcase(name, pattern) for pattern in train)
-        and not any(fnmatchcase(name, pattern) for pattern in freeze)
-    }
-    if not chosen:
-        raise CompressKitError("every parameter is frozen", where="freeze", fix="freeze fewer names")
-    return chosen
-
-
-@contextmanager
-def _only_these_learn(model: nn.Module, chosen: Mapping[str, nn.Parameter], *, dropout: bool) -> Iterator[None]:
-    """Gradients for `chosen` alone; afterwards none, no requires_grad and eval mode."""
-    model.requires_grad_(False).train(dropout)
-    for value in chosen.values():
-        value.requires_grad_(True)
-    try:
-        yield
-    finally:
-        model.eval().requires_grad_(False).zero_grad(set_to_none=True)
-
-
-class _Trainer:
-    """State of one training run."""
-
-    def __init__(
-        self,
-        student: PreTrainedModel,
-        teacher: Teacher,
-        losses: Sequence[Loss],
-        chosen: Mapping[str, nn.Parameter],
-        options: TrainingOptions,
-        accelerator: Accelerator,
-        pooling: SentenceEmbedding,
-    ) -> None:
-        self.student, self.teacher, self.losses, self.chosen = student, teacher, losses, chosen
-        self.options, self.accelerator, self.pooling = options, accelerator, pooling
-        self.needs: frozenset[Need] = frozenset().union(*(loss.needs for loss in losses))
-        self.names = [
-            loss.kind if sum(other.kind == loss.kind for other in losses) == 1 else f"{loss.kind}[{i}]"
-            for i, loss in enumerate(losses)
-        ]
-        self.optimizer = torch.optim.AdamW(
-            chosen.values(), lr=options.learning_rate, weight_decay=options.weight_decay, fused=True
-        )
-        self.best: dict[str, Tensor] = {}
-        self.best_loss, self.best_step = math.inf, 0
-
-    def batch_losses(self, numbered: Numbered, weights: StepWeights) -> list[Tensor]:
-        """Each loss of one batch, in the order of `losses`."""
-        device = self.accelerator.device
-        batch = {name: values.to(device) for name, values in numbered.batch.items()}
-        weights = StepWeights(weights.token.to(device), weights.row.to(device), weights.next_token.to(device))
-        target = self.teacher(batch, numbered.rows, self.needs)
-        ours = observe(self.student, batch, self.needs, self.pooling)
-        return [loss(ours, target, batch, weights) for loss in self.losses]
-
-    def total(self, parts: Iterable[float]) -> float:
-        """The weighted sum that is minimised."""
-        return sum(loss.weight * part for loss, part in zip(self.losses, parts, strict=True))
-
-    @torch.no_grad()
-    def measure(self, batches: Sequence[Numbered]) -> list[float]:
-        """Each loss over all `batches`, without dropout."""
-        mode = self.student.training
-        self.student.eval()
-        sums = [0.0] * len(self.losses)
-        for numbered, weights in zip(batches, step_weights(b.batch["attention_mask"] for b in batches), strict=True):
-            for i, part in enumerate(self.batch_losses(numbered, weights)):
-                sums[i] += part.item()
-        self.student.train(mode)
-        return sums
-
-    def keep_if_best(self, step: int, loss: float) -> None:
-        """Remember the weights where `loss` is the least so far."""
-        if loss < self.best_loss:
-            self.best_loss, self.best_step = loss, step
-            self.best = {name: value.detach().clone() for name, value in self.chosen.items()}
-
-    def restore_best(self) -> None:
-        """Put the remembered weights back."""
-        with torch.no_grad():
-            for name, value in self.best.items():
-                self.chosen[name].copy_(value)
-
-    def step(self, number: int, batches: Sequence[Numbered]) -> list[float]:
-        """One optimiser step; returns each loss.
-
-        Raises:
-            RunFailedError: a loss or a gradient that is not finite; the best weights are back in the model.
-        """
-        options = self.options
-        factor = learning_rate_at(number, steps=options.steps, warmup=options.warmup, schedule=options.schedule)
-        for group in self.optimizer.param_groups:
-            group["lr"] = options.learning_rate * factor
-        sums = [0.0] * len(self.losses)
-        for numbered, weights in zip(batches, step_weights(b.batch["attention_mask"] for b in batches), strict=True):
-            parts = self.batch_losses(numbered, weights)
-            for i, part in enumerate(parts):
-                sums[i] += part.item()
-            if not math.isfinite(sum(sums)):
-                self._fail(number, f"the loss is {dict(zip(self.names, sums, strict=True))}")
-            scaled = [loss.weight * part for loss, part in zip(self.losses, parts, strict=True)]
-            self.accelerator.backward(torch.stack(scaled).sum())
-        norm = self.accelerator.clip_grad_norm_(list(self.chosen.values()), options.clip_norm)
-        if norm is not None and not math.isfinite(float(norm)):
-            self._fail(number, f"the gradient's norm is {float(norm)}")
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return sums
-
-    def _fail(self, number: int, what: str) -> None:
-        self.restore_best()
-        raise RunFailedError(
-            f"step {number + 1} of {self.options.steps}: {what}; the weights of step {self.best_step} are kept",
-            where="distill",
-            fix="lower learning_rate",
-        )
 
 
 def train(
@@ -225,33 +67,38 @@ def train(
     *,
     generator: torch.Generator,
     accelerator: Accelerator,
+    teacher_shape: PreTrainedModel | None = None,
     pooling: SentenceEmbedding = MEAN_POOLED,
+    elsewhere: Sequences | None = None,
+    checkpoint: Path | None = None,
 ) -> TrainingResult:
     """Train `student` in place, in eval mode and without gradients afterwards.
 
     Args:
-        student: any model whose chosen parameters are float, on `accelerator.device`.
+        student: any model whose chosen parameters are float, on `accelerator.device`, the same in every process.
         teacher: gives the targets; see `compresskit.distill.teachers`.
         losses: at least one; their `check` has passed.
         training: sequences, of which `options.held_out` are kept apart.
         options: see there.
-        generator: decides the split, the order and the dropout; the only randomness.
-        accelerator: one process; more are refused.
+        generator: decides the split, the order and the dropout; the only randomness, the same in every process.
+        accelerator: of one process or several, each of which holds the whole student and teacher.
+        teacher_shape: a model of the teacher's widths, perhaps without weights, where they are not the student's.
         pooling: how the student's hidden states become sentence embeddings.
+        elsewhere: text of another kind, in the student's tokens, on which the same losses are watched.
+        checkpoint: a folder for the state of the training; where it holds one, training goes on from it.
 
     Raises:
-        CompressKitError: nothing to train, patterns that match nothing, fewer than two sequences, several processes.
+        CompressKitError: nothing to train, patterns that match nothing, fewer than two sequences, losses that all end
+            at 0, batches that the processes cannot share evenly, a checkpoint that is damaged.
         RunFailedError: a loss that is not finite; the student then holds the best weights so far.
 
     Cost: `steps` · `accumulate` forward and backward passes, and one extra copy of the trained weights.
     """
-    if accelerator.num_processes > 1:
-        raise CompressKitError("distill runs in one process", fix="start compresskit without a launcher")
-    if len(training.rows) < 2:
-        raise CompressKitError(f"{len(training.rows)} training sequences are too few", where="data", fix="add text")
+    _check(losses, training, options, accelerator)
     chosen = choose_parameters(student, options.train, options.freeze)
     rows, held_out = split_held_out(len(training.rows), options.held_out, generator=generator)
     apart = by_length(training, held_out, options.batch_size, max_length=options.max_length)
+    others = [] if elsewhere is None else _numbered_apart(elsewhere, options)
     steps = training_steps(
         training,
         rows,
@@ -261,9 +108,32 @@ def train(
         generator=generator,
     )
     seed = int(torch.randint(2**62, (), generator=generator))
-    with _only_these_learn(student, chosen, dropout=options.dropout), _seeded(seed, accelerator.device):
-        trainer = _Trainer(student, teacher, losses, chosen, options, accelerator, pooling)
-        return _run(trainer, steps, apart)
+    running = recomputed_blocks(student) if options.recompute else nullcontext()
+    with (
+        only_these_learn(student, chosen, dropout=options.dropout),
+        _seeded(seed, accelerator.device),
+        running,
+    ):
+        learner = Learner(student, teacher, losses, chosen, options, accelerator, pooling, teacher_shape or student)
+        return _Run(learner, apart, others, checkpoint).finish(steps)
+
+
+def _check(losses: Sequence[Loss], training: Sequences, options: TrainingOptions, accelerator: Accelerator) -> None:
+    processes = accelerator.num_processes
+    if options.accumulate % processes:
+        what = f"{options.accumulate} batches of a step cannot be shared by {processes} processes"
+        raise CompressKitError(what, where="accumulate", fix=f"use a multiple of {processes}")
+    if len(training.rows) < 2:
+        raise CompressKitError(f"{len(training.rows)} training sequences are too few", where="data", fix="add text")
+    if not any(loss.final_weight for loss in losses):
+        what = "every loss counts 0 at the end, by which weights are chosen"
+        raise CompressKitError(what, where="losses", fix="give one of them a weight_end above 0")
+
+
+def _numbered_apart(elsewhere: Sequences, options: TrainingOptions) -> list[Numbered]:
+    """The batches of another text: negative numbers, at which teachers remember nothing."""
+    found = by_length(elsewhere, range(len(elsewhere)), options.batch_size, max_length=options.max_length)
+    return [Numbered([-1 - row for row in numbered.rows], numbered.batch) for numbered in found]
 
 
 @contextmanager
@@ -274,33 +144,109 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _run(trainer: _Trainer, steps: Iterable[list[Numbered]], apart: Sequence[Numbered]) -> TrainingResult:
-    options, tokens, training_s = trainer.options, 0, 0.0
-    before = after = trainer.measure(apart)
-    if not math.isfinite(trainer.total(before)):
-        raise RunFailedError(f"the held-out loss is {trainer.total(before)} before any step", where="distill")
-    trainer.keep_if_best(0, trainer.total(before))
-    with TrainingBar("distill", options.steps, trainer.names) as bar:
-        for number, batches in zip(range(options.steps), steps, strict=False):
-            started = time.perf_counter()
-            parts = trainer.step(number, batches)
-            training_s += time.perf_counter() - started
-            tokens += sum(int(numbered.batch["attention_mask"].sum()) for numbered in batches)
-            bar.advance(parts, tokens / training_s)
-            if (number + 1) % options.held_out_every == 0 or number + 1 == options.steps:
-                now = trainer.measure(apart)
-                trainer.keep_if_best(number + 1, trainer.total(now))
-                if trainer.best_step == number + 1:
-                    after = now
-                log.info("step %d: held-out loss %.5f", number + 1, trainer.total(now))
-    trainer.restore_best()
-    return TrainingResult(
-        held_out_loss_before=trainer.total(before),
-        held_out_loss_after=trainer.best_loss,
-        parts_before=dict(zip(trainer.names, before, strict=True)),
-        parts_after=dict(zip(trainer.names, after, strict=True)),
-        best_step=trainer.best_step,
-        trained_params=sum(value.numel() for value in trainer.chosen.values()),
-        tokens=tokens,
-        tokens_per_s=tokens / training_s,
-    )
+class _Run:
+    """One training under way: what was measured so far, and when its state was last written."""
+
+    def __init__(
+        self, learner: Learner, apart: Sequence[Numbered], others: Sequence[Numbered], checkpoint: Path | None
+    ) -> None:
+        self.learner, self.apart, self.others, self.checkpoint = learner, apart, others, checkpoint
+        self.done, self.tokens, self.training_s = 0, 0, 0.0
+        self.before = self.after = [0.0] * len(learner.losses)
+        self.elsewhere: list[float] = []  # before training, at the best step
+        self.written = time.monotonic()
+
+    def finish(self, steps: Iterable[list[Numbered]]) -> TrainingResult:
+        """Every step that is missing; the student ends with its best weights."""
+        learner, options = self.learner, self.learner.options
+        if not self._go_on():
+            self._measure_first()
+        with TrainingBar("distill", options.steps, learner.names) as bar:
+            for number, batches in zip(range(options.steps), steps, strict=False):
+                if number < self.done:
+                    continue
+                started = time.perf_counter()
+                parts = learner.step(number, batches)
+                self.training_s += time.perf_counter() - started
+                self.tokens += sum(int(numbered.batch["attention_mask"].sum()) for numbered in batches)
+                self.done = number + 1
+                bar.advance(parts, self.tokens / self.training_s)
+                told = dict(zip(learner.names, parts, strict=True))
+                learner.accelerator.log({**told, "tokens_per_s": self.tokens / self.training_s}, step=self.done)
+                if self.done % options.held_out_every == 0 or self.done == options.steps:
+                    self._look()
+                    self._write()
+        learner.restore_best()
+        self._warn_of_drift()
+        return self._result()
+
+    def _measure_first(self) -> None:
+        learner = self.learner
+        self.before = self.after = learner.measure(self.apart)
+        if not math.isfinite(learner.total(self.before)):
+            raise RunFailedError(f"the held-out loss is {learner.total(self.before)} before any step", where="distill")
+        learner.keep_if_best(0, learner.total(self.before))
+        if self.others:
+            self.elsewhere = [learner.total(learner.measure(self.others))] * 2
+
+    def _look(self) -> None:
+        """Measure on held-out text, and on the other one where it matters."""
+        learner = self.learner
+        now = learner.measure(self.apart)
+        learner.keep_if_best(self.done, learner.total(now))
+        told = f"step {self.done}: held-out loss {learner.total(now):.5f}"
+        if learner.best_step == self.done:
+            self.after = now
+            if self.others:
+                self.elsewhere[1] = learner.total(learner.measure(self.others))
+                told += f", on the other text {self.elsewhere[1]:.5f}"
+        log.info(told)
+
+    def _warn_of_drift(self) -> None:
+        if self.elsewhere and self.learner.best_step and self.elsewhere[1] > self.elsewhere[0]:
+            log.warning(
+                "distill: on its own text the student gained, on the other one it lost "
+                "(%.5f → %.5f): train on text of more kinds, for fewer steps, or at a lower learning_rate",
+                *self.elsewhere,
+            )
+
+    def _go_on(self) -> bool:
+        """Take up the training that the checkpoint holds."""
+        found = load_state(self.checkpoint) if self.checkpoint else None
+        if found is None:
+            return False
+        tensors, facts = found
+        self.learner.restore(tensors, facts.pop("learner"))
+        for name, value in facts.items():
+            setattr(self, name, value)
+        log.info("distill: going on after step %d", self.done)
+        return True
+
+    def _write(self) -> None:
+        """Put the state on the disk if the last one is old enough; a full disk costs the checkpoint, not the run."""
+        learner, minutes = self.learner, self.learner.options.checkpoint_minutes
+        due = minutes is not None and time.monotonic() - self.written >= 60 * minutes
+        if self.checkpoint is None or not due or not learner.accelerator.is_main_process:
+            return
+        names = ("done", "tokens", "training_s", "before", "after", "elsewhere")
+        tensors, facts = learner.state()
+        try:
+            save_state(self.checkpoint, tensors, {"learner": facts, **{name: getattr(self, name) for name in names}})
+        except RunFailedError as error:
+            log.warning("distill: no checkpoint after step %d: %s", self.done, error)
+        self.written = time.monotonic()
+
+    def _result(self) -> TrainingResult:
+        learner = self.learner
+        return TrainingResult(
+            held_out_loss_before=learner.total(self.before),
+            held_out_loss_after=learner.best_loss,
+            parts_before=dict(zip(learner.names, self.before, strict=True)),
+            parts_after=dict(zip(learner.names, self.after, strict=True)),
+            elsewhere_before=self.elsewhere[0] if self.elsewhere else None,
+            elsewhere_after=self.elsewhere[1] if self.elsewhere else None,
+            best_step=learner.best_step,
+            trained_params=sum(value.numel() for value in learner.chosen.values()),
+            tokens=self.tokens,
+            tokens_per_s=self.tokens / self.training_s,
+        )

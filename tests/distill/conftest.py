@@ -8,8 +8,9 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from compresskit.data.sequences import Sequences
 from compresskit.distill.losses import LOSSES
+from compresskit.distill.options import TrainingOptions
 from compresskit.distill.teachers import LiveTeacher
-from compresskit.distill.trainer import TrainingOptions, train
+from compresskit.distill.trainer import train
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def damaged():
 def run_training(sequences):
     """A function: train `student` towards `teacher`, a model or a Teacher."""
 
-    def run(student, teacher, losses, seed=0, text=sequences, **options):
+    def run(student, teacher, losses, seed=0, text=sequences, elsewhere=None, checkpoint=None, **options):
         options = TrainingOptions(**{"steps": 6, "batch_size": 8, "held_out_every": 2, **options})
         return train(
             student,
@@ -57,6 +58,9 @@ def run_training(sequences):
             options,
             generator=torch.Generator().manual_seed(seed),
             accelerator=Accelerator(cpu=True),
+            teacher_shape=teacher if isinstance(teacher, PreTrainedModel) else None,
+            elsewhere=elsewhere,
+            checkpoint=checkpoint,
         )
 
     return run

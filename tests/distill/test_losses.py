@@ -1,15 +1,22 @@
 import copy
+import math
+from typing import get_args
 
 import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
-from compresskit.distill.losses import KL, LOSSES, Embedding, Hidden
-from compresskit.distill.losses.embedding import cosine_distance, similarity_kl
-from compresskit.distill.losses.hidden import even_layer, relative_error
+from compresskit.distill.lineage import even_layer
+from compresskit.distill.losses import KL, LOSSES, AttentionMaps, Embedding, Hidden, Relation
+from compresskit.distill.losses.contrastive import info_nce
+from compresskit.distill.losses.embedding import cosine_distance, relative_error, similarity_kl
+from compresskit.distill.losses.hidden import normalised_error
 from compresskit.distill.losses.kl import logits_of, next_token_cross_entropy
-from compresskit.distill.outputs import StepWeights, has_head, observe, step_weights
+from compresskit.distill.losses.relation import relation_kl
+from compresskit.distill.outputs import Outputs, StepWeights, has_head, observe, step_weights
+from compresskit.distill.token_counts import count_tokens
 from compresskit.errors import CompressKitError
+from compresskit.kernels.divergence import MIXED, Kind
 from compresskit.sentence import MEAN_POOLED
 
 
@@ -24,7 +31,7 @@ def batch_of(lengths, vocabulary=60, seed=0):
 
 def every_loss():
     kinds = sorted(LOSSES)
-    assert kinds == ["embedding", "hidden", "kl"]
+    assert kinds == ["attention", "contrastive", "embedding", "hidden", "kl", "relation"]
     return kinds
 
 
@@ -40,11 +47,11 @@ def small_config(**options):
     )
 
 
-@pytest.mark.parametrize("kind", every_loss())
+@pytest.mark.parametrize("kind", sorted(set(every_loss()) - {"contrastive"}))
 def test_a_student_equal_to_its_teacher_has_no_loss(kind, tiny_llama):
     loss, batch = LOSSES[kind](), batch_of([7, 4])
     (weights,) = step_weights([batch["attention_mask"]])
-    outputs = observe(tiny_llama, batch, loss.needs)
+    outputs = observe(tiny_llama, batch, loss.wants(tiny_llama))
     assert loss(outputs, outputs, batch, weights).abs() < 1e-6
 
 
@@ -57,8 +64,8 @@ def test_padding_changes_neither_loss_nor_gradient(kind, tiny_llama, damaged):
         student = damaged(tiny_llama).requires_grad_(True)
         (weights,) = step_weights([batch["attention_mask"]])
         with torch.no_grad():
-            target = observe(tiny_llama, batch, loss.needs)
-        value = loss(observe(student, batch, loss.needs), target, batch, weights)
+            target = observe(tiny_llama, batch, loss.wants(tiny_llama))
+        value = loss(observe(student, batch, loss.wants(student)), target, batch, weights)
         value.backward()
         assert value > 0
         results.append((value.detach(), {name: p.grad for name, p in student.named_parameters() if p.grad is not None}))
@@ -71,7 +78,9 @@ def test_zero_weights_give_zero_with_a_zero_gradient(kind, tiny_llama, damaged):
     loss, batch = LOSSES[kind](), batch_of([7, 4])
     nothing = StepWeights(*(torch.zeros(shape) for shape in ((2, 7), (2,), (2, 6))))
     student = damaged(tiny_llama).requires_grad_(True)
-    value = loss(observe(student, batch, loss.needs), observe(tiny_llama, batch, loss.needs), batch, nothing)
+    value = loss(
+        observe(student, batch, loss.wants(student)), observe(tiny_llama, batch, loss.wants(tiny_llama)), batch, nothing
+    )
     value.backward()
     assert value == 0
     assert all(torch.count_nonzero(p.grad) == 0 for p in student.parameters() if p.grad is not None)
@@ -213,8 +222,8 @@ def test_alpha_needs_a_language_model():
         KL(alpha=0.5).check(model, model)
 
 
-@pytest.mark.parametrize("loss", [Hidden(), Embedding()])
-def test_different_widths_are_refused_with_the_loss_that_suits(loss, tiny_bert):
+@pytest.mark.parametrize("loss", [Embedding(mse=1.0, cosine=0), Embedding()])
+def test_embeddings_of_different_widths_are_refused_with_the_loss_that_suits(loss, tiny_bert):
     narrow = BertModel(small_config())
     with pytest.raises(CompressKitError, match=r"16.*32") as caught:
         loss.check(narrow, tiny_bert)
@@ -226,3 +235,194 @@ def test_layers_that_there_are_not_are_refused(tiny_bert):
     Hidden(layers=(0, 2)).check(tiny_bert, copy.deepcopy(tiny_bert))
     with pytest.raises(CompressKitError, match="3 is no layer"):
         Hidden(layers=(3,)).check(tiny_bert, tiny_bert)
+
+
+def test_rows_without_a_token_count_for_nothing():
+    masks = [torch.tensor([[1, 1, 1], [0, 0, 0]]), torch.tensor([[1, 0, 0]])]
+    weights = step_weights(masks)
+    assert weights[0].row.tolist() == [0.5, 0.0]
+    assert weights[1].row.tolist() == [0.5]
+
+
+@pytest.mark.parametrize("kind", every_loss())
+def test_a_batch_that_is_all_masked_has_no_loss_and_no_gradient(kind, tiny_llama, damaged):
+    loss, batch = LOSSES[kind](), batch_of([7, 4])
+    batch["attention_mask"] = torch.zeros_like(batch["attention_mask"])
+    (weights,) = step_weights([batch["attention_mask"]])
+    student = damaged(tiny_llama).requires_grad_(True)
+    wants = loss.wants(student)
+    value = loss(observe(student, batch, wants), observe(tiny_llama, batch, wants), batch, weights)
+    value.backward()
+    assert value == 0
+    assert all(torch.count_nonzero(p.grad) == 0 for p in student.parameters() if p.grad is not None)
+
+
+def expected_divergence(kind, p, q):
+    def kl(a, b):
+        return (a * (a / b).log()).sum(-1)
+
+    jsd = 0.3 * p + 0.7 * q
+    return {
+        "forward_kl": kl(p, q),
+        "reverse_kl": kl(q, p),
+        "jsd": 0.3 * kl(p, jsd) + 0.7 * kl(q, jsd),
+        "skew_forward_kl": kl(p, 0.3 * p + 0.7 * q),
+        "skew_reverse_kl": kl(q, 0.3 * q + 0.7 * p),
+        "total_variation": 0.5 * (p - q).abs().sum(-1),
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", get_args(Kind))
+def test_each_divergence_is_its_formula_times_the_squared_temperature(kind, tiny_llama, damaged):
+    batch, student = batch_of([7, 4]), damaged(tiny_llama, size=0.2)
+    (weights,) = step_weights([batch["attention_mask"]])
+    ours, theirs = (observe(model, batch, KL.needs) for model in (student, tiny_llama))
+    q, p = ((logits_of(one.predictions).double() / 2).softmax(-1) for one in (ours, theirs))
+    expected = 4 * (weights.token * expected_divergence(kind, p, q)).sum()
+    loss = KL(divergence=kind, temperature=2, mix=0.3 if kind in MIXED else None)
+    assert float(loss(ours, theirs, batch, weights)) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_a_mix_where_nothing_is_mixed_is_refused():
+    with pytest.raises(ValueError, match="mix is not read by forward_kl"):
+        KL(mix=0.3)
+    assert KL(divergence="jsd")._divergence().mix == 0.5
+    assert KL(divergence="skew_forward_kl")._divergence().mix == 0.1
+
+
+def test_labels_alone_ask_nothing_of_the_teacher(tiny_llama, damaged):
+    batch, student, loss = batch_of([7, 4]), damaged(tiny_llama), KL(alpha=1.0)
+    (weights,) = step_weights([batch["attention_mask"]])
+    assert loss.asks(student) == frozenset()
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    ours = loss(observe(student, batch, loss.wants(student)), Outputs(), batch, weights)
+    torch.testing.assert_close(ours, student(**batch, labels=labels).loss)
+
+
+def test_a_teacher_of_other_classes_is_refused():
+    three, four = (BertForSequenceClassification(small_config(num_labels=count)) for count in (3, 4))
+    with pytest.raises(CompressKitError, match="3 classes apart, the teacher 4"):
+        KL().check(three, four)
+
+
+def test_a_weight_moves_along_a_line_and_may_not_be_nothing():
+    loss = Hidden(weight=1.0, weight_end=0.2)
+    assert [loss.weight_at(step, 5) for step in range(5)] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+    assert Hidden(weight=0.5).weight_at(3, 5) == 0.5
+    with pytest.raises(ValueError, match="0 from beginning to end"):
+        Hidden(weight=0)
+
+
+def test_normalised_error_is_free_of_scale_and_shift_and_at_most_four():
+    rows = torch.randn(3, 8, dtype=torch.float64)
+    torch.testing.assert_close(normalised_error(3 * rows + 5, rows), torch.zeros(3).double(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(normalised_error(-rows, rows), torch.full((3,), 4.0).double(), rtol=1e-4, atol=0)
+
+
+def test_modules_are_matched_instead_of_hidden_states(tiny_bert, damaged):
+    batch, student = batch_of([6, 3]), damaged(tiny_bert)
+    (weights,) = step_weights([batch["attention_mask"]])
+    loss = Hidden(modules="*attention.self.query")
+    wants = loss.wants(student)
+    assert sorted(one.module for one in wants) == [f"encoder.layer.{k}.attention.self.query" for k in (0, 1)]
+    ours, theirs = (observe(model, batch, wants) for model in (student, tiny_bert))
+    errors = [(weights.token * relative_error(ours.inner[one], theirs.inner[one])).sum() for one in wants]
+    torch.testing.assert_close(loss(ours, theirs, batch, weights), torch.stack(errors).mean())
+    with pytest.raises(CompressKitError, match="match no module"):
+        Hidden(modules="*quary").check(student, tiny_bert)
+    with pytest.raises(CompressKitError, match="two hidden losses"):
+        Hidden(modules="*query", layers=(1,)).check(student, tiny_bert)
+
+
+def test_a_wider_teacher_is_reached_through_projections_of_the_chosen_layers(tiny_bert):
+    narrow, batch = BertModel(small_config()).eval(), batch_of([6, 3])
+    (weights,) = step_weights([batch["attention_mask"]])
+    loss = Hidden(layers=(0, 2))
+    bridge = loss.bridge(narrow, tiny_bert)
+    assert loss.bridge(tiny_bert, tiny_bert) is None
+    assert [tuple(value.shape) for value in bridge.parameters()] == [(32, 16)] * 2
+    ours, theirs = (observe(model, batch, loss.needs) for model in (narrow, tiny_bert))
+    loss(bridge(ours), theirs, batch, weights).backward()
+    assert all(value.grad.abs().sum() > 0 for value in bridge.parameters())
+    torch.testing.assert_close(bridge(ours).hidden[2].norm(dim=-1), ours.hidden[2].norm(dim=-1))
+
+
+def test_info_nce_is_the_cross_entropy_of_knowing_ones_own_teacher():
+    student, teacher = torch.randn(2, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    scores = torch.cosine_similarity(student[:, None], teacher[None], dim=-1) / 0.1
+    expected = torch.nn.functional.cross_entropy(scores, torch.arange(5))
+    weight = torch.full((5,), 0.2, dtype=torch.float64)
+    torch.testing.assert_close(info_nce(student, teacher, row_weight=weight, temperature=0.1), expected)
+
+
+def test_a_sentence_that_the_teacher_embeds_as_another_is_no_negative_of_it():
+    student, teacher = torch.randn(2, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    teacher[2] = teacher[0]
+    weight = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64)
+    assert info_nce(student, teacher, row_weight=weight, temperature=0.1) == 0  # weight 0 is no negative either
+    both = torch.tensor([0.5, 0.0, 0.5], dtype=torch.float64)
+    assert info_nce(student, teacher, row_weight=both, temperature=0.1).abs() < 1e-12
+
+
+@pytest.mark.parametrize("heads", [1, 2, 8])
+def test_relations_do_not_see_a_rotation_of_each_head_and_compare_any_width(heads):
+    generator = torch.Generator().manual_seed(0)
+    rows, mask = torch.randn(2, 5, 8, dtype=torch.float64, generator=generator), torch.ones(2, 5)
+    token = torch.full((2, 5), 0.1, dtype=torch.float64)
+    size = 8 // heads
+    rotation = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=generator)).Q
+    rotated = (rows.unflatten(-1, (heads, size)) @ rotation).flatten(-2)
+    assert relation_kl(rotated, rows, mask, token=token, heads=heads).abs() < 1e-12
+    wider = torch.randn(2, 5, 24, dtype=torch.float64, generator=generator)
+    assert relation_kl(rows, wider, mask, token=token, heads=heads) > 0
+
+
+def test_relation_kl_is_the_divergence_of_softmaxes_of_scaled_products():
+    student, teacher = torch.randn(2, 1, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    token = torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.float64)
+    expected = 0.0
+    for head in (slice(0, 2), slice(2, 4)):
+        p, q = ((x[0, :2, head] @ x[0, :2, head].T / 2**0.5).softmax(-1) for x in (teacher, student))
+        expected += 0.5 * 0.5 * float((p * (p / q).log()).sum())
+    ours = relation_kl(student, teacher, torch.tensor([[1, 1, 0]]), token=token, heads=2)
+    assert float(ours) == pytest.approx(expected, rel=1e-6)
+
+
+def test_relation_heads_that_do_not_divide_and_layers_without_attention_are_refused(tiny_bert):
+    batch = batch_of([6, 3])
+    (weights,) = step_weights([batch["attention_mask"]])
+    loss = Relation(heads=3)
+    outputs = observe(tiny_bert, batch, loss.wants(tiny_bert))
+    with pytest.raises(CompressKitError, match="3 heads divide not both"):
+        loss(outputs, outputs, batch, weights)
+    with pytest.raises(CompressKitError, match=r"no attention in block 3 \(there are some in: 1, 2\)"):
+        Relation(layer=3).check(tiny_bert, tiny_bert)
+    with pytest.raises(CompressKitError, match="no attention in block 9"):
+        AttentionMaps(layers=(1, 9)).check(tiny_bert, tiny_bert)
+
+
+def test_attention_maps_are_those_that_the_model_computes_with(tiny_llama):
+    batch = batch_of([6, 6])
+    (maps,) = AttentionMaps(layers=(2,)).wants(tiny_llama)
+    with torch.no_grad():
+        seen = observe(tiny_llama, batch, frozenset({maps})).inner[maps]
+    assert seen.shape == (2, 4, 6, 6)
+    torch.testing.assert_close(seen.sum(-1), torch.ones(2, 4, 6))
+    assert torch.equal(seen.triu(1), torch.zeros_like(seen))
+    assert tiny_llama.config._attn_implementation == "sdpa"
+
+
+def test_tsld_counts_surprise_and_entropy_doubt(tiny_llama):
+    batch = batch_of([7, 4])
+    predictions = observe(tiny_llama, batch, KL.needs).predictions
+    log_p = logits_of(predictions).log_softmax(-1)
+    surprise = -log_p[:, :-1].gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
+    tsld = count_tokens("tsld", predictions, batch)
+    torch.testing.assert_close(tsld[0, :6], (surprise[0] / 10).exp())
+    assert tsld[0, 6] == tsld[1, 3] == 1
+    doubt = torch.special.entr(log_p.exp()).sum(-1) / math.log(log_p.shape[-1])
+    torch.testing.assert_close(count_tokens("entropy", predictions, batch), doubt)
+    (weights,) = step_weights([batch["attention_mask"]], [tsld])
+    torch.testing.assert_close(weights.token[1, :3] / weights.token[0, 0], tsld[1, :3] / tsld[0, 0])
+    assert float(weights.token.sum()) == pytest.approx(1)
+    assert float(weights.next_token.sum()) == pytest.approx(1)

@@ -9,8 +9,9 @@ from torch import nn
 from compresskit.data.sequences import Sequences
 from compresskit.distill.batching import by_length, collate, split_held_out, training_steps
 from compresskit.distill.losses import Embedding
+from compresskit.distill.options import learning_rate_at
+from compresskit.distill.parameters import choose_parameters
 from compresskit.distill.teachers import LiveTeacher
-from compresskit.distill.trainer import choose_parameters, learning_rate_at
 from compresskit.errors import CompressKitError, RunFailedError
 
 HIDDEN = [{"kind": "hidden"}]

@@ -1,11 +1,20 @@
-"""Forward KL from the teacher's predictions to the student's.
+"""A divergence between the teacher's predictions p and the student's q, by default forward KL.
 
-    loss = (1 − α) · τ² · mean KL(softmax(z_t/τ) ‖ softmax(z_s/τ)) + α · cross-entropy(labels)
+    loss = (1 − α) · τ² · mean D(p, q) + α · cross-entropy(labels),     p = softmax(z_t/τ), q = softmax(z_s/τ)
+
+    forward_kl   KL(p ‖ q)                    covers all that the teacher says
+    reverse_kl   KL(q ‖ p)                    stays with what it says most
+    jsd          β KL(p ‖ m) + (1−β) KL(q ‖ m),  m = β p + (1−β) q          arXiv:2306.13649
+    skew_forward_kl, skew_reverse_kl          the second of the two mixed with a share of the first: bounded gradients
+                                              arXiv:2402.03898
+    total_variation   ½ Σ |p − q|
 
 The mean runs over real tokens for heads over tokens, over sequences for heads over sequences. With α = 0, the default,
 no label is read: both models predict at the same place, so nothing is shifted. Labels of a language model are its next
 tokens. KL alone beats every mixture when a pruned language model is recovered (Minitron, arXiv:2407.14679, table 8:
 2.107 against 2.140 with reverse KL); τ = 1 was best there.
+
+With α = 1 only labels are learnt and the teacher is not run: the control that a distillation has to beat.
 
 Where a model exposes its head over the vocabulary, the logits are never made: `compresskit.kernels.linear_kl` applies
 the head chunk by chunk. Other heads are over few classes and compared as they are.
@@ -17,17 +26,17 @@ from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compresskit.data import Batch
 from compresskit.distill.losses.base import LOSSES, Loss
-from compresskit.distill.outputs import Need, Outputs, Projection, StepWeights, has_head
+from compresskit.distill.outputs import Need, Outputs, Projection, StepWeights, Wanted, has_head
 from compresskit.errors import CompressKitError
-from compresskit.kernels.divergence import working_dtype
-from compresskit.kernels.kl_div import kl_div
-from compresskit.kernels.linear_kl import Divergence, Head, linear_kl
+from compresskit.kernels.divergence import MIXED, Kind, working_dtype
+from compresskit.kernels.kl_div import divergence_loss
+from compresskit.kernels.linear_kl import Divergence, Head, TopK, linear_kl
 from compresskit.models import answer_kind
 
 
@@ -59,16 +68,33 @@ class KL(Loss):
     """Match the teacher's output distribution."""
 
     kind: Literal["kl"] = "kl"
+    divergence: Kind = Field(default="forward_kl", description="which divergence of the student from the teacher")
+    mix: float | None = Field(
+        default=None, gt=0, lt=1, description="β of jsd (by default 0.5), the mixed share of the skew ones (0.1)"
+    )
     temperature: float = Field(default=1.0, gt=0, description="τ; above 1, small probabilities count more")
     alpha: float = Field(
-        default=0.0, ge=0, lt=1, description="share of cross-entropy with the next token (language models)"
+        default=0.0, ge=0, le=1, description="share of cross-entropy with the next token (language models)"
     )
-
     memory_mb: int = Field(
         default=1024, ge=1, description="working memory of the loss in MiB, for a head over a vocabulary"
     )
 
     needs: ClassVar[frozenset[Need]] = frozenset({"predictions"})
+
+    @model_validator(mode="after")
+    def _mixes(self) -> "KL":
+        if self.mix is not None and self.divergence not in MIXED:
+            raise ValueError(f"mix is not read by {self.divergence}; leave it out, or use {', '.join(sorted(MIXED))}")
+        return self
+
+    def _divergence(self) -> Divergence:
+        mix = self.mix or (0.5 if self.divergence == "jsd" else 0.1)
+        return Divergence(self.divergence, mix=mix, temperature=self.temperature)
+
+    def asks(self, student: PreTrainedModel) -> frozenset[Wanted]:
+        """The teacher's predictions, unless labels are all that counts."""
+        return frozenset() if self.alpha == 1 else frozenset(self.needs)
 
     def check(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
         """Refuse models without logits, heads whose outputs are no distribution, and labels that there are not."""
@@ -83,6 +109,14 @@ class KL(Loss):
                 f"loss kl compares distributions over classes, and this head gives {other}",
                 fix="use losses: [{kind: hidden}]",
             )
+        if (
+            "SequenceClassification" in type(student).__name__
+            and student.config.num_labels != teacher.config.num_labels
+        ):
+            what = (
+                f"the student tells {student.config.num_labels} classes apart, the teacher {teacher.config.num_labels}"
+            )
+            raise CompressKitError(what, where="kl", fix="use a teacher of the same classes")
         if self.alpha and not student.can_generate():
             raise CompressKitError(
                 f"alpha {self.alpha:g} mixes in labels, and only a language model's text holds them",
@@ -91,26 +125,34 @@ class KL(Loss):
             )
 
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch, weights: StepWeights) -> Tensor:
-        """(1 − α) KL + α cross-entropy."""
-        ours, theirs = student.get("predictions"), teacher.get("predictions")
+        """(1 − α) D + α cross-entropy."""
+        ours = student.get("predictions")
         assert isinstance(ours, Tensor | Projection)
-        assert isinstance(theirs, Tensor | Projection)
+        if self.alpha == 1:
+            return next_token_cross_entropy(logits_of(ours), batch["input_ids"], weights.next_token)
+        theirs = teacher.get("predictions")
+        assert isinstance(theirs, Tensor | Projection | TopK)
         if isinstance(ours, Projection):
             return self._fused(ours, theirs, batch, weights)
+        if isinstance(theirs, TopK):
+            what = "a teacher's top k is compared at heads that are one product, and this student's is more"
+            raise CompressKitError(what, where="cache.keep", fix="use keep: hidden, or leave cache out")
         teacher_logits = logits_of(theirs).detach()  # a live head may still require grad
         weight = weights.token.flatten() if ours.ndim == 3 else weights.row
-        divergence = kl_div(
+        divergence = divergence_loss(
             ours.flatten(0, -2),
             teacher_logits.flatten(0, -2),
             token_weight=weight,
-            temperature=self.temperature,
+            divergence=self._divergence(),
         )
         if not self.alpha:
             return divergence
         labels = next_token_cross_entropy(ours, batch["input_ids"], weights.next_token)
         return torch.lerp(divergence, labels, self.alpha)
 
-    def _fused(self, student: Projection, teacher: Tensor | Projection, batch: Batch, weights: StepWeights) -> Tensor:
+    def _fused(
+        self, student: Projection, teacher: Tensor | Projection | TopK, batch: Batch, weights: StepWeights
+    ) -> Tensor:
         """The same from hidden states and head; a token's label is the token after it."""
         labels = nn.functional.pad(batch["input_ids"][:, 1:], (0, 1)).flatten()
         label_weight = self.alpha * nn.functional.pad(weights.next_token, (0, 1)).flatten()
@@ -120,9 +162,10 @@ class KL(Loss):
             teacher.hidden.flatten(0, 1) if isinstance(teacher, Projection) else None,
             _frozen(teacher.head) if isinstance(teacher, Projection) else None,
             teacher_logits=teacher.flatten(0, 1) if isinstance(teacher, Tensor) else None,
+            teacher_topk=teacher if isinstance(teacher, TopK) else None,
             labels=labels if self.alpha else None,
             label_weight=label_weight if self.alpha else None,
             token_weight=(1 - self.alpha) * weights.token.flatten(),
-            divergence=Divergence("forward_kl", temperature=self.temperature),
+            divergence=self._divergence(),
             memory_mb=self.memory_mb,
         )

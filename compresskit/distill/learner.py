@@ -1,0 +1,222 @@
+"""A student at one step of its training: its losses, its gradient, its best weights so far."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from compresskit.data import Batch
+from compresskit.distill.batching import Numbered
+from compresskit.distill.checkpoint import (
+    optimizer_tensors,
+    prefixed,
+    random_state,
+    restore_optimizer,
+    restore_random_state,
+    under,
+)
+from compresskit.distill.losses import Loss
+from compresskit.distill.options import TrainingOptions, learning_rate_at
+from compresskit.distill.outputs import Outputs, Projection, StepWeights, Wanted, observe, step_weights
+from compresskit.distill.teachers import Teacher
+from compresskit.distill.token_counts import count_tokens
+from compresskit.errors import RunFailedError
+from compresskit.sentence import SentenceEmbedding
+
+_PREDICTIONS: frozenset[Wanted] = frozenset({"predictions"})
+
+
+class Learner:
+    """The student, what it learns from and how.
+
+    Args:
+        student, teacher, losses, options, accelerator, pooling: as `compresskit.distill.trainer.train` takes them.
+        chosen: the student's parameters that learn, by name.
+        teacher_shape: a model of the teacher's widths.
+    """
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teacher: Teacher,
+        losses: Sequence[Loss],
+        chosen: Mapping[str, nn.Parameter],
+        options: TrainingOptions,
+        accelerator: Accelerator,
+        pooling: SentenceEmbedding,
+        teacher_shape: PreTrainedModel,
+    ) -> None:
+        self.student, self.teacher, self.losses, self.chosen = student, teacher, losses, chosen
+        self.options, self.accelerator, self.pooling = options, accelerator, pooling
+        self.wants: frozenset[Wanted] = frozenset().union(*(loss.wants(student) for loss in losses))
+        self.asks: frozenset[Wanted] = frozenset().union(*(loss.asks(student) for loss in losses))
+        if options.token_weight != "even":
+            self.asks |= _PREDICTIONS
+        self.names = [
+            loss.kind if sum(other.kind == loss.kind for other in losses) == 1 else f"{loss.kind}[{i}]"
+            for i, loss in enumerate(losses)
+        ]
+        bridges = [loss.bridge(student, teacher_shape) for loss in losses]
+        self.bridges = [None if bridge is None else bridge.to(accelerator.device) for bridge in bridges]
+        self.learned = dict(chosen) | {
+            f"losses[{i}].{name}": value
+            for i, bridge in enumerate(self.bridges)
+            if bridge is not None
+            for name, value in bridge.named_parameters()
+        }
+        self.optimizer = torch.optim.AdamW(
+            self.learned.values(), lr=options.learning_rate, weight_decay=options.weight_decay, fused=True
+        )
+        self.best: dict[str, Tensor] = {}
+        self.best_loss, self.best_step = math.inf, 0
+
+    def total(self, parts: Iterable[float]) -> float:
+        """The weighted sum that is minimised at the end of the training."""
+        return sum(loss.final_weight * part for loss, part in zip(self.losses, parts, strict=True))
+
+    @torch.no_grad()
+    def measure(self, batches: Sequence[Numbered]) -> list[float]:
+        """Each loss over all `batches`, without dropout; the processes share them."""
+        mode = self.student.training
+        self.student.eval()
+        mine = self._mine(batches)
+        sums = [0.0] * len(self.losses)
+        for batch, numbered, weights, _ in self._weighed(mine, keep_targets=False):
+            for i, part in enumerate(self._losses(batch, weights, self._target(batch, numbered))):
+                sums[i] += part.item()
+        self.student.train(mode)
+        return self._add_up(torch.tensor(sums, dtype=torch.float64)).tolist()
+
+    def step(self, number: int, batches: Sequence[Numbered]) -> list[float]:
+        """One optimiser step, the `number`-th from 0; returns each loss.
+
+        Raises:
+            RunFailedError: a loss or a gradient that is not finite; the best weights are back in the model.
+        """
+        options = self.options
+        factor = learning_rate_at(number, steps=options.steps, warmup=options.warmup, schedule=options.schedule)
+        for group in self.optimizer.param_groups:
+            group["lr"] = options.learning_rate * factor
+        shares = [loss.weight_at(number, options.steps) for loss in self.losses]
+        sums = [0.0] * len(self.losses)
+        for batch, numbered, weights, target in self._weighed(self._mine(batches), keep_targets=True):
+            parts = self._losses(batch, weights, target or self._target(batch, numbered))
+            for i, part in enumerate(parts):
+                sums[i] += part.item()
+            if self.accelerator.num_processes == 1:  # a process that stops alone would leave the others waiting
+                self._require_finite(number, sums)
+            self.accelerator.backward(torch.stack([s * part for s, part in zip(shares, parts, strict=True)]).sum())
+        sums = self._add_up(torch.tensor(sums, dtype=torch.float64)).tolist()
+        self._require_finite(number, sums)
+        self._add_up_gradients()
+        norm = torch.nn.utils.clip_grad_norm_(list(self.learned.values()), options.clip_norm)
+        if not math.isfinite(float(norm)):
+            self._fail(number, f"the gradient's norm is {float(norm)}")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return sums
+
+    def keep_if_best(self, step: int, loss: float) -> None:
+        """Remember the weights where `loss` is the least so far."""
+        if loss < self.best_loss:
+            self.best_loss, self.best_step = loss, step
+            self.best = {name: value.detach().clone() for name, value in self.chosen.items()}
+
+    def restore_best(self) -> None:
+        """Put the remembered weights back."""
+        with torch.no_grad():
+            for name, value in self.best.items():
+                self.chosen[name].copy_(value)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything that the next step depends on, but for the text."""
+        tensors = {
+            **prefixed("weights", self.learned),
+            **prefixed("best", self.best),
+            **prefixed("optimizer", optimizer_tensors(self.optimizer, self.learned)),
+            **prefixed("random", random_state(self.accelerator.device)),
+            **prefixed("teacher", self.teacher.memory()),
+        }
+        return tensors, {"best_loss": self.best_loss, "best_step": self.best_step}
+
+    def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        device = self.accelerator.device
+        with torch.no_grad():
+            for name, value in under("weights", tensors).items():
+                self.learned[name].copy_(value)
+        self.best = {name: value.to(device) for name, value in under("best", tensors).items()}
+        self.best_loss, self.best_step = facts["best_loss"], facts["best_step"]
+        restore_optimizer(self.optimizer, self.learned, under("optimizer", tensors))
+        restore_random_state(under("random", tensors), device)
+        self.teacher.remember(under("teacher", tensors))
+
+    def _mine(self, batches: Sequence[Numbered]) -> Sequence[Numbered]:
+        """This process's share."""
+        return batches[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    def _add_up(self, values: Tensor) -> Tensor:
+        """The sum over all processes."""
+        if self.accelerator.num_processes == 1:
+            return values
+        return self.accelerator.reduce(values.to(self.accelerator.device), "sum").to(values.device)  # type: ignore[union-attr]
+
+    def _add_up_gradients(self) -> None:
+        if self.accelerator.num_processes == 1:
+            return
+        for value in self.learned.values():
+            grad = torch.zeros_like(value) if value.grad is None else value.grad
+            value.grad = self.accelerator.reduce(grad, "sum")  # type: ignore[assignment]
+
+    def _weighed(
+        self, batches: Sequence[Numbered], *, keep_targets: bool
+    ) -> list[tuple[Batch, Numbered, StepWeights, Outputs | None]]:
+        """Each batch on the device, with what its places count; where the teacher had to say it, its outputs too."""
+        device = self.accelerator.device
+        moved = [{name: values.to(device) for name, values in numbered.batch.items()} for numbered in batches]
+        targets: list[Outputs | None] = [None] * len(batches)
+        counts = None
+        if self.options.token_weight != "even":
+            counts = []
+            for i, (batch, numbered) in enumerate(zip(moved, batches, strict=True)):
+                target = self._target(batch, numbered, everything=keep_targets)
+                targets[i] = target if keep_targets else None
+                assert isinstance(target.predictions, torch.Tensor | Projection)
+                with self._precision():
+                    counts.append(count_tokens(self.options.token_weight, target.predictions, batch))
+        weights = step_weights([batch["attention_mask"] for batch in moved], counts, add_up=self._add_up)
+        return list(zip(moved, batches, weights, targets, strict=True))
+
+    def _target(self, batch: Batch, numbered: Numbered, *, everything: bool = True) -> Outputs:
+        needs = self.asks if everything else _PREDICTIONS
+        with self._precision():
+            return self.teacher(batch, numbered.rows, needs) if needs else Outputs()
+
+    def _losses(self, batch: Batch, weights: StepWeights, target: Outputs) -> list[Tensor]:
+        """Each loss of one batch, in the order of `losses`."""
+        with self._precision():
+            ours = observe(self.student, batch, self.wants, self.pooling)
+            return [
+                loss(ours if bridge is None else bridge(ours), target, batch, weights)
+                for loss, bridge in zip(self.losses, self.bridges, strict=True)
+            ]
+
+    def _precision(self) -> torch.autocast:
+        low = self.options.precision == "bfloat16"
+        return torch.autocast(self.accelerator.device.type, dtype=torch.bfloat16, enabled=low)
+
+    def _require_finite(self, number: int, sums: Sequence[float]) -> None:
+        if not math.isfinite(sum(sums)):
+            self._fail(number, f"the loss is {dict(zip(self.names, sums, strict=True))}")
+
+    def _fail(self, number: int, what: str) -> None:
+        self.restore_best()
+        raise RunFailedError(
+            f"step {number + 1} of {self.options.steps}: {what}; the weights of step {self.best_step} are kept",
+            where="distill",
+            fix="lower learning_rate",
+        )

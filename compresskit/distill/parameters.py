@@ -1,0 +1,72 @@
+"""Which of a model's parameters learn, and how its blocks are run meanwhile."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from compresskit.config import did_you_mean
+from compresskit.errors import CompressKitError
+from compresskit.surgery.sites import find_blocks
+
+
+def choose_parameters(model: nn.Module, train: tuple[str, ...], freeze: tuple[str, ...]) -> dict[str, nn.Parameter]:
+    """The float parameters whose names match `train` and not `freeze`; shared ones once.
+
+    Raises:
+        CompressKitError: a pattern that matches nothing, or nothing left to train.
+    """
+    named = {name: value for name, value in model.named_parameters() if value.is_floating_point()}
+    if not named:
+        raise CompressKitError("the model has no float weight left to train", fix="move distill before quantize")
+    for field, patterns in (("train", train), ("freeze", freeze)):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in named):
+                near = did_you_mean(pattern, named)
+                fix = f"did you mean {near!r}?" if near else "`compresskit modules MODEL` lists the names"
+                raise CompressKitError(f"{pattern!r} matches no parameter", where=field, fix=fix)
+    chosen = {
+        name: value
+        for name, value in named.items()
+        if any(fnmatchcase(name, pattern) for pattern in train)
+        and not any(fnmatchcase(name, pattern) for pattern in freeze)
+    }
+    if not chosen:
+        raise CompressKitError("every parameter is frozen", where="freeze", fix="freeze fewer names")
+    return chosen
+
+
+@contextmanager
+def only_these_learn(model: nn.Module, chosen: Mapping[str, nn.Parameter], *, dropout: bool) -> Iterator[None]:
+    """Gradients for `chosen` alone; afterwards none, no requires_grad and eval mode."""
+    model.requires_grad_(False).train(dropout)
+    for value in chosen.values():
+        value.requires_grad_(True)
+    try:
+        yield
+    finally:
+        model.eval().requires_grad_(False).zero_grad(set_to_none=True)
+
+
+def _forward_again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+@contextmanager
+def recomputed_blocks(model: nn.Module) -> Iterator[None]:
+    """Within it blocks keep only what they read for the backward pass, and are run again there."""
+    blocks = [model.get_submodule(name) for name in find_blocks(model)]
+    for block in blocks:
+        block.forward = partial(_forward_again, block.forward)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
