@@ -9,7 +9,7 @@ Importing this package registers its quantizer with transformers, so that every 
 from compresskit.api import compress, load, measure
 from compresskit.config import Config
 from compresskit.data import DataSource
-from compresskit.distill.losses import KL, LOSSES, Embedding, Hidden
+from compresskit.distill.losses import KL, LOSSES, AttentionMaps, Contrastive, Embedding, Hidden, Relation
 from compresskit.engine import run
 from compresskit.errors import CompressKitError, ManyErrors, RunFailedError
 from compresskit.export import EXPORTERS, Exporter, OnnxExport
@@ -35,9 +35,11 @@ __all__ = [
     "KL",
     "LOSSES",
     "PASSES",
+    "AttentionMaps",
     "BitsAndBytes",
     "CompressKitError",
     "Config",
+    "Contrastive",
     "DataSource",
     "Distill",
     "Embedding",
@@ -54,6 +56,7 @@ __all__ = [
     "PruneWidth",
     "Quantize",
     "Recipe",
+    "Relation",
     "RunFailedError",
     "Student",
     "TensorDecomposition",

@@ -6,24 +6,28 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ValidationError
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compresskit.data import DataSource, prepare_examples
+from compresskit.data import Corpus, DataSource, prepare_examples
 from compresskit.engine import LOG, Progress, run
 from compresskit.errors import CompressKitError, ManyErrors
 from compresskit.evaluate import Fidelity, state_dict_bytes
 from compresskit.evaluate import evaluate as evaluate_model
 from compresskit.export import Exporter
-from compresskit.models import find_model, guess_task, load_model, stored_dtype
+from compresskit.export.folder import MANIFEST_FILE, load_exported_tokenizer, read_exported
+from compresskit.export.runtime import default_threads
+from compresskit.export.scored import exported_figures
+from compresskit.models import find_model, guess_task, load_config, load_model, stored_dtype
 from compresskit.passes import Pass
-from compresskit.processors import load_processor
+from compresskit.processors import Processor, load_processor
 from compresskit.recipe import parse_recipe
 from compresskit.recipe_mistakes import explain
 from compresskit.recipe_text import parse_yaml
 from compresskit.report import SCHEMA_VERSION
 from compresskit.sentence import read_sentence_embedding
 from compresskit.store import RUN_FILE, Store
-from compresskit.student import Student, load_student_model
+from compresskit.student import HeldOut, Student, load_student_model
+from compresskit.surgery.plugin import edits_of
 
 
 def compress(
@@ -125,8 +129,10 @@ def measure(
 ) -> dict[str, dict[str, int | float]]:
     """Figures of a student and of its original on held-out text: `{"original": {…}, "student": {…}}`.
 
+    Of an exported folder, the figures are those of its file, under the folder's name (`"onnx"`).
+
     Args:
-        folder: the output of a run, or its `student` folder.
+        folder: the output of a run, or its `student` folder, or one that it exported.
         data: other text than the run's.
         original: the model to compare with, for a student that lies outside its run's folder.
         task: what both do; without it what the run says, else the original's config.json.
@@ -134,33 +140,61 @@ def measure(
     Raises:
         CompressKitError: no student there, nothing says what it was made from, or a task that they lack.
     """
-    student = _student_folder(Path(folder))
+    exported = read_exported(Path(folder)) if (Path(folder) / MANIFEST_FILE).is_file() else None
+    student = Path(folder).resolve() if exported else _student_folder(Path(folder))
     beside = student.parent
     facts = Store(beside).read_run() if (beside / RUN_FILE).is_file() else {}
     if original is None and not facts:
         raise CompressKitError(f"nothing beside {student} says what it was made from", fix="add --original MODEL")
-    name, gguf_file = (original, None) if original else (facts["model"], facts.get("gguf_file"))
-    source = find_model(str(name), gguf_file=gguf_file)
+    made_from, gguf_file = (original, None) if original else (facts["model"], facts.get("gguf_file"))
+    source = find_model(str(made_from), gguf_file=gguf_file)
     task = str(task or facts.get("task") or guess_task(source))
     text = data or DataSource.model_validate(facts.get("data", {}))
     processor = load_processor(source, task)
     if original is None and facts.get("source") not in (None, source.fingerprint):
         raise CompressKitError(
-            f"{name} is not the model that {student} was made from: its files have changed since",
+            f"{made_from} is not the model that {student} was made from: its files have changed since",
             where="model",
             fix="name the right one with --original MODEL",
         )
     teacher = load_model(source, task).requires_grad_(False)
     corpus = prepare_examples(text, processor, teacher.config, task=task, seed=facts.get("seed", 0))
     fidelity = Fidelity(teacher, corpus.evaluation, task=task, sentence=read_sentence_embedding(source.folder))
-    model, edits = load_student_model(student, task)
-    made = Student(model, teacher, processor, task, corpus).with_edits(edits)
-    figures = {
-        "original": evaluate_model(teacher, fidelity, processor),
-        "student": evaluate_model(model, fidelity, made.tokenizer, held_out=made.held_out),
-    }
+    if exported:
+        held_out = _reading(student, teacher, processor, task, corpus)
+        name, own = student.name, exported_figures(student, exported, fidelity, held_out, threads=default_threads())
+    else:
+        model, edits = load_student_model(student, task)
+        made = Student(model, teacher, processor, task, corpus).with_edits(edits)
+        name, own = "student", evaluate_model(model, fidelity, made.tokenizer, held_out=made.held_out)
+    figures = {"original": evaluate_model(teacher, fidelity, processor), name: own}
     figures["original"]["size_bytes"] = state_dict_bytes(teacher, stored_dtype(source))
     return figures
+
+
+def _reading(
+    exported: Path, teacher: PreTrainedModel, processor: Processor, task: str, corpus: Corpus
+) -> HeldOut | None:
+    """How an exported student reads the held-out text, where that is not how its original does.
+
+    The checkpoint beside it says which tokens are left.
+
+    Raises:
+        CompressKitError: tokens were dropped, and nothing says which.
+    """
+    beside = exported.parent / "student"
+    if (beside / "config.json").is_file():
+        edits = edits_of(load_config(find_model(beside)))
+        return Student(teacher, teacher, processor, task, corpus).with_edits(edits).held_out
+    if isinstance(processor, PreTrainedTokenizerBase):
+        left = load_exported_tokenizer(exported).get_vocab_size()
+        if left != len(processor):
+            raise CompressKitError(
+                f"reads {left} tokens and its original {len(processor)}, and no student beside it says which",
+                where=str(exported),
+                fix="measure it inside its run's output folder",
+            )
+    return None
 
 
 def read_data_option(text: str | None) -> DataSource | None:

@@ -18,6 +18,8 @@ from rich.table import Table
 from compresskit.api import measure, read_data_option, read_report
 from compresskit.engine import run as run_recipe
 from compresskit.errors import CompressKitError
+from compresskit.export.generate import generate as generate_text
+from compresskit.export.runtime import default_threads
 from compresskit.job import prepare
 from compresskit.listing import Listing, Row, describe_pass, list_modules, list_passes
 from compresskit.models import TASKS, find_model, guess_task, load_empty
@@ -86,7 +88,8 @@ def check(recipe: RecipePath, settings: Settings = None) -> None:
 @app.command(name="eval")
 def evaluate(
     folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="a run's output, or its student", show_default=False)
+        Path,
+        typer.Argument(metavar="FOLDER", help="a run's output, its student or onnx folder", show_default=False),
     ],
     data: Annotated[
         str | None, typer.Option(help="other text, as a recipe says it: '{source: text, path: a.txt}'")
@@ -94,12 +97,28 @@ def evaluate(
     original: Annotated[str | None, typer.Option(help="the model to compare with, where no run says it")] = None,
     task: Task = None,
 ) -> None:
-    """Measure a student against its original on held-out text."""
+    """Measure a student, or the very file that was exported, against its original on held-out text."""
     figures = measure(folder, data=read_data_option(data), original=original, task=task)
     columns = ("figure", *figures)
     names = list(dict.fromkeys(name for entry in figures.values() for name in entry))
     rows: list[Row] = [(name, *(_figure(entry.get(name)) for entry in figures.values())) for name in names]
     _print_listing(Listing("", columns, rows))
+
+
+@app.command()
+def generate(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="a run's onnx folder", show_default=False)],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="how the text begins", show_default=False)],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="the most tokens to add")] = 64,
+    threads: Annotated[int | None, typer.Option(min=1, help="of ONNX Runtime; without it every core")] = None,
+) -> None:
+    """Write on from PROMPT with an exported decoder, token by token, always the likeliest."""
+    pieces = generate_text(folder, prompt, max_new_tokens=max_new_tokens, threads=threads or default_threads())
+    sys.stdout.write(prompt)
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    _print("")
 
 
 @app.command()

@@ -24,6 +24,11 @@ class Config(BaseModel):
     def _list_as_tuple(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
 
+    def _refuse_idle(self, name: str, needs: str) -> None:
+        """For validators: refuse a field that was said although nothing reads it without `needs`."""
+        if name in self.model_fields_set:
+            raise ValueError(f"{name} has no effect without {needs}; leave it out or say {needs}")
+
 
 def did_you_mean(word: str, known: Iterable[str]) -> str | None:
     """The known word closest to `word`, or None where nothing is close."""

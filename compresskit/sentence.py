@@ -3,8 +3,8 @@
     modules.json            the parts in order: the transformer, a pooling, perhaps a normalisation or a dense layer
     1_Pooling/config.json   which poolings; several are concatenated
 
-A folder that says nothing pools the mean, as most embedders do. Normalisation changes no cosine, so it is not done
-here; dense layers after the pooling are carried along and not measured.
+A folder that says nothing pools the mean, as most embedders do. Normalisation changes no cosine, so measuring goes
+without; dense layers after the pooling are carried along and not measured.
 """
 
 import json
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from compresskit.errors import CompressKitError
@@ -26,6 +27,11 @@ _PART_FILES = ("*.json", "*.safetensors")
 
 def _weights(hidden: Tensor, mask: Tensor) -> Tensor:
     return mask.to(hidden.dtype)[:, :, None]
+
+
+def _at(hidden: Tensor, place: Tensor) -> Tensor:
+    """The hidden state (N, D) at a place (N,) of each text."""
+    return hidden.gather(1, place[:, None, None].expand(-1, 1, hidden.shape[2]))[:, 0]
 
 
 def mean(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -51,13 +57,12 @@ def maximum(hidden: Tensor, mask: Tensor) -> Tensor:
 
 def first(hidden: Tensor, mask: Tensor) -> Tensor:
     """The first real token (CLS), (N, D); padding may stand on either side."""
-    return hidden[torch.arange(len(hidden), device=hidden.device), mask.int().argmax(1)]
+    return _at(hidden, mask.int().argmax(1))
 
 
 def last(hidden: Tensor, mask: Tensor) -> Tensor:
     """The last real token, (N, D); padding may stand on either side."""
-    place = mask.shape[1] - 1 - mask.int().flip(1).argmax(1)
-    return hidden[torch.arange(len(hidden), device=hidden.device), place]
+    return _at(hidden, mask.shape[1] - 1 - mask.int().flip(1).argmax(1))
 
 
 #: By the names of sentence-transformers, in the order in which it concatenates them.
@@ -93,6 +98,22 @@ class SentenceEmbedding:
     def pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """Embeddings (N, D · poolings) in `hidden`'s dtype, of hidden states (N, T, D); mask (N, T) is 1 at tokens."""
         return torch.cat([POOLINGS[name](hidden, mask) for name in self.poolings], dim=-1)
+
+    @property
+    def _parts(self) -> set[str]:
+        """The kinds of parts that the folder lists, "Pooling" say."""
+        listed = json.loads(self.files.get("modules.json", b"[]"))
+        return {str(part.get("type", "")).rpartition(".")[2] for part in listed}
+
+    @property
+    def is_told(self) -> bool:
+        """Whether the folder says how texts become embeddings, and `embed` does all of it."""
+        return "Pooling" in self._parts <= {"Transformer", "Pooling", "Normalize"}
+
+    def embed(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """Embeddings as the folder wants them: pooled, and of length 1 where it normalises; shapes as for `pool`."""
+        pooled = self.pool(hidden, mask)
+        return F.normalize(pooled, dim=-1) if "Normalize" in self._parts else pooled
 
     def write(self, folder: Path) -> None:
         """Put the files into a checkpoint's folder."""

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 
 from compresskit.errors import CompressKitError, RunFailedError
 from compresskit.passes import Pass
-from compresskit.whole import SCRATCH, clear_scratch, whole_folder, write_whole
+from compresskit.whole import SCRATCH, clear_scratch, difference, list_files, whole_folder, write_whole
 
 SCHEMA = 1
 MANIFEST = "MANIFEST.json"
@@ -79,32 +79,6 @@ class Step:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that `path` holds all of it or what it held before."""
     write_whole(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def list_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Name (relative, with /) -> size in bytes and sha256, of every file under `folder`."""
-    found: dict[str, dict[str, Any]] = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        with path.open("rb") as file:
-            sha = hashlib.file_digest(file, "sha256").hexdigest()
-        found[path.relative_to(folder).as_posix()] = {"size_bytes": path.stat().st_size, "sha256": sha}
-    return found
-
-
-def difference(folder: Path, listed: dict[str, dict[str, Any]]) -> str | None:
-    """The first file that is not as `listed`, and how it differs; None where all are."""
-    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {MANIFEST}
-    for name, facts in listed.items():
-        if name not in present:
-            return f"{name} is missing"
-        size = (folder / name).stat().st_size
-        if size != facts["size_bytes"]:
-            return f"{name} has {size} bytes instead of {facts['size_bytes']}"
-        with (folder / name).open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != facts["sha256"]:
-                return f"the contents of {name} are not what was written (sha256 differs)"
-    extra = sorted(present - set(listed))
-    return f"{extra[0]} was not written by the run" if extra else None
 
 
 def refuse_foreign(folder: Path) -> None:
@@ -209,7 +183,9 @@ class Store:
         try:
             listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             wrong = (
-                difference(folder, listed["files"]) if listed["fingerprint"] == fingerprint else "another step's files"
+                difference(folder, listed["files"], besides=MANIFEST)
+                if listed["fingerprint"] == fingerprint
+                else "another step's files"
             )
         except FileNotFoundError as error:
             wrong = f"{Path(str(error.filename)).name} is missing"

@@ -1,13 +1,16 @@
-"""Files and folders that appear whole or not at all: written beside their place, flushed to the disk, renamed into it.
+"""Files and folders that appear whole or not at all: written beside their place, flushed to the disk, renamed into it;
+and lists of files that tell later whether they are still what was written.
 
 What a killed process leaves behind has a name that starts with `SCRATCH`; `clear_scratch` takes it away.
 """
 
+import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 SCRATCH = ".tmp-"
 _OLD = f"{SCRATCH}old-"
@@ -109,3 +112,29 @@ def _flush_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def list_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Name (relative, with /) -> size in bytes and sha256, of every file under `folder`."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with path.open("rb") as file:
+            sha = hashlib.file_digest(file, "sha256").hexdigest()
+        found[path.relative_to(folder).as_posix()] = {"size_bytes": path.stat().st_size, "sha256": sha}
+    return found
+
+
+def difference(folder: Path, listed: Mapping[str, dict[str, Any]], *, besides: str) -> str | None:
+    """The first file that is not as `listed` (the file `besides` apart), and how it differs; None where all are."""
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {besides}
+    for name, facts in listed.items():
+        if name not in present:
+            return f"{name} is missing"
+        size = (folder / name).stat().st_size
+        if size != facts["size_bytes"]:
+            return f"{name} has {size} bytes instead of {facts['size_bytes']}"
+        with (folder / name).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != facts["sha256"]:
+                return f"the contents of {name} are not what was written (sha256 differs)"
+    extra = sorted(present - set(listed))
+    return f"{extra[0]} was not written by the run" if extra else None

@@ -1,30 +1,20 @@
 """The bench of widths: shares that leave what was asked, and methods that say what they are."""
 
 import argparse
-import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 from families import tiny_student
+from tool_modules import loaded_tool
 
 from compresskit.errors import CompressKitError
 from compresskit.passes.prune_width import PruneWidth
 from compresskit.surgery.sites import find_anatomy, find_blocks
 
-_FILE = Path(__file__).parent.parent / "tools" / "methods_width.py"
-
 
 @pytest.fixture(scope="module")
 def methods():
-    spec = importlib.util.spec_from_file_location("methods_width", _FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["methods_width"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["methods_width"]
+    with loaded_tool("methods_width") as module:
+        yield module
 
 
 def linear_weights(model):

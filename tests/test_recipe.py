@@ -296,3 +296,17 @@ def test_passes_that_must_not_meet_are_refused_with_what_to_do():
     with pytest.raises(ManyErrors, match="leave one of the two out"):
         parse_recipe({"model": "m", "passes": [quantize, quantize]}, name="r")
     assert len(parse_recipe({"model": "m", "passes": [low_rank, prune, distill, quantize]}, name="r").passes) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "idle"),
+    [
+        ("kind: low_rank\n  keep: 0.5\n  refine_rounds: 4", "refine_rounds has no effect without refine: block"),
+        ("kind: low_rank\n  keep: 0.5\n  allocation: uniform\n  floor: 0.5", "floor has no effect without allocation"),
+        ("kind: prune_width\n  keep: 0.5\n  floor: 0.5", "floor has no effect without allocation: per_layer"),
+        ("kind: quantize\n  smooth: 0.2", "smooth has no effect without act: int8"),
+        ("kind: quantize\n  widths: [3, 4]", "widths has no effect without bits: auto"),
+    ],
+)
+def test_an_option_that_nothing_reads_is_a_mistake(tmp_path: Path, options: str, idle: str) -> None:
+    assert idle in only(tmp_path, f"{START}- {options}\n")

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import os
 import subprocess
@@ -9,6 +8,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from tool_modules import loaded_tool
 
 from compresskit.export import EXPORTERS
 from compresskit.passes import PASSES
@@ -20,12 +20,8 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 @pytest.fixture(scope="module")
 def schema() -> dict[str, Any]:
-    spec = importlib.util.spec_from_file_location("recipe_schema", ROOT / "tools" / "recipe_schema.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.recipe_schema()
+    with loaded_tool("recipe_schema") as module:
+        return module.recipe_schema()
 
 
 @pytest.fixture(scope="module")

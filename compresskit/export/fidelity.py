@@ -1,4 +1,4 @@
-"""How true sentence embeddings of ONNX files are to the original's in torch."""
+"""Sentence embeddings of ONNX files: how true they are to the original's in torch, and to what the folder asks for."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,8 +9,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compresskit.data import Batch
+from compresskit.errors import RunFailedError
 from compresskit.evaluate.quality import compare_embeddings, evaluating
-from compresskit.export.runtime import run_session
+from compresskit.export.parity import Difference
+from compresskit.export.runtime import run_session, session_feed
+from compresskit.export.trace import EMBEDDING
 from compresskit.sentence import SentenceEmbedding
 
 
@@ -44,3 +47,34 @@ def session_fidelity(
         for name, session in sessions.items()
     }
     return {name: compare_embeddings(expected, embeddings) for name, embeddings in found.items()}
+
+
+def check_embedding(session: ort.InferenceSession, batches: Sequence[Batch], sentence: SentenceEmbedding) -> float:
+    """‖got − expected‖ / ‖expected‖ of the output `sentence_embedding` and of what torch makes of `last_hidden_state`.
+
+    Args:
+        session: gives both.
+        batches: texts.
+        sentence: how texts become embeddings.
+    """
+    difference = Difference()
+    for batch in batches:
+        hidden, got = session.run(["last_hidden_state", EMBEDDING], session_feed(session, batch))
+        expected = sentence.embed(torch.from_numpy(np.asarray(hidden)).double(), batch["attention_mask"])
+        difference.add(np.asarray(got), expected.numpy())
+    return difference.relative
+
+
+def judge_embedding(error: float, *, bound: float, where: str) -> None:
+    """Accept what `check_embedding` found, or refuse the file.
+
+    Raises:
+        RunFailedError: an error past the bound.
+    """
+    if not error <= bound:
+        raise RunFailedError(
+            f"the file pools its hidden states otherwise than 1_Pooling says: {error:.3g} (relative); the bound is "
+            f"{bound:g}",
+            where=where,
+            fix="try 'fuse: false', or 'pooling: false' and pool outside",
+        )

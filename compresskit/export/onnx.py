@@ -1,10 +1,12 @@
 """The student as a folder for ONNX Runtime, holding the very integers that were evaluated.
 
-    student.model  →  trace  →  fuse  →  model.onnx, tokenizer, config  →  parity  →  latency against two baselines
+    student.model  →  trace  →  fuse  →  model.onnx  →  parity  →  latency against two baselines
+                                              tokenizer, config, README.md, manifest.json
 
 `model.onnx` has one output (`last_hidden_state` for feature extraction, else `logits`), free batch and length, and
-the operators of `compresskit.layers.operators` wherever a layer holds integers. Nothing is written unless ONNX Runtime
-agrees with torch on held-out text.
+the operators of `compresskit.layers.operators` wherever a layer holds integers. Decoders take and give their keys and
+values too (`compresskit.export.cached`), embedders their embedding. Nothing is written unless ONNX Runtime agrees with
+torch on held-out text.
 
 Weight-only products (`MatMulNBits`) have fast kernels only where their input is rounded to 8 bits too (accuracy level
 4; SmolLM2-135M in 8 bit, one token on 2 cores: 17 ms, against 355 ms in float32). The student in torch multiplies in
@@ -16,10 +18,13 @@ LLM.int8 has no operator: its file is proven against the same codes without roun
 `target: standard` writes ONNX's own operators alone (`compresskit.export.standard`), for other runtimes.
 """
 
+import errno
 import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import onnx_ir as ir
 import torch
@@ -27,17 +32,29 @@ from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from compresskit.cache import cache_folder
-from compresskit.data import Batch, Sequences, token_positions
+from compresskit.data import Batch, Sequences, token_positions, token_rows
+from compresskit.errors import RunFailedError
 from compresskit.evaluate.latency import random_batch
 from compresskit.evaluate.quality import LEAST_COMPARED
 from compresskit.export import fidelity, parity, standard
 from compresskit.export.base import EXPORTERS, Exporter
 from compresskit.export.baseline import Baseline, export_baseline
-from compresskit.export.files import count_operators, model_bytes, save_graph
+from compresskit.export.cached import ATTENTION_OPSET, first_step
+from compresskit.export.files import model_bytes, save_graph
+from compresskit.export.folder import (
+    MODEL_FILE,
+    describe_graph,
+    example,
+    integer_layers,
+    write_manifest,
+    write_readme,
+)
 from compresskit.export.fusion import set_accuracy
+from compresskit.export.greedy import check_greedy, judge_greedy, prompts_of
 from compresskit.export.runtime import (
     by_shape,
     compare_latency,
+    decode_cases,
     default_threads,
     latency_entry,
     open_session,
@@ -45,18 +62,19 @@ from compresskit.export.runtime import (
     speed_entry,
     text_shapes,
 )
-from compresskit.export.trace import OUTPUTS, trace
+from compresskit.export.trace import OUTPUTS, cached_form, computes_in_integers, trace, trace_cached
 from compresskit.layers.forms import re_expressed, swapped
+from compresskit.sentence import SentenceEmbedding
 from compresskit.student import Student
 from compresskit.surgery.plugin import config_with_edits
 from compresskit.whole import whole_folder
-
-MODEL_FILE = "model.onnx"
 
 
 @EXPORTERS.add
 class OnnxExport(Exporter):
     """Write ONNX for ONNX Runtime on a CPU."""
+
+    version: ClassVar[int] = 2
 
     kind: Literal["onnx"] = "onnx"  # pyright: ignore[reportIncompatibleVariableOverride]
     #: ort: ONNX Runtime's own operators; standard: ONNX's alone, integer weights as blocked DequantizeLinear
@@ -65,6 +83,12 @@ class OnnxExport(Exporter):
     opset: int | None = Field(default=None, ge=18, le=23)
     #: use ONNX Runtime's fused operators; false gives a plainer graph that computes the same; none in a standard file
     fuse: bool = True
+    #: decoders take and give keys and values: each new token is read once; false reads the whole text at every token
+    cache: bool = True
+    #: of decoders that keep their past: logits of all tokens, or of the last alone (less work for long prompts)
+    logits: Literal["all", "last"] = "all"
+    #: feature extraction: `sentence_embedding` too, pooled and normalised as the model's 1_Pooling says, where it does
+    pooling: bool = True
     #: of weight-only products: 4 rounds their input to 8 bits in blocks, up to 20 times as fast; 0 stays in float32; of
     #: a standard file each session chooses (ONNX Runtime takes 4)
     accuracy_level: Literal[0, 4] = 4
@@ -80,9 +104,16 @@ class OnnxExport(Exporter):
     threads: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
-    def _has_blocks(self) -> "OnnxExport":
+    def _fits_together(self) -> "OnnxExport":
         if self.target == "standard" and self.opset and self.opset < standard.OPSET:
             raise ValueError(f"target: standard needs opset {standard.OPSET} or later, for blocked DequantizeLinear")
+        if self.target == "standard" and self.cache and self.opset and self.opset < ATTENTION_OPSET:
+            raise ValueError(
+                f"target: standard keeps a decoder's past with opset {ATTENTION_OPSET}, which brought Attention; leave "
+                f"opset out, or say cache: false"
+            )
+        if self.logits == "last" and not self.cache:
+            raise ValueError("logits: last goes with cache: true; a graph without a past has use for every token")
         return self
 
     def write(self, student: Student, folder: Path) -> dict[str, Any]:
@@ -99,24 +130,54 @@ class OnnxExport(Exporter):
         batch = sample_batch(student)
         output = OUTPUTS[student.task]
         threads = self.threads or default_threads()
-        if self.target == "ort":
-            graph = trace(student.model, batch, output=output, fuse=self.fuse, opset=self.opset)
-        else:
-            graph = trace(student.model, batch, output=output, fuse=False, opset=self.opset or standard.OPSET)
-            standard.use_standard_operators(graph)
-        with whole_folder(folder) as scratch:
+        with _explaining_refusal(folder), whole_folder(folder) as scratch:
+            graph = self._trace(student, batch, output)
+            if self.target == "standard":
+                standard.use_standard_operators(graph)
             save_graph(graph, scratch / MODEL_FILE)
+            found = self._check_parity(student, graph, scratch / MODEL_FILE, output, threads, folder)
+            facts = describe_graph(graph)
+            del graph
+            compared = self._compare(student, scratch / MODEL_FILE, batch, threads)
             write_companions(student, scratch)
+            write_readme(scratch, student.task, _example(student, facts))
+            layers = integer_layers(student.model)
+            write_manifest(scratch, {"task": student.task, **facts, "integer_layers": layers, "parity": found})
             entry = {
                 "kind": self.kind,
                 "files": sorted(path.name for path in scratch.iterdir()),
-                "operators": count_operators(graph),
-                "parity": self._check_parity(student, graph, scratch / MODEL_FILE, output, threads, folder),
+                "operators": facts["operators"],
+                "parity": found,
                 "size_bytes": model_bytes(scratch / MODEL_FILE),
             }
-            del graph
-            entry |= self._compare(student, scratch / MODEL_FILE, batch, threads)
-        return entry
+        return entry | compared
+
+    def _sentence(self, student: Student) -> SentenceEmbedding | None:
+        """How texts become embeddings inside the graph; None where nothing says so."""
+        wanted = self.pooling and student.task == "feature-extraction" and student.sentence.is_told
+        return student.sentence if wanted else None
+
+    def _keeps_past(self, student: Student) -> bool:
+        return self.cache and student.task == "text-generation"
+
+    def _trace(self, student: Student, batch: Batch, output: str) -> ir.Model:
+        """The graph, its integers in ONNX Runtime's operators."""
+        fuse = self.fuse and self.target == "ort"
+        if not self._keeps_past(student):
+            opset = self.opset or (standard.OPSET if self.target == "standard" else None)
+            sentence = self._sentence(student)
+            return trace(student.model, batch, output=output, fuse=fuse, opset=opset, sentence=sentence)
+        last_only = self.logits == "last"
+        form = cached_form(student.model) if self.target == "ort" else "attention"
+        return trace_cached(student.model, batch, form=form, fuse=fuse, opset=self.opset, last_only=last_only)
+
+    def _texts(self, student: Student) -> list[Batch]:
+        """Held-out texts for the parity check, with all that model and file read."""
+        texts = parity.parity_batches(student.corpus.evaluation, texts=self.texts // 2)
+        batches = [complete_batch(student, batch) for batch in texts]
+        if not self._keeps_past(student):
+            return batches
+        return [first_step(student.model, batch, last_only=self.logits == "last") for batch in batches]
 
     def _check_parity(
         self, student: Student, graph: ir.Model, path: Path, output: str, threads: int, folder: Path
@@ -125,8 +186,7 @@ class OnnxExport(Exporter):
         forms = re_expressed(student.model)
         if not forms:
             return self._prove(student, graph, path, output, threads, folder)
-        texts = parity.parity_batches(student.corpus.evaluation, texts=self.texts // 2)
-        batches = [complete_batch(student, batch) for batch in texts]
+        batches = self._texts(student)
         expected = parity.model_outputs(student.model, batches, output=output)
         with swapped(student.model, forms):
             found = self._prove(student, graph, path, output, threads, folder)
@@ -138,13 +198,20 @@ class OnnxExport(Exporter):
         self, student: Student, graph: ir.Model, path: Path, output: str, threads: int, folder: Path
     ) -> dict[str, Any]:
         """Prove the file in exact arithmetic; then, where it may be faster, write it so and see what that changes."""
-        texts = parity.parity_batches(student.corpus.evaluation, texts=self.texts // 2)
-        batches = [complete_batch(student, batch) for batch in texts]
+        batches = self._texts(student)
         open_model = partial(open_session, threads=threads)
         exact = partial(open_model, exact=True)
         found = parity.check_parity(path, exact, student.model, batches, output=output)
         parity.judge_parity(found, bound=self.max_relative_error, where=str(folder))
         found["bound"] = self.max_relative_error
+        if sentence := self._sentence(student):
+            found["embedding_error"] = fidelity.check_embedding(exact(path), batches, sentence)
+            fidelity.judge_embedding(found["embedding_error"], bound=self.max_relative_error, where=str(folder))
+        if self._keeps_past(student):
+            prompts = prompts_of(token_rows(student.corpus.evaluation))
+            found["greedy"] = check_greedy(exact(path), student.model, prompts)
+            if not computes_in_integers(student.model):
+                judge_greedy(found["greedy"], bound=self.max_relative_error, where=str(folder))
         ships_other = self.accuracy_level and set_accuracy(graph, self.accuracy_level)
         if ships_other:
             save_graph(graph, path)
@@ -160,11 +227,21 @@ class OnnxExport(Exporter):
         if self.baselines:
             cache = cache_folder() / "baselines"
             output = OUTPUTS[student.task]
-            files: Baseline = export_baseline(student.original, batch, output=output, opset=self.opset, cache=cache)
+            files: Baseline = export_baseline(
+                student.original,
+                batch,
+                output=output,
+                opset=self.opset,
+                cache=cache,
+                keeps_past=self._keeps_past(student),
+                last_only=self.logits == "last",
+            )
             paths = {"baseline": files.float_model, "stock_int8": files.int8_model, "student": path}
         sessions = {name: open_session(file, threads=threads) for name, file in paths.items()}
         is_text = isinstance(student.corpus.evaluation, Sequences)
         cases = text_cases(student) if is_text else repeated_cases(batch)
+        if self._keeps_past(student):
+            cases |= decode_cases(token_positions(student.model))
         rows = compare_latency(sessions, cases, rounds=self.rounds)
         entry: dict[str, Any] = {"latency_ms": latency_entry(rows["student"]), "threads": threads}
         if not self.baselines:
@@ -213,6 +290,33 @@ def sample_batch(student: Student) -> Batch:
     mask = torch.ones_like(ids)
     mask[1, 4:] = 0
     return complete_batch(student, {"input_ids": ids, "attention_mask": mask})
+
+
+@contextmanager
+def _explaining_refusal(folder: Path) -> Iterator[None]:
+    """Turn a place that may not be written to into a message.
+
+    Raises:
+        RunFailedError: with the way out.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        raise RunFailedError(
+            f"cannot be written: {error.strerror}", where=str(folder), fix="name another folder with --output"
+        ) from error
+
+
+def _example(student: Student, facts: Mapping[str, Any]) -> str | None:
+    """The lines of Python for the folder's README."""
+    tokenizer = student.tokenizer
+    if "input_ids" not in facts["inputs"] or not isinstance(tokenizer, PreTrainedTokenizerBase):
+        return None
+    length = token_positions(student.model) or tokenizer.model_max_length
+    padding = {"pad_id": tokenizer.pad_token_id or 0, "pad_token": tokenizer.pad_token or "", "length": length}
+    return example(student.task, list(facts["inputs"]), list(facts["outputs"]), padding)
 
 
 def write_companions(student: Student, folder: Path) -> None:

@@ -28,7 +28,7 @@ from compresskit.data.sequences import pad
 from compresskit.errors import RunFailedError
 from compresskit.export.files import save_graph
 from compresskit.export.fusion import rounding_points
-from compresskit.export.runtime import run_session
+from compresskit.export.runtime import run_session, session_feed
 from compresskit.layers.int8_linear import Int8Linear
 from compresskit.progress import track
 
@@ -166,10 +166,10 @@ def compare_segments(
         `relative_error`, the segment's end (`worst_segment`: a layer, or the output), how many `segments`.
     """
     differences: dict[str, Difference] = {name: Difference() for name in [*points, output]}
-    names = [value.name for value in session.get_outputs()]
+    names = [output, *dict.fromkeys(points.values())]
     for batch in track(batches, "comparing with ONNX Runtime"):
-        feed = {value.name: batch[value.name].numpy() for value in session.get_inputs()}
-        got = {name: np.asarray(value) for name, value in zip(names, session.run(None, feed), strict=True)}
+        values = session.run(names, session_feed(session, batch))
+        got = {name: np.asarray(value) for name, value in zip(names, values, strict=True)}
         seen: dict[str, Tensor] = {}
         forced = {layer: torch.from_numpy(got[value]) for layer, value in points.items()}
         with torch.no_grad(), _forced(model, forced, seen):

@@ -9,14 +9,18 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+import torch
 from torch import Tensor
 
 from compresskit.data import Batch
+from compresskit.export.steps import PAST, positions
 from compresskit.progress import track
 
 _SHAPES = ((1, 16), (1, 64), (8, 64))
 #: batches of images and other inputs of one shape
 _BATCHES = (1, 8)
+#: tokens before the one that is timed
+_PASTS = (64, 256)
 _WARMUP = 5
 
 
@@ -42,10 +46,32 @@ def open_session(model: Path, *, threads: int, exact: bool = False) -> ort.Infer
     return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
 
 
+def session_feed(session: ort.InferenceSession, inputs: Mapping[str, Tensor | np.ndarray]) -> dict[str, np.ndarray]:
+    """What the session takes: its part of `inputs`, and of a decoder's keys and values zeros.
+
+    Tokens that attention_mask has and input_ids has not are the past; most often there are none. Positions that are
+    not given count real tokens, and token types that are not given are zero.
+    """
+    feed = {value.name: np.asarray(inputs[value.name]) for value in session.get_inputs() if value.name in inputs}
+    missing = [value for value in session.get_inputs() if value.name not in feed]
+    if not missing:
+        return feed
+    (texts, new), (_, total) = inputs["input_ids"].shape, inputs["attention_mask"].shape
+    for value in missing:
+        if value.name == "position_ids":
+            feed[value.name] = positions(np.asarray(inputs["attention_mask"]), new)
+        elif value.name == "token_type_ids":
+            feed[value.name] = np.zeros((texts, new), np.int64)
+        elif value.name.startswith(PAST):
+            feed[value.name] = np.zeros((texts, value.shape[1], total - new, value.shape[3]), np.float32)
+        else:
+            raise ValueError(f"nothing to give the input {value.name}")
+    return feed
+
+
 def run_session(session: ort.InferenceSession, inputs: Mapping[str, Tensor | np.ndarray]) -> np.ndarray:
-    """The session's one output."""
-    feed = {value.name: np.asarray(inputs[value.name]) for value in session.get_inputs()}
-    return np.asarray(session.run(None, feed)[0])
+    """The session's first output, see `session_feed`."""
+    return np.asarray(session.run([session.get_outputs()[0].name], session_feed(session, inputs))[0])
 
 
 def text_shapes(positions: int | None) -> list[tuple[int, int]]:
@@ -62,6 +88,17 @@ def repeated_cases(examples: Batch) -> dict[str, Batch]:
     return by_shape(
         {name: tensor[:1].repeat_interleave(size, 0) for name, tensor in examples.items()} for size in _BATCHES
     )
+
+
+def decode_cases(positions: int | None) -> dict[str, Batch]:
+    """One token after a past, by name: "1x1+64" is the 65th.
+
+    Args:
+        positions: tokens that the model can place, where that has an end.
+    """
+    pasts = dict.fromkeys(min(past, (positions or past + 1) - 1) for past in _PASTS)
+    one = torch.ones(1, 1, dtype=torch.int64)
+    return {f"1x1+{past}": {"input_ids": one, "attention_mask": one.expand(1, past + 1)} for past in pasts}
 
 
 def by_shape(cases: Iterable[Batch]) -> dict[str, Batch]:
@@ -86,10 +123,7 @@ def compare_latency(
     table: dict[str, dict[str, dict[str, float]]] = {name: {} for name in sessions}
     first = next(iter(sessions))
     for shape, case in cases.items():
-        inputs = {
-            name: {value.name: np.asarray(case[value.name]) for value in session.get_inputs()}
-            for name, session in sessions.items()
-        }
+        inputs = {name: session_feed(session, case) for name, session in sessions.items()}
         for name, session in sessions.items():
             for _ in range(_WARMUP):
                 session.run(None, inputs[name])
@@ -109,8 +143,8 @@ def compare_latency(
 
 
 def headline(shapes: Iterable[str]) -> str:
-    """The largest timed shape of one example, which stands for all."""
-    single = [shape for shape in shapes if shape.startswith("1x")]
+    """The largest timed shape of one whole example, which stands for all."""
+    single = [shape for shape in shapes if shape.startswith("1x") and "+" not in shape]
     return max(single, key=lambda shape: math.prod(map(int, shape.split("x"))))
 
 

@@ -56,8 +56,8 @@ def check_chain(model: PreTrainedModel, batch: Batch, blocks: Sequence[str] | No
             handle.remove()
     what = _broken_link(blocks, calls, _token_shape(batch, calls))
     if what:
-        weighted = [name for name, part in model.named_modules() if isinstance(getattr(part, "weight", None), Tensor)]
-        require_finite(model, weighted)
+        held = [name for name, _ in model.named_parameters()]
+        require_finite(model, [name.removesuffix(".weight") for name in held if name.endswith(".weight")])
         raise CompressKitError(
             f"this architecture cannot be walked block by block: {what}", where=type(model).__name__, fix=_NO_WALK
         )

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -126,15 +127,21 @@ def _add_batch(
         output.register_hook(partial(arrive, name))
 
     handles = [model.get_submodule(name).register_forward_hook(partial(watch, name)) for name in groups]
-    embeddings = model.get_input_embeddings()
-    # A copy, because some models go on to add to it in place.
-    handles.append(embeddings.register_forward_hook(lambda _module, _args, given: given.requires_grad_().clone()))
+    first = model.get_submodule(find_blocks(model)[0])
+    handles.append(first.register_forward_pre_hook(_begin_graph, with_kwargs=True))
     try:
         answer = read_answer(model, batch)
         answer.backward(sampled_gradient(answer.detach(), generator, kind=answer_kind(model)))
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _begin_graph(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The first block's hidden states as leaves of the graph; copied, because some models add to them in place."""
+    if "hidden_states" in kwargs:
+        return args, kwargs | {"hidden_states": kwargs["hidden_states"].detach().requires_grad_().clone()}
+    return (args[0].detach().requires_grad_().clone(), *args[1:]), kwargs
 
 
 @contextmanager

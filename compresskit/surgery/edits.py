@@ -18,7 +18,7 @@ from compresskit.config import Config, Registry
 from compresskit.errors import CompressKitError
 from compresskit.layers.int8_linear import Int8Linear
 from compresskit.layers.low_rank import LowRankLinear
-from compresskit.layers.quant_embedding import QuantEmbedding
+from compresskit.layers.quant_embedding import QuantEmbedding, SameTable
 from compresskit.layers.quant_linear import QuantLinear
 
 #: More neurons or heads than any layer has: the bound on indices where the layer is not at hand.
@@ -204,11 +204,13 @@ class QuantizeLinears(Replacing):
 
 @EDITS.add
 class QuantizeEmbedding(Edit):
-    """Hold an embedding table as integers; an output head tied to it uses the same integers."""
+    """Hold an embedding table as integers; an output head and tables tied to it use the same integers."""
 
     kind: Literal["quantize_embedding"] = "quantize_embedding"
     target: str
     head: str | None = None
+    #: other names of the same table (T5 has one in its encoder): they look up in its integers
+    tables: tuple[str, ...] = ()
     bits: Literal[4, 8]
     group_size: int
     symmetric: bool | None = None
@@ -233,6 +235,8 @@ class QuantizeEmbedding(Edit):
             head = get_module(model, self.head)
             bias = isinstance(head, nn.Linear) and head.bias is not None
             set_module(model, self.head, QuantLinear.tied_to(table, bias=bias))
+        for other in self.tables:
+            set_module(model, other, SameTable(table))
         untie(model)
 
 

@@ -11,74 +11,38 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
+from changed_students import FAST, factorise, linears, make_student, quantize_linears, quantize_table, random_corpus
 from onnx import numpy_helper
 from tiny_tokenizer import make_tokenizer
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
-    BertConfig,
-    BertModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     ModernBertConfig,
     ModernBertModel,
 )
 
-from compresskit.data import Corpus, Sequences
 from compresskit.errors import RunFailedError
 from compresskit.export import EXPORTERS, OnnxExport, parity
 from compresskit.export import onnx as exporter
-from compresskit.export.onnx import MODEL_FILE, complete_batch
+from compresskit.export.folder import MODEL_FILE
+from compresskit.export.onnx import complete_batch
 from compresskit.export.runtime import open_session, run_session
-from compresskit.layers.grid import quantize_weight
 from compresskit.layers.int8_linear import Int8Linear
-from compresskit.layers.low_rank import LowRankLinear
 from compresskit.student import Student
 from compresskit.surgery.cuts import PruneHeads
-from compresskit.surgery.edits import MakeLowRank, QuantizeEmbedding, QuantizeLinears, get_module
 
-FAST = {"baselines": False, "rounds": 3, "threads": 1, "texts": 24, "accuracy_level": 0}
 BERT = "encoder.layer.{}.{}"
-
-
-def _corpus(vocabulary: int, longest: int = 24) -> Corpus:
-    draw = torch.Generator().manual_seed(0)
-    lengths = torch.randint(3, longest, (24,), generator=draw).tolist()
-    rows = [torch.randint(5, vocabulary, (n,), generator=draw).tolist() for n in lengths]
-    return Corpus(Sequences([[1]], 0), Sequences([[2]], 0), Sequences(rows, 0), "test")
-
-
-def _student(task: str) -> Student:
-    tokenizer = make_tokenizer()
-    shape = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
-    shape |= {"intermediate_size": 64, "max_position_embeddings": 64, "pad_token_id": 0}
-    models = []
-    for _ in range(2):
-        with torch.random.fork_rng():
-            torch.manual_seed(1)
-            if task == "feature-extraction":
-                model = BertModel(BertConfig(**shape)).eval()
-            else:
-                model = LlamaForCausalLM(
-                    LlamaConfig(**shape, num_key_value_heads=2, head_dim=8, tie_word_embeddings=True)
-                ).eval()
-            for name, value in model.named_parameters():
-                if value.ndim == 2 and "embed" not in name:
-                    value.data.normal_(0, 0.3)
-        models.append(model)
-    return Student(models[0], models[1], tokenizer, task, _corpus(len(tokenizer)))
 
 
 @pytest.fixture
 def bert() -> Student:
-    return _student("feature-extraction")
+    return make_student("feature-extraction")
 
 
 @pytest.fixture(scope="module")
 def integer_export(tmp_path_factory: pytest.TempPathFactory) -> tuple[Student, Path, dict[str, Any]]:
     """A BERT in integers and its export; read only."""
-    student = _student("feature-extraction")
+    student = make_student("feature-extraction")
     _change_bert_integers(student)
     folder = tmp_path_factory.mktemp("integers") / "onnx"
     with pytest.MonkeyPatch.context() as patch:
@@ -87,61 +51,14 @@ def integer_export(tmp_path_factory: pytest.TempPathFactory) -> tuple[Student, P
     return student, folder, entry
 
 
-def _linears(student: Student) -> list[str]:
-    names = [name for name, module in student.model.named_modules() if isinstance(module, nn.Linear)]
-    return [name for name in names if name not in ("lm_head", "pooler.dense")]
-
-
-def _factorise(student: Student, layers: list[tuple[str, ...]], rank: int) -> None:
-    """Share one factor among each group, from the SVD of their stacked weights."""
-    for names in layers:
-        stacked = torch.cat([get_module(student.model, name).weight.data for name in names])  # type: ignore[arg-type]
-        biases = [get_module(student.model, name).bias for name in names]
-        left, values, right = torch.linalg.svd(stacked, full_matrices=False)
-        student.edit(MakeLowRank(targets=names, rank=rank, bias=False))
-        row = 0
-        for name, bias in zip(names, biases, strict=True):
-            layer = get_module(student.model, name)
-            assert isinstance(layer, LowRankLinear)
-            layer.expand.weight.data = (left[:, :rank] * values[:rank])[row : row + layer.out_features].clone()
-            row += layer.out_features
-            if bias is not None:
-                layer.expand.bias.data.copy_(bias.data)  # type: ignore[arg-type]
-        get_module(student.model, names[0]).reduce.weight.data = right[:rank].clone()  # type: ignore[union-attr]
-
-
-def _quantize(student: Student, names: list[str], **options) -> None:
-    old = {name: get_module(student.model, name) for name in names}
-    student.edit(QuantizeLinears(targets=tuple(names), **options))
-    for name, linear in old.items():
-        new = get_module(student.model, name)
-        values = quantize_weight(
-            linear.weight,
-            bits=options["bits"],
-            group_size=options["group_size"],
-            clip_points=1,  # type: ignore[arg-type]
-        )
-        new.set_codes(values)  # type: ignore[operator]
-        if linear.bias is not None:
-            new.bias.data.copy_(linear.bias.data)  # type: ignore[arg-type, union-attr]
-
-
-def _quantize_table(student: Student, name: str, *, bits: int, head: str | None = None) -> None:
-    weight = get_module(student.model, name).weight.data  # type: ignore[union-attr]
-    student.edit(QuantizeEmbedding(target=name, head=head, bits=bits, group_size=0))  # type: ignore[arg-type]
-    get_module(student.model, name).set_codes(  # type: ignore[operator]
-        quantize_weight(weight, bits=bits, group_size=0, clip_points=1)  # type: ignore[arg-type]
-    )
-
-
 def _attention(index: int) -> tuple[str, ...]:
     return tuple(BERT.format(index, f"attention.self.{name}") for name in ("query", "key", "value"))
 
 
 def _change_bert_integers(student: Student) -> None:
-    _quantize(student, _linears(student), bits=8, group_size=0, act="int8")
+    quantize_linears(student, linears(student), bits=8, group_size=0, act="int8")
     for name in ("word", "position", "token_type"):
-        _quantize_table(student, f"embeddings.{name}_embeddings", bits=8)
+        quantize_table(student, f"embeddings.{name}_embeddings", bits=8)
 
 
 def _change_bert_low_rank_integers(student: Student) -> None:
@@ -151,30 +68,30 @@ def _change_bert_low_rank_integers(student: Student) -> None:
         output = BERT.format(index, "attention.output.dense")
         shape = {"module": BERT.format(index, "attention.self"), "head_dim": 8, "keep": "0,2-3", "keep_kv": "0,2-3"}
         student.edit(PruneHeads(query=query, key=key, value=value, output=output, **shape))  # type: ignore[arg-type]
-    _factorise(student, [_attention(0)], rank=16)
-    _quantize(student, _linears(student), bits=8, group_size=0, act="int8")
-    _quantize_table(student, "embeddings.word_embeddings", bits=4)
+    factorise(student, [_attention(0)], rank=16)
+    quantize_linears(student, linears(student), bits=8, group_size=0, act="int8")
+    quantize_table(student, "embeddings.word_embeddings", bits=4)
 
 
 def _change_bert_weights(student: Student) -> None:
-    _factorise(student, [_attention(0)], rank=16)
-    _quantize(student, _linears(student), bits=4, group_size=16)
+    factorise(student, [_attention(0)], rank=16)
+    quantize_linears(student, linears(student), bits=4, group_size=16)
 
 
 BERT_CHANGES = {"low_rank_weights4": _change_bert_weights, "low_rank_integers": _change_bert_low_rank_integers}
 
 
 def _change_llama_all(student: Student) -> None:
-    _factorise(student, [("model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj")], rank=16)
-    _quantize(student, _linears(student), bits=8, group_size=16)
-    _quantize_table(student, "model.embed_tokens", bits=8, head="lm_head")
+    factorise(student, [("model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj")], rank=16)
+    quantize_linears(student, linears(student), bits=8, group_size=16)
+    quantize_table(student, "model.embed_tokens", bits=8, head="lm_head")
 
 
 LLAMA_CHANGES: dict[str, Callable[[Student], None]] = {
     "float": lambda student: None,
     "low_rank_weights_and_tied_head": _change_llama_all,
-    "integers": lambda student: _quantize(student, _linears(student), bits=8, group_size=0, act="int8"),
-    "tied4": lambda student: _quantize_table(student, "model.embed_tokens", bits=4, head="lm_head"),
+    "integers": lambda student: quantize_linears(student, linears(student), bits=8, group_size=0, act="int8"),
+    "tied4": lambda student: quantize_table(student, "model.embed_tokens", bits=4, head="lm_head"),
 }
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("integers", "tied4")]
 
@@ -264,8 +181,8 @@ def test_an_encoder_of_windows_and_rotary_positions_runs_in_integers(tmp_path: P
         torch.manual_seed(0)
         models = [ModernBertModel(config).eval()]
     models.append(copy.deepcopy(models[0]))
-    student = Student(models[0], models[1], tokenizer, "feature-extraction", _corpus(len(tokenizer)))
-    _quantize(student, _linears(student), bits=8, group_size=0, act="int8")
+    student = Student(models[0], models[1], tokenizer, "feature-extraction", random_corpus(len(tokenizer)))
+    quantize_linears(student, linears(student), bits=8, group_size=0, act="int8")
     entry = OnnxExport(**FAST).write(student, tmp_path / "onnx")  # type: ignore[arg-type]
     assert entry["operators"]["com.microsoft::MatMulIntegerToFloat"] == 8
     assert entry["parity"]["relative_error"] <= 1e-5
@@ -275,7 +192,7 @@ def test_an_encoder_of_windows_and_rotary_positions_runs_in_integers(tmp_path: P
 
 @pytest.mark.parametrize("change", ["float", "low_rank_weights_and_tied_head", *SLOW])
 def test_a_changed_decoder_runs_in_onnx_runtime_as_in_torch(tmp_path: Path, change: str) -> None:
-    llama = _student("text-generation")
+    llama = make_student("text-generation")
     LLAMA_CHANGES[change](llama)
     entry = OnnxExport(**FAST).write(llama, tmp_path / "onnx")  # type: ignore[arg-type]
     assert entry["parity"]["relative_error"] <= 1e-5
@@ -320,7 +237,7 @@ def test_report_entry_and_folder_hold_what_they_promise(
 
 
 def test_exporting_changes_nothing_in_the_student(integer_export: tuple[Student, Path, dict[str, Any]]) -> None:
-    fresh = _student("feature-extraction")
+    fresh = make_student("feature-extraction")
     _change_bert_integers(fresh)
     exported = integer_export[0]
     assert exported.model.config._attn_implementation == fresh.model.config._attn_implementation
@@ -416,7 +333,7 @@ def test_parity_past_its_bound_is_an_error(found: dict[str, Any], message: str) 
 
 
 def test_weight_only_products_ship_fast_once_the_file_is_proven(bert: Student, tmp_path: Path) -> None:
-    _quantize(bert, _linears(bert), bits=8, group_size=16)
+    quantize_linears(bert, linears(bert), bits=8, group_size=16)
     entry = OnnxExport(**FAST | {"accuracy_level": 4}).write(bert, tmp_path / "onnx")  # type: ignore[arg-type]
     nodes = [node for node in ir.load(tmp_path / "onnx" / MODEL_FILE).graph if node.op_type == "MatMulNBits"]
     assert len(nodes) == 6

@@ -18,7 +18,7 @@ from tiny_tokenizer import make_tokenizer
 from compresskit.data import Corpus, Sequences
 from compresskit.errors import CompressKitError
 from compresskit.export import OnnxExport
-from compresskit.export.onnx import MODEL_FILE
+from compresskit.export.folder import MODEL_FILE
 from compresskit.export.standard import use_standard_operators
 from compresskit.layers.grid import quantize_weight, unpack
 from compresskit.layers.quant_embedding import QuantEmbedding

@@ -24,7 +24,7 @@ from compresskit.engine import prove_reloads
 from compresskit.errors import CompressKitError
 from compresskit.evaluate import state_dict_bytes
 from compresskit.export import OnnxExport
-from compresskit.export.onnx import MODEL_FILE
+from compresskit.export.folder import MODEL_FILE
 from compresskit.layers.bitsandbytes_linear import Bnb4Linear, Bnb8Linear, code_table
 from compresskit.layers.quant_linear import QuantLinear
 from compresskit.models import find_model, load_empty, load_model, load_tokenizer
@@ -309,6 +309,19 @@ def test_patterns_conv1d_and_weights_that_no_code_stands_for_are_refused() -> No
         with pytest.raises(CompressKitError, match=said):
             BitsAndBytes(**options).apply(student, generator=torch.Generator())
         assert student.edits == before
+
+
+def test_what_transformers_keeps_in_float32_stays_float_and_is_listed(tmp_path: Path) -> None:
+    student = student_of(tiny("t5"))
+    notes = BitsAndBytes(format="int8").apply(student, generator=torch.Generator())
+    kept = [name for name, part in student.model.named_modules() if name.endswith(".wo") and type(part) is nn.Linear]
+    assert notes["kept_float"] == kept
+    assert len(kept) == 2
+    save_student(student, tmp_path)
+    model, _ = load_student_model(tmp_path, student.task)
+    assert torch.equal(answer(model), answer(student.model))
+    with pytest.raises(CompressKitError, match=r"leaves .*\.wo in float32 whenever it loads a T5"):
+        BitsAndBytes(format="int8", targets="*.wo").plan(tiny("t5"))
 
 
 @pytest.mark.parametrize("options", [{"format": "int8", "double_quant": True}, {"threshold": 5.0}], ids=str)

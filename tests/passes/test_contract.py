@@ -49,13 +49,15 @@ EXAMPLES: dict[str, list[dict[str, object]]] = {
 }
 #: What a pass builds on.
 BEFORE: dict[str, list[Pass]] = {"low_rank_correction": [Quantize(bits=4, group_size=16)]}
-#: What a pass is tried on, where it is not made for text.
-FAMILIES = {"prune_filters": ("resnet",)}
+#: What a pass is tried on: by default an encoder, a decoder, and T5's encoder, whose code asks linears for their dtype.
+FAMILIES = {"prune_filters": ("resnet",)} | dict.fromkeys(
+    ("prune_width", "prune_vocab", "bitsandbytes"), ("bert", "llama")
+)
 CASES = [
     (kind, options, family)
     for kind, many in EXAMPLES.items()
     for options in many
-    for family in FAMILIES.get(kind, ("bert", "llama"))
+    for family in FAMILIES.get(kind, ("bert", "llama", "t5"))
 ]
 
 

@@ -2,14 +2,17 @@ import copy
 import json
 import random
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from pydantic import ValidationError
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from compresskit.cache import cache_folder
 from compresskit.data.sequences import Corpus, Sequences
-from compresskit.distill.losses import Embedding
+from compresskit.distill.learner import Learner
+from compresskit.distill.losses import Contrastive, Embedding, Hidden
 from compresskit.distill.teachers import LiveTeacher
 from compresskit.errors import CompressKitError, ManyErrors
 from compresskit.models import find_model, load_empty, load_model, load_tokenizer
@@ -137,12 +140,50 @@ def test_a_teacher_that_is_not_there_or_reads_other_ids_is_refused(bert_student,
         Distill(teacher=str(folder)).apply(bert_student, generator=torch.Generator())
 
 
-def test_a_teacher_that_a_loss_cannot_compare_with_is_refused_before_any_weight_is_read(bert_student, tmp_path):
-    config = copy.deepcopy(bert_student.original.config)
+def narrow_teacher(student, folder):
+    config = copy.deepcopy(student.original.config)
     config.hidden_size = 16
-    AutoModel.from_config(config).save_pretrained(tmp_path / "narrow")
+    AutoModel.from_config(config).save_pretrained(folder)
+    student.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_teacher_that_a_loss_cannot_compare_with_is_refused_before_any_weight_is_read(bert_student, tmp_path):
+    teacher = narrow_teacher(bert_student, tmp_path / "narrow")
     with pytest.raises(CompressKitError, match=r"16.*32|32.*16"):
-        Distill(teacher=str(tmp_path / "narrow")).plan(bert_student.model)
+        Distill(teacher=teacher, losses=[Embedding()]).plan(bert_student.model)
+
+
+def test_what_was_learnt_to_reach_a_teacher_of_another_width_is_no_part_of_the_student(bert_student, tmp_path):
+    teacher = narrow_teacher(bert_student, tmp_path / "narrow")
+    names = list(bert_student.model.state_dict())
+    step = Distill(steps=10, batch_size=8, learning_rate=1e-2, teacher=teacher, losses=[Hidden(), Contrastive()])
+    assert step.plan(bert_student.model) == []
+    notes = step.apply(bert_student, generator=torch.Generator().manual_seed(0))
+    assert notes["held_out_loss_after"] < notes["held_out_loss_before"]
+    assert list(bert_student.model.state_dict()) == names
+    assert notes["trained_params"] == sum(value.numel() for value in bert_student.model.parameters())
+
+
+def test_a_layer_that_the_teacher_lacks_is_named_with_the_losses_that_suit(llama_student, tmp_path):
+    tokenizer = llama_student.tokenizer
+    shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 2, "eos_token_id": 3}
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **shape)).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    step = Distill(teacher=str(tmp_path / "gpt2"), losses=[{"kind": "kl"}, {"kind": "relation"}])
+    with pytest.raises(CompressKitError, match=r"losses\[1\] \(relation\): the teacher has no layer 'model.layers.1"):
+        step.apply(llama_student, generator=torch.Generator())
+
+
+def test_a_pruned_student_learns_from_the_heads_that_it_still_has(bert_student):
+    step = PASSES.parse({"kind": "prune_width", "keep": {"heads": 0.5, "ffn": 0.5}})
+    step.apply(bert_student, generator=torch.Generator().manual_seed(0))
+    losses = [{"kind": "attention"}, {"kind": "relation"}, {"kind": "hidden", "modules": "*query"}]
+    notes = Distill(steps=20, batch_size=8, learning_rate=1e-2, losses=losses).apply(
+        bert_student, generator=torch.Generator().manual_seed(0)
+    )
+    assert all(notes["parts_after"][name] < notes["parts_before"][name] for name in ("relation", "hidden"))
+    assert notes["held_out_loss_after"] < 0.9 * notes["held_out_loss_before"]
 
 
 def test_a_named_teacher_is_pooled_as_its_own_folder_says(tiny_bert_folder, bert_student, tmp_path, monkeypatch):
@@ -161,9 +202,9 @@ def test_a_named_teacher_is_pooled_as_its_own_folder_says(tiny_bert_folder, bert
     used = []
 
     class Noted(LiveTeacher):
-        def __init__(self, model, pooling, *, layers=None):
+        def __init__(self, model, pooling, *, lineage=None):
             used.append(pooling)
-            super().__init__(model, pooling, layers=layers)
+            super().__init__(model, pooling, lineage=lineage)
 
     monkeypatch.setattr("compresskit.passes.distill.LiveTeacher", Noted)
     step = Distill(steps=1, batch_size=4, teacher=str(folder), losses=[Embedding()])
@@ -179,3 +220,85 @@ def test_training_that_gained_nothing_says_so(bert_student, caplog):
     assert notes["best_step"] == 0
     assert "no step was better than the start" in caplog.text
     assert all(torch.equal(before[name], tensor) for name, tensor in bert_student.model.state_dict().items())
+
+
+def test_a_killed_pass_goes_on_from_its_own_state_alone(bert_student, monkeypatch):
+    """Whatever decides the result is in the name of the state: another rate, text or seed starts anew."""
+    step = Distill(steps=4, batch_size=8, held_out_every=2, checkpoint_minutes=0.0)
+    whole = copy.deepcopy(bert_student)
+    step.apply(whole, generator=torch.Generator().manual_seed(3))
+    assert not any((cache_folder() / "training").iterdir()), "a training that ended leaves nothing"
+    real, seen = Learner.step, []
+
+    def killed(self, number, batches):
+        seen.append(number)
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return real(self, number, batches)
+
+    monkeypatch.setattr(Learner, "step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        step.apply(copy.deepcopy(bert_student), generator=torch.Generator().manual_seed(3))
+    for other, seed in ((step, 4), (step.model_copy(update={"learning_rate": 2e-4}), 3)):
+        seen[:] = [9] * 4
+        other.apply(copy.deepcopy(bert_student), generator=torch.Generator().manual_seed(seed))
+        assert seen[4:] == [0, 1, 2, 3]
+    seen[:] = [9] * 4
+    step.apply(bert_student, generator=torch.Generator().manual_seed(3))
+    assert seen[4:] == [2, 3]
+    expected = whole.model.state_dict()
+    assert all(torch.equal(expected[name], value) for name, value in bert_student.model.state_dict().items())
+
+
+def test_another_text_is_read_as_the_student_reads_and_measured(bert_student, tiny_text_file):
+    other = {"source": "text", "path": str(tiny_text_file), "calibration": 1, "training": 0, "evaluation": 12}
+    too_long = Distill(steps=4, batch_size=8, other_text={"max_length": 128, **other})
+    with pytest.raises(CompressKitError, match=r"other_text: data.max_length: 128 is more"):
+        too_long.apply(copy.deepcopy(bert_student), generator=torch.Generator())
+    other["max_length"] = 32
+    step = PASSES.parse({"kind": "distill", "steps": 4, "batch_size": 8, "other_text": other})
+    assert step.plan(bert_student.model) == []
+    assert len(step.texts_read()) == 1
+    notes = step.apply(bert_student, generator=torch.Generator().manual_seed(0))
+    assert 0 < notes["elsewhere_after"] < notes["elsewhere_before"]
+
+
+@pytest.mark.parametrize(("rule", "said"), [("tsld", "next token"), ("entropy", "predictions for each token")])
+def test_weighing_tokens_by_what_a_model_does_not_say_is_refused(rule, said, bert_student, llama_student):
+    with pytest.raises(CompressKitError, match=said):
+        Distill(token_weight=rule).plan(bert_student.model)
+    assert Distill(token_weight=rule).plan(llama_student.model) == []
+
+
+def test_a_second_student_learns_without_running_the_teacher(llama_student, tmp_path, monkeypatch):
+    step = PASSES.parse({"kind": "distill", "steps": 4, "batch_size": 8, "cache": {"path": str(tmp_path / "told")}})
+    assert step.plan(llama_student.model) == []
+    second, changed = copy.deepcopy(llama_student), copy.deepcopy(llama_student)
+    notes = step.apply(llama_student, generator=torch.Generator().manual_seed(0))
+    assert notes["cache"]["bytes_per_token"] == 4 * 32
+    monkeypatch.setattr(LiveTeacher, "__call__", None)
+    notes = step.apply(second, generator=torch.Generator().manual_seed(1))
+    assert notes["held_out_loss_after"] < notes["held_out_loss_before"]
+    changed.corpus = replace(changed.corpus, fingerprint="other")
+    with pytest.raises(CompressKitError, match="another text and tokenizer"):
+        step.apply(changed, generator=torch.Generator())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"losses": [{"kind": "hidden"}], "cache": {}}, "hidden reads inner layers"),
+        ({"token_weight": "tsld", "cache": {"keep": "top_k"}}, "tsld reads all"),
+        ({"losses": [{"kind": "kl"}, {"kind": "kl", "temperature": 2}], "cache": {"keep": "top_k"}}, "one top k"),
+    ],
+)
+def test_what_a_cache_cannot_say_is_refused_before_any_weight_is_read(options, said, llama_student):
+    with pytest.raises(CompressKitError, match=said):
+        PASSES.parse({"kind": "distill", **options}).plan(llama_student.model)
+
+
+def test_a_recipe_under_a_launcher_is_refused_with_the_way_out(bert_student, monkeypatch):
+    monkeypatch.setattr("accelerate.Accelerator.num_processes", property(lambda _: 2))
+    with pytest.raises(CompressKitError, match="one process, and this is one of 2") as caught:
+        Distill(steps=1).apply(bert_student, generator=torch.Generator())
+    assert "compresskit.distill.trainer.train" in str(caught.value)

@@ -13,6 +13,7 @@ from transformers import AlbertConfig, AutoModel, SwinConfig, T5Config
 import compresskit
 from compresskit import Distill, LowRank, PruneDepth, PruneWidth, Quantize
 from compresskit.data import Corpus, Sequences
+from compresskit.distill.lineage import Lineage
 from compresskit.distill.losses import Hidden
 from compresskit.distill.outputs import step_weights
 from compresskit.distill.teachers import LiveTeacher
@@ -20,7 +21,6 @@ from compresskit.errors import CompressKitError
 from compresskit.evaluate import count_parameters
 from compresskit.layerwise.probe import probe
 from compresskit.layerwise.walk import Walk
-from compresskit.passes.distill import _layers_left
 from compresskit.student import load_student_model, needs_plugin, save_student
 from compresskit.surgery.depth_edits import DropBlocks
 from compresskit.surgery.edits import read_ranges
@@ -268,14 +268,14 @@ def test_hidden_losses_compare_with_the_state_that_the_next_block_read(name):
     original = kill(deep(name), {1, 2}) if name == "llama" else deep(name)
     student = student_of(original)
     student.edit(DropBlocks(stack=find_anatomy(student.model).blocks[0].rsplit(".", 1)[0], keep="0,3"))
-    layers = _layers_left(student)
-    assert layers == (0, 3, 4)
+    lineage = Lineage.of(student.edits, student.original)
+    assert lineage.layers == (0, 3, 4)
     batch = next(student.corpus.training.batches(8))
-    teacher = LiveTeacher(student.original, layers=layers)(batch, list(range(8)), frozenset({"hidden"}))
+    teacher = LiveTeacher(student.original, lineage=lineage)(batch, list(range(8)), frozenset({"hidden"}))
     with torch.no_grad():
         whole = student.original(**batch, output_hidden_states=True).hidden_states
         assert teacher.hidden is not None
-        for layer, hidden in zip(layers, teacher.hidden, strict=True):
+        for layer, hidden in zip(lineage.layers, teacher.hidden, strict=True):
             assert torch.equal(hidden, whole[layer])
         if name == "llama":
             ours = LiveTeacher(student.model)(batch, list(range(8)), frozenset({"hidden"}))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from families import FAMILIES, answer, student_of, tiny, tiny_student
 from pydantic import ValidationError
+from safetensors.torch import load_file
 from transformers import BertConfig, BertModel
 
 from compresskit.errors import CompressKitError
@@ -12,6 +13,7 @@ from compresskit.layers.quant_embedding import QuantEmbedding
 from compresskit.layers.quant_linear import QuantLinear
 from compresskit.passes.low_rank import LowRank
 from compresskit.passes.quantize import Quantize, smoothing_factors
+from compresskit.student import load_student_model, save_student
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -47,6 +49,20 @@ def test_a_table_that_multiplies_what_it_looks_up_still_does():
     assert integers.multiplier == pytest.approx(32**0.5)
     torch.testing.assert_close(integers(ids), table(ids), atol=0.02 * float(table(ids).abs().max()), rtol=0)
     torch.testing.assert_close(integers.dequantize(), table.weight, atol=0.02 * float(table.weight.abs().max()), rtol=0)
+
+
+def test_tables_that_are_tied_become_one_which_is_stored_once(tmp_path):
+    student = tiny_student("t5")
+    names = [name for name, module in student.model.named_modules() if name.endswith(("shared", "embed_tokens"))]
+    assert len(names) == 2
+    notes = Quantize(bits=8, group_size=16).apply(student, generator=torch.Generator())
+    assert sum(name in notes["layers"] for name in names) == 1
+    save_student(student, tmp_path)
+    assert sum("embed_tokens" in key or "shared" in key for key in load_file(tmp_path / "model.safetensors")) == 2
+    model, _ = load_student_model(tmp_path, student.task)
+    assert torch.equal(answer(model), answer(student.model))
+    ids = torch.arange(96)
+    assert torch.equal(*(model.get_submodule(name)(ids) for name in names))
 
 
 def test_a_table_that_does_more_than_look_up_is_an_error_or_kept():
