@@ -67,7 +67,7 @@ class Provenance:
             outputs: of the original's layer, `dim` its channels.
         """
         kept = self.kept.get(self.original_name(name))
-        return outputs if kept is None else outputs.index_select(dim, kept)
+        return outputs if kept is None else outputs.index_select(dim, kept.to(outputs.device))
 
     def is_left(self, name: str) -> bool:
         """Whether the block that holds the original's module `name` is still there."""
