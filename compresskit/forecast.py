@@ -21,7 +21,7 @@ from compresskit.surgery.depth_edits import DropBlocks, EmptyLinears
 from compresskit.surgery.edits import Edit, replay
 from compresskit.surgery.plugin import stock_config
 from compresskit.surgery.provenance import Provenance
-from compresskit.surgery.sites import CANNOT_RUN, run_once
+from compresskit.surgery.sites import obstacle
 
 FLOAT_BYTES = 4
 
@@ -104,25 +104,16 @@ def _replay_and_run(edits: Sequence[Edit], model: PreTrainedModel, kind: str) ->
         if isinstance(e, edit_kind)
     }
     # Some models cannot run without values (they ask a tensor for a number): of these nothing can be said.
-    ran = bool(cut) and _obstacle(model) is None
+    ran = bool(cut) and obstacle(model) is None
     replay(list(edits), model)
-    obstacle = _obstacle(model) if ran else None
-    if obstacle:
+    found = obstacle(model) if ran else None
+    if found:
         widths = " or ".join(sorted(cut))
         names = " or ".join({"heads": "heads", "neurons": "ffn"}[word] for word in sorted(cut - {"blocks"}))
         raise CompressKitError(
-            f"a part of {type(model).__name__} depends on the number of {widths} that {kind} changes ({obstacle})",
+            f"a part of {type(model).__name__} depends on the number of {widths} that {kind} changes ({found})",
             fix=f"leave {names} out of keep" if names else f"leave {kind} out",
         )
-
-
-def _obstacle(model: PreTrainedModel) -> str | None:
-    """Why the empty model cannot take 2 × 4 tokens or 2 images; None where it can."""
-    try:
-        run_once(model)
-    except CANNOT_RUN as error:
-        return (str(error).splitlines() or [type(error).__name__])[0]
-    return None
 
 
 def _each(error: CompressKitError, where: str) -> list[CompressKitError]:

@@ -44,7 +44,7 @@ def test_whole_blocks_and_neurons_together_leave_what_was_asked(methods):
 
 def test_every_score_repair_and_allocation_is_a_method_with_valid_options(methods):
     others = {"depth", "mix", "torch-pruning"}
-    assert len(methods.METHODS.keys() - others) == 7 * 3 * 2
+    assert len(methods.METHODS.keys() - others) == 7 * 4 * 2
     for name, said in methods.METHODS.items():
         if name not in others:
             PruneWidth.model_validate({"keep": 0.5, **said})

@@ -4,13 +4,14 @@ from typing import Any
 import pytest
 import torch
 from families import ENCODER_SHAPE, tiny
-from transformers import AutoModel, DebertaV2Config, MPNetConfig, PretrainedConfig
+from transformers import AutoModel, BertConfig, DebertaV2Config, MPNetConfig, PretrainedConfig
 
 from compresskit.errors import ManyErrors
-from compresskit.forecast import Forecast, _obstacle, _replay_and_run, foretell
+from compresskit.forecast import Forecast, _replay_and_run, foretell
 from compresskit.models import find_model
 from compresskit.recipe import parse_recipe
 from compresskit.surgery.cuts import PruneNeurons
+from compresskit.surgery.sites import obstacle
 
 
 def _foretell(folder: Path, config: PretrainedConfig, *passes: dict[str, Any]) -> Forecast:
@@ -71,6 +72,15 @@ def test_a_model_that_cannot_run_without_values_is_not_judged() -> None:
         deberta = AutoModel.from_config(DebertaV2Config(**ENCODER_SHAPE, relative_attention=True)).eval()
     block = "encoder.layer.0"
     edit = PruneNeurons(inputs=(f"{block}.intermediate.dense",), output=f"{block}.output.dense", keep="0-31")
-    assert "meta tensors" in str(_obstacle(deberta))
+    assert "meta tensors" in str(obstacle(deberta))
     _replay_and_run([edit], deberta, "prune_width")
     assert deberta.get_submodule(f"{block}.output.dense").in_features == 32
+
+
+@pytest.mark.parametrize(("keep", "columns"), [({"ffn": 0.375}, 24), ({"heads": 0.75}, 24)])
+def test_widths_that_a_later_quantiser_cannot_group_are_found_from_shapes_alone(
+    tmp_path: Path, keep: dict[str, float], columns: int
+) -> None:
+    passes = [{"kind": "prune_width", "keep": keep}, {"kind": "quantize", "bits": 4, "group_size": 16}]
+    with pytest.raises(ManyErrors, match=f"{columns} columns"):
+        _foretell(tmp_path, BertConfig(**ENCODER_SHAPE), *passes)

@@ -6,7 +6,7 @@
 --keeps is the share of the block linears' weights that stays. Every seed takes other calibration windows. Rows are
 independent: split a grid with --methods, --keeps and --seeds. They appear on standard error as they come; the JSON
 object with all of them ends the run. Surveys are cached, so the time of a row is less where an earlier one took the
-same survey. Linux only.
+same survey. A method that a model does not take leaves a row that says why. Linux only.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from bench_setup import (
 from torch import nn
 
 from compresskit.data import token_rows
+from compresskit.errors import CompressKitError
 from compresskit.surgery.sites import find_anatomy
 
 PASSES = {"low_rank": methods_low_rank, "prune_width": methods_width}
@@ -53,7 +54,11 @@ def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 student = subject.student(corpus)
                 reset_peak()
                 start, start_cpu = time.perf_counter(), time.process_time()
-                student, used = PASSES[options.compared].compress(student, method, keep, seed, options)
+                try:
+                    student, used = PASSES[options.compared].compress(student, method, keep, seed, options)
+                except CompressKitError as error:
+                    yield shared | {"method": method, "keep": keep, "seed": seed, "refused": str(error)}
+                    continue
                 kept = dense - (matrices - _matrix_weights(student.model))
                 row = {
                     "method": method,

@@ -1,11 +1,12 @@
 """What `bench_layerwise.py --pass prune_width` compares: every score × repair × allocation, and torch-pruning.
 
-A method is called score-repair-allocation, `flap-bias-uniform` being FLAP: it adds biases where there are none, and
-neither it nor `none` is anchored at the original, as published. `depth` drops blocks by prune_depth's `kl`, as many as
-come next to the asked share, `mix` half as many, and `obs-ls-uniform` takes the rest. `torch-pruning` is that package
-on its own, in a child process under a time limit; the package is optional (`pip install torch-pruning`), and
-grouped-query attention is not given to it. --parts says what is cut: of `ffn heads` as many heads go as come next to
-the asked share, and neurons make up the rest.
+A method is called score-repair-allocation. `flap-bias-uniform` is FLAP's score and bias at even widths (FLAP itself
+spreads them by standardised scores; `flap-bias-per_layer` does by trials): it adds biases where there are none, and is
+not anchored at the original, as published. `ls0` is least squares without that anchor, to tell the two apart. `depth`
+drops blocks by prune_depth's `kl`, as many as come next to the asked share, `mix` half as many, and `obs-ls-uniform`
+takes the rest. `torch-pruning` is that package on its own, in a child process under a time limit; the package is
+optional (`pip install torch-pruning`), and grouped-query attention is not given to it. --parts says what is cut: of
+`ffn heads` as many heads go as come next to the asked share, and neurons make up the rest.
 """
 
 import argparse
@@ -30,8 +31,9 @@ from compresskit.surgery.sites import find_anatomy, find_blocks
 SCORES = ("random", "magnitude", "wanda", "flap", "leverage", "taylor", "obs")
 #: The name of a repair in a method's name, and the options that it stands for.
 REPAIRS: dict[str, dict[str, Any]] = {
-    "none": {"repair": "none", "anchor": 0.0},
+    "none": {"repair": "none"},
     "bias": {"repair": "bias", "bias": True, "anchor": 0.0},
+    "ls0": {"repair": "least_squares", "anchor": 0.0},
     "ls": {"repair": "least_squares"},
 }
 ALLOCATIONS = ("uniform", "per_layer")

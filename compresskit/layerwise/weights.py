@@ -114,5 +114,5 @@ def require_finite(model: nn.Module, names: list[str]) -> None:
         listed = "\n    ".join(broken)
         raise CompressKitError(
             f"{len(broken)} layers have weights that are NaN or infinite:\n    {listed}",
-            fix="use intact weights, or leave these layers out of targets",
+            fix="use intact weights; of low_rank and quantize, `targets` can leave layers out",
         )

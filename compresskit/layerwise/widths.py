@@ -56,10 +56,10 @@ def allocate_widths(
         curves: one a part.
         even: kept groups of each part where all are cut alike: they say the budget, and are always affordable.
         floor: share of the even count that every part keeps at least.
-        steps: kept counts are multiples of these, or all groups; one a part.
+        steps: kept counts are multiples of these; one a part, and a divisor of its even count.
     """
     choices = [
-        sorted({count for count in (*range(step, curve.groups, step), same, curve.groups) if floor * same <= count})
+        [count for count in range(step, curve.groups + 1, step) if floor * same <= count]
         for curve, same, step in zip(curves, even, steps, strict=True)
     ]
     options = [

@@ -5,15 +5,16 @@
 
 Which ones go is chosen on calibration text, one at a time, the others scored again after each (`layerwise.removal`):
 by block influence, 1 − E[cos] of what a block reads and gives (ShortGPT, arXiv:2403.03853), or by the measured
-divergence of the model's answer. Or a rule says it: `every: 2` keeps every second, as DistilBERT's students begin
-(arXiv:1910.01108), `blocks` those that it lists. The weights that stay are not changed: a later pass with an anchor
-asks its layers for what is missing, and `distill` trains them. A student of whole blocks is a stock checkpoint where a
-config can say which they are. Not for small cuts, since a block is a large step; at the same size a narrower model is
-better after training (Minitron, arXiv:2407.14679: loss 2.05 against 2.16).
+divergence of the model's answer. Or a rule says it: `every: 2` keeps one of two (DistilBERT's initialisation, as
+arXiv:1910.01108 tells it), `blocks` those that it lists. The weights that stay are not changed: a later pass with an
+anchor asks its layers for what is missing, and `distill` trains them. A student of whole blocks is a stock checkpoint
+where a config can say which they are. Not for small cuts, since a block is a large step; at the same size a narrower
+model is better after training (Minitron, arXiv:2407.14679: loss 2.05 against 2.16).
 `kl` is the default: SmolLM2-135M without 6 of its 30 blocks has a perplexity of 55.3 on wikitext-2 and 124.6 on another
 domain, by `influence` 57.1 and 144.7 (19.5 and 54.5 before; one seed, calibrated on 32 windows of 256 tokens of
 wikitext-2, `tools/bench_depth.py`). On MiniLM both take the same one of 6.
-Departures: a block with layers that no other has (T5's first holds the position bias of all) never goes.
+Departures: a block with layers that no other has, and that hands on more than hidden states (T5's first: the position
+bias of all), never goes.
 """
 
 import math
@@ -23,7 +24,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compresskit.data import Batch, Examples, Sequences
@@ -38,7 +39,7 @@ from compresskit.passes.base import Part as CorpusPart
 from compresskit.student import Student
 from compresskit.surgery.depth_edits import DropBlocks, EmptyLinears, find_stack, get_stack
 from compresskit.surgery.edits import Edit, write_ranges
-from compresskit.surgery.sites import LinearLike, find_anatomy, without_cache
+from compresskit.surgery.sites import LinearLike, find_anatomy, obstacle, without_cache
 
 #: Calibration tokens, or images, that each score reads.
 SCORE_TOKENS = {"influence": 4096, "kl": 1024}
@@ -84,9 +85,10 @@ class PruneDepth(Pass):
         stack, parts = self._parts(model)
         staying = self._staying(model, stack, parts)
         if staying is None:
-            pinned = _pinned(model, stack) if self.unit == "layer" else set()
+            count = self._count(len(parts))
+            pinned = self._pinned(model, stack, parts)
             free = [part.block for part in parts if part.block not in pinned]
-            staying = sorted({*pinned, *free[: self._count(len(parts)) - len(pinned)]})
+            staying = sorted({*pinned, *free[: count - len(pinned)]})
         return self._edits(model, stack, parts, set(staying))
 
     def apply(self, student: Student, *, generator: torch.Generator) -> dict[str, Any]:
@@ -146,7 +148,7 @@ class PruneDepth(Pass):
             raise CompressKitError(what, where="blocks", fix=f"use numbers from {numbers[0]} to {numbers[-1]}")
         lost = sorted(_pinned(model, stack) - set(staying)) if self.unit == "layer" else []
         if lost:
-            what = f"block {lost[0]} has parameters that no other has, and the others may rely on them"
+            what = f"block {lost[0]} has parameters that no other has, and the others read what it makes of them"
             raise CompressKitError(what, where="blocks", fix=f"use blocks: with {lost[0]} among them")
         if len(staying) == len(numbers):
             what = f"all {len(numbers)} {_UNITS[self.unit]} stay"
@@ -165,6 +167,21 @@ class PruneDepth(Pass):
             raise CompressKitError(what, where="keep", fix=f"keep at least {1 / units:.3f}")
         return kept
 
+    def _pinned(self, model: PreTrainedModel, stack: str, parts: list[Part]) -> set[int]:
+        """The blocks that have to stay.
+
+        Raises:
+            CompressKitError: they are more than `keep` leaves, or all.
+        """
+        pinned = _pinned(model, stack) if self.unit == "layer" else set()
+        count = self._count(len(parts))
+        if len(pinned) > count:
+            what = f"{count} of {len(parts)} blocks should stay, and others read what {sorted(pinned)} make"
+            least = len(pinned) / len(parts)
+            fix = f"keep at least {least:.3f}" if least < 1 else "leave prune_depth out"
+            raise CompressKitError(what, where="keep", fix=fix)
+        return pinned
+
     def _edits(self, model: PreTrainedModel, stack: str, parts: list[Part], staying: set[int]) -> list[Edit]:
         gone = [part for part in parts if part.block not in staying]
         if not gone:
@@ -180,12 +197,9 @@ class PruneDepth(Pass):
             CompressKitError: blocks that are no plain chain; more units than may go; a score that is not a number.
         """
         model = student.model
-        pinned = _pinned(model, stack) if self.unit == "layer" else set()
+        pinned = self._pinned(model, stack, parts)
         free = [part for part in parts if part.block not in pinned]
         count = len(parts) - self._count(len(parts))
-        if count > len(free):
-            what = f"{count} of {len(parts)} blocks should go, and {sorted(pinned)} have parameters that no other has"
-            raise CompressKitError(what, where="keep", fix=f"keep at least {1 - len(free) / len(parts):.3f}")
         blocks = _check_chain(student, stack)
         batches = _batches(student.corpus.calibration, SCORE_TOKENS[self.score])
         if self.score == "kl":
@@ -200,10 +214,31 @@ class PruneDepth(Pass):
 
 
 def _pinned(model: PreTrainedModel, stack: str) -> set[int]:
-    """The blocks that hold a layer with parameters, by its name inside the block, that no other block has."""
-    layers = [_weighted_layers(block) for block in get_stack(model, stack)]
+    """The blocks that others rely on: with a layer (by its name inside the block) that no other block has, and handing
+    on more than the hidden states, or what cannot be seen.
+    """
+    blocks = list(get_stack(model, stack))
+    layers = [_weighted_layers(block) for block in blocks]
     owners = Counter(name for names in layers for name in names)
-    return {number for number, names in enumerate(layers) if any(owners[name] == 1 < len(layers) for name in names)}
+    unlike = {number for number, names in enumerate(layers) if any(owners[name] == 1 < len(layers) for name in names)}
+    return unlike - _plain(model, blocks) if unlike else set()
+
+
+@torch.no_grad()
+def _plain(model: PreTrainedModel, blocks: list[nn.Module]) -> set[int]:
+    """The blocks that give one tensor and nothing else; none where the model cannot run on blank inputs."""
+    found: set[int] = set()
+
+    def look(number: int, _module: nn.Module, _args: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            found.add(number)
+
+    handles = [block.register_forward_hook(partial(look, number)) for number, block in enumerate(blocks)]
+    try:
+        return found if obstacle(model) is None else set()
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _weighted_layers(block: nn.Module) -> set[str]:

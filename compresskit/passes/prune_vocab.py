@@ -7,9 +7,9 @@ the kept tokens are those of the original (`vocabulary.content` says why). Any o
 pieces: kept beside the corpus's tokens are the special and added ones, an alphabet, and what merges pass through.
 
 For a model whose table is a large share of it (small multilingual encoders most of all) and that will read one language
-or domain. Not for texts of every kind: words that fell apart cost quality and time. What it cost is measured with the
-passes after it: comparisons token by token are over the kept tokens, embeddings and classes are compared with the
-original reading its own tokens, and perplexity counts for each of the original's tokens.
+or domain; the words of a chat template stay. Not for texts of every kind: words that fell apart cost quality and time.
+What it cost is measured with the passes after it: comparisons token by token are over the kept tokens, embeddings and
+classes are compared with the original reading its own tokens, and perplexity counts for each of the original's tokens.
 
 Source: Load What You Need (arXiv:2010.05609), which cuts multilingual BERT so; also for BPE and Unigram here.
 """
@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 
 import torch
+from jinja2 import TemplateError
 from pydantic import Field
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -86,7 +87,7 @@ class PruneVocab(Pass):
         names = vocabulary_parameters(student.model)
         rows = student.model.get_parameter(names[0]).shape[0]
         content = read_content(student.tokenizer)
-        required = _required(student.model, content, rows)
+        required = _required(student.model, content, rows) | _of_template(student.tokenizer)
         counts = count_tokens(self._rows(student), rows)
         for index in content.added:
             counts[index] = 0  # they stay whatever the text holds, and do not make it one that is used
@@ -121,6 +122,21 @@ class PruneVocab(Pass):
 
 def _ids_of_configs(model: PreTrainedModel) -> set[int]:
     return config_token_ids(model.config) | config_token_ids(getattr(model, "generation_config", None))
+
+
+def _of_template(tokenizer: Processor) -> set[int]:
+    """Ids of the words that a chat template puts around every turn, the system's default prompt among them."""
+    if not isinstance(tokenizer, PreTrainedTokenizerBase) or not tokenizer.chat_template:
+        return set()
+    turns = [{"role": role, "content": ""} for role in ("user", "assistant")]
+    found: set[int] = set()
+    for system in ([], [{"role": "system", "content": ""}]):
+        try:
+            text = tokenizer.apply_chat_template([*system, *turns], tokenize=False)
+        except TemplateError:  # some templates know no system, or no empty turn
+            continue
+        found |= set(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return found
 
 
 def _required(model: PreTrainedModel, content: Content, rows: int) -> set[int]:

@@ -14,6 +14,7 @@ Departures: least squares pulled towards the old weight by a shrinkage chosen on
 """
 
 from collections.abc import Sequence
+from math import gcd
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from compresskit.config import Config
 from compresskit.errors import CompressKitError
+from compresskit.layers.empty_linear import EmptyLinear
 from compresskit.layers.int8_linear import Int8Linear
 from compresskit.layers.quant_linear import QuantLinear
 from compresskit.layerwise.repair import Repair, Repaired, relative_error, repair_columns
@@ -95,7 +97,13 @@ class PruneWidth(Pass):
             raise ValueError("bias: true adds biases that repair: none leaves at zero; say repair: bias")
         if self.allocation == "uniform":
             self._refuse_idle("floor", "allocation: per_layer")
+        if not self._reads_target():
+            self._refuse_idle("anchor", "a repair, or score: obs")
         return self
+
+    def _reads_target(self) -> bool:
+        """Whether what a layer should give decides anything."""
+        return self.repair != "none" or self.score == "obs"
 
     def plans_shapes(self) -> bool:
         """Whether `plan` says the very shapes: not where trials decide."""
@@ -118,7 +126,7 @@ class PruneWidth(Pass):
         if self.keep.ffn == 1 and self.keep.heads == 1:
             return []
         anatomy = find_anatomy(model)  # type: ignore[arg-type]
-        self._check(anatomy)
+        self._check(model, anatomy)
         found: dict[str, tuple[Part, int]] = {}
         for attention in anatomy.attentions if self.keep.heads < 1 else ():
             part = heads_of(attention, model)
@@ -130,18 +138,31 @@ class PruneWidth(Pass):
             self._check_output(name, model.get_submodule(name))
         return [(site, *found[site.linears[0]]) for site in anatomy.sites if site.linears[0] in found]
 
-    def _check(self, anatomy: Anatomy) -> None:
+    def _check(self, model: nn.Module, anatomy: Anatomy) -> None:
+        self._check_measurable(model)
+        emptied = {index for index, name in enumerate(anatomy.blocks) if _lacks_branch(model.get_submodule(name))}
         for share, found, what in (
             (self.keep.ffn, anatomy.feed_forwards, "ffn"),
             (self.keep.heads, anatomy.attentions, "heads"),
         ):
-            if share < 1 and len(found) != len(anatomy.blocks):
+            seen = {part.block for part in found}
+            if share < 1 and (not seen or len(seen | emptied) != len(anatomy.blocks)):
                 part = "an FFN" if what == "ffn" else "attention with heads"
                 raise CompressKitError(
-                    f"{part} is seen in {len(found)} of {len(anatomy.blocks)} blocks",
+                    f"{part} is seen in {len(seen)} of {len(anatomy.blocks)} blocks",
                     where=f"keep.{what}",
                     fix=f"leave {what} out; `compresskit modules MODEL` shows what is seen",
                 )
+
+    def _check_measurable(self, model: nn.Module) -> None:
+        """Refuse measurements of the answer to text where the model reads something else."""
+        measures = needs_metric(self.score) or self.allocation == "per_layer"
+        if measures and getattr(model, "main_input_name", "input_ids") != "input_ids":
+            raise CompressKitError(
+                f"what {type(model).__name__} loses is measured on text, and it reads {model.main_input_name!r}",
+                where="allocation" if self.allocation == "per_layer" else "score",
+                fix="use allocation: uniform, and a score other than taylor and obs",
+            )
 
     def _check_output(self, name: str, layer: nn.Module) -> None:
         if isinstance(layer, QuantLinear | Int8Linear):
@@ -200,7 +221,7 @@ class PruneWidth(Pass):
             layers[part.output] = self._edit(student, part, keep, repaired, moments)
 
         if by_site:
-            Walk(student, anchor=self.anchor).run(by_site, solve, label=self.kind)
+            Walk(student, anchor=self.anchor if self._reads_target() else 0.0).run(by_site, solve, label=self.kind)
         return notes
 
     def _fisher(self, student: Student, parts: Sequence[Part], generator: torch.Generator) -> dict[str, Fisher]:
@@ -221,14 +242,13 @@ class PruneWidth(Pass):
         def cut(part: Part, count: int, moments: SiteMoments) -> tuple[Tensor, Repaired]:
             return self._cut(student.model.get_submodule(part.output), part, count, moments, fisher, own)
 
-        divisible = [part for _, part, _ in parts if len(part.groups) > 1]
+        found = [part for _, part, _ in parts]
         options = f"{self.version} {self.score} {self.repair} {self.bias} {generator.initial_seed()}"
-        trials = take_trials(student, divisible, cut, options=options)
-        curves = [WidthCurve(len(p.groups), p.group_weights, trials[p.output]) for p in divisible]
+        trials = take_trials(student, found, cut, options=options)
+        curves = [WidthCurve(len(p.groups), p.group_weights, trials[p.output]) for p in found]
         even = [count for _, _, count in parts]
-        steps = [self.round_to if part.width == "ffn" else 1 for part in divisible]
-        chosen = allocate_widths(curves, even, floor=self.floor, steps=steps)
-        counts = {part.output: count for part, count in zip(divisible, chosen, strict=True)}
+        chosen = allocate_widths(curves, even, floor=self.floor, steps=[self._step(p, n) for _, p, n in parts])
+        counts = {part.output: count for part, count in zip(found, chosen, strict=True)}
         summary = {
             "weights_even": sum(c.group_weights * count for c, count in zip(curves, even, strict=True)),
             "weights_kept": sum(c.group_weights * count for c, count in zip(curves, chosen, strict=True)),
@@ -237,6 +257,12 @@ class PruneWidth(Pass):
             "kept": counts,
         }
         return counts, summary
+
+    def _step(self, part: Part, even: int) -> int:
+        """The number of groups whose multiples a part may keep: what divides `round_to` and the columns of an even cut
+        (a later quantiser's groups) divides theirs too.
+        """
+        return gcd(even, self.round_to // gcd(self.round_to, part.groups.shape[1]))
 
     def _cut(
         self,
@@ -280,3 +306,8 @@ class PruneWidth(Pass):
             "relative_error_unrepaired": unrepaired,
             "shrinkage": repaired.shrinkage,
         }
+
+
+def _lacks_branch(block: nn.Module) -> bool:
+    """Whether prune_depth took the attention or the FFN out of a block."""
+    return any(isinstance(module, EmptyLinear) for module in block.modules())

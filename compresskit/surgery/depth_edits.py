@@ -21,6 +21,10 @@ from compresskit.surgery.edits import EDITS, Cutting, Edit, get_module, read_ran
 _NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number", "layer_num", "block_idx")
 
 
+#: Ends of the names of config lists that are never one entry a block.
+_NOT_BY_BLOCK = ("token_id", "architectures", "_size")
+
+
 def find_stack(model: PreTrainedModel) -> str:
     """The name of the one ModuleList that holds the model's blocks.
 
@@ -103,7 +107,7 @@ def _configs_above(model: nn.Module, stack: str) -> Iterator[PretrainedConfig]:
 def cut_depth(config: PretrainedConfig, kept: Sequence[int], *, of: int) -> None:
     """Make a config with lists of `of` entries, one a block, and that count, say the blocks `kept`; in place."""
     for name, value in list(vars(config).items()):
-        if isinstance(value, list | tuple) and len(value) == of and not name.endswith(("token_id", "architectures")):
+        if isinstance(value, list | tuple) and len(value) == of and not name.endswith(_NOT_BY_BLOCK):
             setattr(config, name, type(value)(value[index] for index in kept))
     config.num_hidden_layers = len(kept)
 

@@ -12,6 +12,7 @@ import copy
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -35,7 +36,7 @@ from compresskit.surgery.cuts import PruneHeads, PruneNeurons
 from compresskit.surgery.depth_edits import DropBlocks, cut_config
 from compresskit.surgery.edits import EDITS, Edit, read_ranges, replay
 from compresskit.surgery.provenance import Provenance
-from compresskit.surgery.sites import find_blocks
+from compresskit.surgery.sites import CANNOT_RUN, find_blocks, obstacle
 from compresskit.surgery.vocabulary_edits import PruneVocabulary, say_vocabulary
 
 METHOD = STUDENT_METHOD
@@ -131,8 +132,9 @@ def stock_config(original: PreTrainedModel, edits: list[Edit]) -> PretrainedConf
     """A stock config that says the student's shapes, or None where only the plug-in can.
 
     Fewer blocks are said where they are what a model of that depth would have there, FFN width where every block has
-    the same; fewer heads of the same size only where the config has `head_dim`; fewer tokens always. Layers in
-    bitsandbytes' formats do not change it: `stock_quantization` says them beside.
+    the same, fewer heads of the same size where the architecture reads `head_dim`; fewer tokens always. A model is
+    built from it, without memory, and compared with the student: what configs say is not what all architectures read.
+    Layers in bitsandbytes' formats do not change it: `stock_quantization` says them beside.
 
     Args:
         original: may be on the meta device.
@@ -142,19 +144,36 @@ def stock_config(original: PreTrainedModel, edits: list[Edit]) -> PretrainedConf
         isinstance(edit, PruneNeurons | PruneHeads | DropBlocks | PruneVocabulary | HoldBitsAndBytes) for edit in edits
     ):
         return None
-    config: PretrainedConfig | None = original.config
     drops = [edit for edit in edits if isinstance(edit, DropBlocks)]
-    if drops:
-        config = cut_config(original, drops)
+    config: PretrainedConfig | None = cut_config(original, drops) if drops else original.config
     if config is None:
         return None
     widths = _uniform_widths(config, find_blocks(original), edits)
-    said = _with_vocabulary(config, edits).to_dict()
-    return None if widths is None else type(config).from_dict(said | widths)
+    if widths is None:
+        return None
+    said = _with_vocabulary(config, edits).to_dict() | widths
+    return type(config).from_dict(said) if not widths or _builds_student(original, edits, said) else None
+
+
+def _builds_student(original: PreTrainedModel, edits: list[Edit], said: dict[str, Any]) -> bool:
+    """Whether a model built from a config that says `said` has the student's parameters, and runs where it can."""
+    with torch.device("meta"):
+        student = type(original)._from_config(copy.deepcopy(original.config))
+    replay((edit for edit in edits if not isinstance(edit, HoldBitsAndBytes)), student)
+    try:
+        with torch.device("meta"):
+            built = type(original)._from_config(type(original.config).from_dict(said))
+    except (StrictDataclassError, *CANNOT_RUN):
+        return False
+    return _shapes(built) == _shapes(student) and (obstacle(student) is not None or obstacle(built) is None)
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in model.named_parameters(remove_duplicate=False)}
 
 
 def _uniform_widths(config: PretrainedConfig, blocks: tuple[str, ...], edits: list[Edit]) -> dict[str, int] | None:
-    """What a config says of the widths that edits of the original's `blocks` left; None where it cannot."""
+    """What a config may say of the widths that edits of the original's `blocks` left; None where they are not even."""
     neurons: dict[str, int] = {}
     heads: dict[str, tuple[int, int, int]] = {}
     provenance = Provenance()
@@ -170,12 +189,12 @@ def _uniform_widths(config: PretrainedConfig, blocks: tuple[str, ...], edits: li
     of_heads = [counts for name, counts in heads.items() if provenance.is_left(name)]
     changed: dict[str, int] = {}
     if of_neurons:
-        key = next((name for name in _UNIFORM_WIDTH if hasattr(config, name)), None)
+        key = next((name for name in _UNIFORM_WIDTH if name in config.to_dict()), None)
         if key is None or len(of_neurons) != left or len(set(of_neurons)) != 1:
             return None
         changed[key] = of_neurons[0]
     if of_heads:
-        if not hasattr(config, "head_dim") or len(of_heads) != left or len(set(of_heads)) != 1:
+        if len(of_heads) != left or len(set(of_heads)) != 1:
             return None
         names = ("num_attention_heads", "num_key_value_heads", "head_dim")
         changed |= zip(names, of_heads[0], strict=True)

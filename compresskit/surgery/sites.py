@@ -180,6 +180,15 @@ def run_once(model: PreTrainedModel) -> None:
             model(input_ids=torch.zeros(2, 4, dtype=torch.long))
 
 
+def obstacle(model: PreTrainedModel) -> str | None:
+    """Why a model, on the meta device perhaps, cannot `run_once`; None where it can."""
+    try:
+        run_once(model)
+    except CANNOT_RUN as error:
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    return None
+
+
 def _trace(model: PreTrainedModel, blocks: tuple[str, ...], *, factors: bool) -> list[_Call]:
     calls: list[_Call] = []
     seen_inputs: list[Tensor] = []  # kept alive, so that an id is never reused

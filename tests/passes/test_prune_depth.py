@@ -6,9 +6,17 @@ import importlib.util
 import pytest
 import torch
 from deep_models import CONFIGS, MODERNBERT, deep
-from families import DECODERS, answer, random_model, student_of, tiny
+from families import DECODERS, ENCODER_SHAPE, answer, random_model, student_of, tiny
 from pydantic import ValidationError
-from transformers import AlbertConfig, AutoModel, SwinConfig, T5Config
+from transformers import (
+    AlbertConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    Qwen2MoeConfig,
+    SwinConfig,
+    T5Config,
+    ViTConfig,
+)
 
 import compresskit
 from compresskit import Distill, LowRank, PruneDepth, PruneWidth, Quantize
@@ -21,8 +29,9 @@ from compresskit.errors import CompressKitError
 from compresskit.evaluate import count_parameters
 from compresskit.layerwise.probe import probe
 from compresskit.layerwise.walk import Walk
+from compresskit.passes import prune_depth
 from compresskit.student import load_student_model, needs_plugin, save_student
-from compresskit.surgery.depth_edits import DropBlocks
+from compresskit.surgery.depth_edits import DropBlocks, cut_depth
 from compresskit.surgery.edits import read_ranges
 from compresskit.surgery.sites import find_anatomy
 
@@ -122,6 +131,54 @@ def test_the_block_that_the_others_rely_on_stays():
     assert notes["stay"] == [0]
     with pytest.raises(CompressKitError, match="block 0 has parameters that no other has"):
         prune(blocks=[1, 2]).plan(original)
+
+
+def test_a_block_unlike_the_others_may_go_where_it_hands_on_hidden_states_alone():
+    """A mixture of experts whose first block is dense."""
+    shape = ENCODER_SHAPE | {"num_hidden_layers": 4, "num_key_value_heads": 2}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    config = Qwen2MoeConfig(**shape, **experts, shared_expert_intermediate_size=32, mlp_only_layers=[0])
+    student = student_of(random_model(AutoModelForCausalLM, config))
+    notes = prune(blocks=[1, 2, 3]).apply(student, generator=torch.Generator())
+    assert notes["removed"] == [0]
+    assert torch.isfinite(answer(student.model)).all()
+
+
+def test_more_blocks_that_stay_than_keep_leaves_are_refused_from_shapes_alone(monkeypatch):
+    monkeypatch.setattr(prune_depth, "_pinned", lambda *_: {0, 3})
+    for one in (prune(keep=0.25), prune(keep=0.25, score="influence")):
+        with pytest.raises(CompressKitError, match=r"1 of 4 blocks should stay.*\[0, 3\]") as caught:
+            one.plan(deep("bert"))
+        assert caught.value.fix == "keep at least 0.500"
+
+
+@pytest.mark.parametrize(("unit", "width"), [("ffn", "ffn"), ("attention", "heads")])
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_what_is_left_of_a_kind_of_branch_can_be_narrowed(name, unit, width, tmp_path):
+    student = student_of(deep(name))
+    apply(student, prune(keep=0.75, unit=unit), PruneWidth.model_validate({"keep": {width: 0.5}}))
+    anatomy = find_anatomy(student.model)
+    found = [f.neurons for f in anatomy.feed_forwards] if unit == "ffn" else [a.heads for a in anatomy.attentions]
+    assert found == ([32] * 3 if unit == "ffn" else [2] * 3)
+    save_student(student, tmp_path)
+    assert torch.equal(answer(load_student_model(tmp_path, student.task)[0]), answer(student.model))
+
+
+def test_the_two_scores_are_two_choices():
+    orders = []
+    for score in ("kl", "influence"):
+        notes = prune(keep=0.25, score=score).apply(student_of(deep("llama")), generator=torch.Generator())
+        orders.append([item["score"] for item in notes["order"]])
+    assert orders[0] != orders[1]
+    influences = orders[1]
+    assert all(0 <= score <= 2 for score in influences)
+
+
+def test_lists_of_a_config_that_are_not_by_block_stay_whole():
+    config = ViTConfig(image_size=(32, 16), num_hidden_layers=2)
+    cut_depth(config, [1], of=2)
+    assert tuple(config.image_size) == (32, 16)
+    assert config.num_hidden_layers == 1
 
 
 def test_blocks_that_a_pass_gave_another_form_are_still_alike():

@@ -158,7 +158,7 @@ def test_grouped_queries_never_hang():
     batch = {"input_ids": torch.zeros(2, 4, dtype=torch.long)}
     options = {"keep": 0.5, "importance": "magnitude", "round_to": 4, "fixed": (), "seed": 0, "limit_s": 5.0}
     begun = time.monotonic()
-    with pytest.raises(CompressKitError, match=r"no end within 5 seconds|cannot follow|it is a|leaves none"):
+    with pytest.raises(CompressKitError, match="no end within 5 seconds"):
         choose_channels(llama, batch, **options)
     assert time.monotonic() - begun < 60
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import tiny_student
+from families import student_of, tiny, tiny_student
 from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 from vocabulary_text import lines, trained
 
@@ -243,10 +243,13 @@ def test_a_tokenizer_with_more_tokens_than_the_model_has_rows_is_refused():
 
 
 def test_positions_counted_from_the_padding_token_stay(tmp_path):
-    """RoBERTa's positions begin after the id of its padding token."""
-    student = tiny_student("roberta")
+    """RoBERTa's positions begin after the id of its padding token, here 9; of the ids before it the text uses none."""
+    student = student_of(tiny("roberta", pad_token_id=9))
+    for part in (student.corpus.calibration, student.corpus.training, student.corpus.evaluation):
+        part.rows[:] = [[max(10, token) for token in row] for row in part.rows]
     PruneVocab(keep=0.5).apply(student, generator=torch.Generator())
-    assert student.model.config.pad_token_id == 1
+    assert student.model.config.pad_token_id == 9
+    assert student.whole.kept[:10] == tuple(range(10))  # type: ignore[union-attr]
     save_student(student, tmp_path)
     fidelity = Fidelity(student.original, student.original_corpus.evaluation, task=student.task)
     assert fidelity.measure(student.model, student.held_out)["mean_cosine"] < 1
@@ -255,6 +258,19 @@ def test_positions_counted_from_the_padding_token_stay(tmp_path):
     with torch.no_grad():
         ours, theirs = student.model(torch.arange(35, 45)[None])[0], student.original(ids)[0]
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+def test_the_words_of_a_chat_template_stay(folders):
+    """They are in no text, and in every prompt."""
+    tokenizer = AutoTokenizer.from_pretrained(folders["llama"])
+    spoken = "zebra quartz"
+    tokenizer.chat_template = "{% for m in messages %}" + spoken + " {{ m['content'] }}{% endfor %}"
+    before = tokenizer(spoken, add_special_tokens=False).tokens()
+    student = student_of(load_model(find_model(folders["llama"]), "text-generation"))
+    student.tokenizer = tokenizer
+    PruneVocab(keep=0.9).apply(student, generator=torch.Generator())
+    assert student.tokenizer(spoken, add_special_tokens=False).tokens() == before
+    assert any(len(token) > 1 for token in before)
 
 
 def test_a_recipe_says_it_in_yaml(folders, texts, tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from transformers import AlbertConfig, AutoModel
 
 from compresskit.errors import CompressKitError
 from compresskit.layerwise import width_survey
+from compresskit.layerwise.scores import Score
 from compresskit.passes.low_rank import LowRank
 from compresskit.passes.prune_width import PruneWidth
 from compresskit.passes.quantize import Quantize
+from compresskit.student import load_student_model, save_student
 from compresskit.surgery.parts import heads_of
 from compresskit.surgery.sites import find_anatomy
 
@@ -39,6 +42,25 @@ def test_refit_is_better_than_no_repair_on_the_calibration_text(family):
     assert len(notes["layers"]) == 4
     for layer in notes["layers"].values():
         assert layer["relative_error"] <= layer["relative_error_unrepaired"] + 1e-12
+
+
+def test_each_repair_errs_less_than_the_one_before_it_in_the_student():
+    errors = []
+    for repair in ("none", "bias", "least_squares"):
+        notes = prune(keep={"ffn": 0.5, "heads": 0.5}, repair=repair).apply(
+            tiny_student("bert"), generator=torch.Generator()
+        )
+        errors.append(next(layer["relative_error"] for layer in notes["layers"].values()))  # all see the same inputs
+    assert errors[2] < errors[1] < errors[0]
+
+
+def test_every_score_is_a_choice_of_its_own():
+    kept = []
+    for score in get_args(Score):
+        student = tiny_student("bert")
+        prune(keep=0.5, score=score).apply(student, generator=torch.Generator().manual_seed(1))
+        kept.append(tuple(edit.keep for edit in student.edits))
+    assert len(set(kept)) == len(kept) == 7
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -175,9 +197,9 @@ def test_a_bias_is_added_where_there_is_none_and_takes_the_mean(repair):
     assert all(one["relative_error"] < one["relative_error_unrepaired"] for one in notes["layers"].values())
 
 
-def lopsided(family="bert"):
+def lopsided(family="bert", **changes):
     """A model whose first FFN hardly says anything."""
-    original = tiny(family)
+    original = tiny(family, **changes)
     with torch.no_grad():
         original.get_submodule(find_anatomy(original).feed_forwards[0].output).weight.mul_(1e-3)
     return original
@@ -205,6 +227,19 @@ def test_per_layer_keeps_more_where_more_is_lost_in_no_more_weights(family, keep
         assert edit.kind in ("prune_neurons", "prune_heads")
 
 
+def test_widths_by_trials_are_multiples_that_a_quantiser_can_group():
+    original = lopsided("bert", intermediate_size=72)
+    student = student_of(original)
+    step = prune(keep={"ffn": 0.5, "heads": 0.5}, allocation="per_layer", round_to=16)
+    step.apply(student, generator=torch.Generator())
+    anatomy = find_anatomy(student.model)
+    neurons, heads = {f.neurons for f in anatomy.feed_forwards}, {a.heads for a in anatomy.attentions}
+    assert len(neurons | heads) > 2, "not even"
+    assert all(count % 16 == 0 for count in neurons)
+    assert all(count * 8 % 16 == 0 for count in heads)
+    Quantize(bits=4, group_size=16).apply(student, generator=torch.Generator())
+
+
 def test_the_survey_of_widths_is_taken_once_and_serves_every_keep(monkeypatch):
     taken = []
     measure = width_survey._try_widths
@@ -230,6 +265,21 @@ def test_no_block_goes_below_the_floor(floor):
 def test_a_bias_that_nothing_fills_is_refused():
     with pytest.raises(ValidationError, match="repair: bias"):
         prune(keep=0.5, repair="none", bias=True)
+
+
+def test_an_anchor_that_nothing_reads_is_refused():
+    with pytest.raises(ValidationError, match="anchor has no effect"):
+        prune(keep=0.5, repair="none", anchor=0.5)
+    assert prune(keep=0.5, repair="none", score="obs", anchor=0.5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_tied_tables_stay_tied(family, tmp_path):
+    student = student_of(tiny(family, tie_word_embeddings=True))
+    prune(keep={"ffn": 0.5, "heads": 0.5}).apply(student, generator=torch.Generator())
+    save_student(student, tmp_path)
+    for model in (student.model, load_student_model(tmp_path, student.task)[0]):
+        assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
 
 
 def test_a_mean_without_a_bias_to_go_into_is_refused():
