@@ -27,6 +27,7 @@ from compresskit.distill.outputs import step_weights
 from compresskit.distill.teachers import LiveTeacher
 from compresskit.errors import CompressKitError
 from compresskit.evaluate import count_parameters
+from compresskit.layerwise import removal
 from compresskit.layerwise.probe import probe
 from compresskit.layerwise.walk import Walk
 from compresskit.passes import prune_depth
@@ -164,14 +165,21 @@ def test_what_is_left_of_a_kind_of_branch_can_be_narrowed(name, unit, width, tmp
     assert torch.equal(answer(load_student_model(tmp_path, student.task)[0]), answer(student.model))
 
 
-def test_the_two_scores_are_two_choices():
-    orders = []
-    for score in ("kl", "influence"):
-        notes = prune(keep=0.25, score=score).apply(student_of(deep("llama")), generator=torch.Generator())
-        orders.append([item["score"] for item in notes["order"]])
-    assert orders[0] != orders[1]
-    influences = orders[1]
-    assert all(0 <= score <= 2 for score in influences)
+def test_what_goes_first_is_what_its_score_says():
+    original = deep("llama")
+    blocks = [f"model.layers.{number}" for number in range(4)]
+    parts = [removal.Part(number, name) for number, name in enumerate(blocks)]
+    batches = prune_depth._batches(student_of(original).corpus.calibration, 4096)
+    truths = {
+        "influence": removal.influence(original, blocks, batches, parts),
+        "kl": removal.Divergences(original, blocks, batches)(parts),
+    }
+    for score, truth in truths.items():
+        notes = prune(keep=0.75, score=score).apply(student_of(original), generator=torch.Generator())
+        (first,) = notes["order"]
+        assert first["score"] == pytest.approx(min(truth.values()), rel=1e-6)
+        assert truth[parts[first["block"]]] == min(truth.values())
+    assert min(truths["kl"].values()) != pytest.approx(min(truths["influence"].values()), rel=1e-2)
 
 
 def test_lists_of_a_config_that_are_not_by_block_stay_whole():
