@@ -8,11 +8,13 @@ from torch import nn
 
 from compresskit.data.sequences import Sequences
 from compresskit.distill.batching import by_length, collate, split_held_out, training_steps
+from compresskit.distill.learner import Learner
 from compresskit.distill.losses import Embedding
 from compresskit.distill.options import learning_rate_at
 from compresskit.distill.parameters import choose_parameters
 from compresskit.distill.teachers import LiveTeacher
 from compresskit.errors import CompressKitError, RunFailedError
+from compresskit.layers.low_rank import LowRankLinear
 
 HIDDEN = [{"kind": "hidden"}]
 
@@ -167,6 +169,44 @@ def test_a_model_of_integers_alone_is_refused_with_the_order_that_works():
     with pytest.raises(CompressKitError, match="no float weight left") as caught:
         choose_parameters(model, ("*",), ())
     assert "move distill before quantize" in str(caught.value)
+
+
+def with_shared_factors(model):
+    """Queries and keys as two factors of which they share the thin one, values with a pivoted one."""
+    for block in model.model.layers:
+        attention = block.self_attn
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            attention.q_proj = LowRankLinear(32, 32, 8, bias=False)
+            attention.k_proj = LowRankLinear(32, 16, 8, bias=True, shares=attention.q_proj)
+            attention.v_proj = LowRankLinear(32, 16, 8, bias=False, pivot=True)
+    return model
+
+
+def test_factors_learn_in_turns_and_everything_else_always(tiny_llama, damaged, run_training, monkeypatch):
+    student, moved, real = with_shared_factors(damaged(tiny_llama)), [], Learner.step
+
+    def step(self, number, batches):
+        before = weights_of(self.student)
+        parts = real(self, number, batches)
+        moved.append({name for name, value in weights_of(self.student).items() if not torch.equal(before[name], value)})
+        return parts
+
+    monkeypatch.setattr(Learner, "step", step)
+    run_training(student, tiny_llama, [{"kind": "kl"}], steps=7, turns=2)
+    names = {name for name, _ in student.named_parameters()}
+    wide = {name for name in names if name.endswith(".expand.weight")}
+    thin = {name for name in names if ".reduce." in name}
+    assert (len(wide), len(thin)) == (6, 4)
+    assert moved == [names - thin] * 2 + [names - wide] * 2 + [names - thin] * 2 + [names - wide]
+
+
+def test_turns_without_both_factors_are_refused(tiny_llama, run_training):
+    with pytest.raises(CompressKitError, match="turns: the model has no low-rank layer"):
+        run_training(tiny_llama, tiny_llama, [{"kind": "kl"}], turns=2)
+    student = with_shared_factors(copy.deepcopy(tiny_llama))
+    with pytest.raises(CompressKitError, match="turns: no A of a low-rank layer learns"):
+        run_training(student, tiny_llama, [{"kind": "kl"}], turns=2, freeze=("*.reduce.*",))
 
 
 class _FailingTeacher(LiveTeacher):
