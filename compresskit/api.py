@@ -93,7 +93,8 @@ def _taught_by(passes: Sequence[Pass], teacher: str | None) -> tuple[Pass, ...]:
         raise CompressKitError(
             "no pass learns from a teacher", where="teacher", fix="leave it out, or add a distill pass"
         )
-    named = [index for index, one in enumerate(passes) if one.learns and one.model_dump()["teacher"] is not None]
+    said = [one.model_dump(include={"teacher", "teachers"}, exclude_none=True) for one in passes]
+    named = [index for index, one in enumerate(passes) if one.learns and said[index]]
     if named:
         what = f"passes[{named[0]}] ({passes[named[0]].kind}) names a teacher of its own"
         raise CompressKitError(what, where="teacher", fix="say it once: here, or in each pass that learns")

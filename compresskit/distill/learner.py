@@ -25,7 +25,7 @@ from compresskit.distill.options import TrainingOptions, learning_rate_at
 from compresskit.distill.outputs import Outputs, Projection, StepWeights, Wanted, step_weights
 from compresskit.distill.parameters import find_factors
 from compresskit.distill.teachers import Teacher
-from compresskit.distill.token_counts import count_tokens
+from compresskit.distill.token_counts import answers_alone, count_tokens
 from compresskit.errors import CompressKitError, RunFailedError
 from compresskit.sentence import SentenceEmbedding
 
@@ -124,6 +124,7 @@ class Learner:
             self._fail(number, f"the gradient's norm is {float(norm)}")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.teacher.follow(self.chosen)
         return sums
 
     def _within_stage(self, number: int) -> tuple[int, int]:
@@ -206,16 +207,31 @@ class Learner:
         moved = [{name: values.to(device) for name, values in numbered.batch.items()} for numbered in batches]
         targets: list[Outputs | None] = [None] * len(batches)
         counts = None
-        if self.options.token_weight != "even":
+        asked = self.options.token_weight != "even" or self.teacher.leaves_out
+        if asked or any(numbered.prompt is not None for numbered in batches):
             counts = []
             for i, (batch, numbered) in enumerate(zip(moved, batches, strict=True)):
-                target = self._target(goal, batch, numbered, everything=keep_targets)
-                targets[i] = target if keep_targets else None
-                assert isinstance(target.predictions, torch.Tensor | Projection)
-                with self._precision():
-                    counts.append(count_tokens(self.options.token_weight, target.predictions, batch))
+                target = Outputs()
+                if asked:
+                    target = self._target(goal, batch, numbered, everything=keep_targets or self.teacher.leaves_out)
+                    targets[i] = target if keep_targets else None
+                counts.append(self._counts(batch, numbered, target))
         weights = step_weights([batch["attention_mask"] for batch in moved], counts, add_up=self._add_up)
         return list(zip(moved, batches, weights, targets, strict=True))
+
+    def _counts(self, batch: Batch, numbered: Numbered, target: Outputs) -> Tensor:
+        """What each token counts, (B, L), by the rule, the teacher and where prompts end."""
+        counts = torch.ones(batch["input_ids"].shape, device=batch["input_ids"].device)
+        if self.options.token_weight != "even":
+            assert isinstance(target.predictions, torch.Tensor | Projection)
+            with self._precision():
+                counts = count_tokens(self.options.token_weight, target.predictions, batch)
+        if target.counts is not None:
+            counts = counts * target.counts
+        if numbered.prompt is None:
+            return counts
+        prompt = numbered.prompt.to(counts.device)
+        return counts * answers_alone(prompt, next_tokens=self.student.can_generate())
 
     def _target(self, goal: Goal, batch: Batch, numbered: Numbered, *, everything: bool = True) -> Outputs:
         needs = goal.asks if everything else frozenset[Wanted]()

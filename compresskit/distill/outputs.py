@@ -85,12 +85,14 @@ class Outputs:
             exposes its head, what makes them; of a cached teacher perhaps the largest alone, at the loss's temperature.
         hidden: the embeddings' output and each block's, (B, L, H) each; the last as the model's head sees it.
         sentence: (B, H), the last hidden states pooled as the model's folder says.
+        counts: (B, L) ≥ 0, of a teacher that leaves items out: what it says of these tokens counts.
         inner: layers, attention maps and what runs between blocks, by what the student calls them.
     """
 
     predictions: Tensor | Projection | TopK | None = None
     hidden: tuple[Tensor, ...] | None = None
     sentence: Tensor | None = None
+    counts: Tensor | None = None
     inner: Mapping[Inner | Maps | Stream, Tensor] = field(default_factory=dict)
 
     def get(self, name: Need) -> Tensor | Projection | TopK | tuple[Tensor, ...]:
@@ -115,7 +117,7 @@ class StepWeights:
 
     Attributes:
         token: (B, L), equal over real tokens unless said otherwise, 0 at padding.
-        row: (B,), equal over sequences that hold a token.
+        row: (B,), equal over sequences that hold a token which counts.
         next_token: (B, L − 1), as `token` over tokens that a real token follows; 0 everywhere where there is none.
     """
 
@@ -144,10 +146,10 @@ def step_weights(
         counts: (B, L) ≥ 0 each, what the tokens count before normalisation; by default all the same.
         add_up: sums a tensor over all processes.
     """
-    rows = [mask.float().amax(1) for mask in masks]
     tokens = [mask.float() for mask in masks]
     if counts is not None:
         tokens = [mask * count for mask, count in zip(tokens, counts, strict=True)]
+    rows = [(token.amax(1) > 0).float() for token in tokens]
     follows = [token[:, :-1] * mask[:, 1:] for token, mask in zip(tokens, masks, strict=True)]
     parts = (tokens, rows, follows)
     sums = [sum(float(one.double().sum()) for one in part) for part in parts]
@@ -199,7 +201,8 @@ def observe(
         last = result.hidden_states[-1] if result.get("hidden_states") is not None else result.last_hidden_state
         sentence = pooling.pool(_precise(last), batch["attention_mask"])
     inner |= _maps(model, result, maps) | between
-    return Outputs(predictions, hidden, sentence, {key: _precise(value) for key, value in inner.items()})
+    precise = {key: _precise(value) for key, value in inner.items()}
+    return Outputs(predictions, hidden, sentence, inner=precise)
 
 
 def _precise(values: Tensor) -> Tensor:

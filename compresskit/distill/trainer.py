@@ -19,7 +19,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -138,7 +138,7 @@ def _check(losses: Sequence[Loss], training: Sequences, options: TrainingOptions
 def _numbered_apart(elsewhere: Sequences, options: TrainingOptions) -> list[Numbered]:
     """The batches of another text: negative numbers, at which teachers remember nothing."""
     found = by_length(elsewhere, range(len(elsewhere)), options.batch_size, max_length=options.max_length)
-    return [Numbered([-1 - row for row in numbered.rows], numbered.batch) for numbered in found]
+    return [replace(numbered, rows=[-1 - row for row in numbered.rows]) for numbered in found]
 
 
 @contextmanager
