@@ -30,6 +30,7 @@ def collate(sequences: Sequences, rows: Sequence[int], *, max_length: int | None
     for index, row in enumerate(rows):
         asks = sequences.prompts[row][:max_length]
         prompt[index, : len(asks)] = torch.tensor(asks)
+        prompt[index, len(asks) :] = asks[-1]  # after a text that ends in its prompt no answer begins
     return Numbered(list(rows), batch, prompt)
 
 

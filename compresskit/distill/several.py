@@ -135,8 +135,11 @@ class Tally:
 
     def add(self, rows: Sequence[int], mask: Tensor, settled: Settled) -> None:
         """Items of a batch, (B · items): those of new texts count where `mask` (B, items) is not 0."""
-        new = torch.tensor([row >= 0 and row not in self.seen for row in rows], device=mask.device)
-        self.seen.update(row for row in rows if row >= 0)
+        fresh = []
+        for row in rows:  # a batch may hold a text twice
+            fresh.append(row >= 0 and row not in self.seen)
+            self.seen.update([row] if row >= 0 else [])
+        new = torch.tensor(fresh, device=mask.device)
         kept = ((mask > 0) & new[:, None]).flatten()
         scores, trusted = settled.score[kept].double().cpu(), settled.trusted[kept].cpu()
         self.histogram += torch.bincount((scores * _BINS).long().clamp_max(_BINS - 1), minlength=_BINS)

@@ -82,6 +82,7 @@ def test_a_tally_counts_each_text_once_and_goes_on_where_it_was():
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
     tally.add([7, 8], mask, settled)
     tally.add([7, -3], mask, settled)
+    tally.add([9, 9], torch.tensor([[0, 0, 0], [1, 1, 1]]), settled)
     again = Tally(2, 0.2)
     again.restore(tally.state())
     again.add([8, 7], mask, settled)

@@ -10,9 +10,12 @@ from compresskit.data.sequences import Sequences
 from compresskit.distill.batching import by_length, collate, split_held_out, training_steps
 from compresskit.distill.learner import Learner
 from compresskit.distill.losses import Embedding
+from compresskit.distill.losses.embedding import relative_error
 from compresskit.distill.options import learning_rate_at
+from compresskit.distill.outputs import observe
 from compresskit.distill.parameters import choose_parameters
 from compresskit.distill.teachers import LiveTeacher
+from compresskit.distill.token_counts import answers_alone
 from compresskit.errors import CompressKitError, RunFailedError
 from compresskit.layers.low_rank import LowRankLinear
 
@@ -272,3 +275,40 @@ def test_a_step_larger_than_the_text_repeats_it(sequences):
     few = Sequences(sequences.rows[:2], 0)
     steps = training_steps(few, [1], batch_size=4, accumulate=1, max_length=None, generator=torch.Generator())
     assert next(steps)[0].rows == [1, 1, 1, 1]
+
+
+def test_tokens_of_a_prompt_count_nothing_and_where_the_answer_begins_counts():
+    prompt = torch.tensor([[True, True, False, True, False], [False, False, True, True, True]])
+    assert answers_alone(prompt, next_tokens=False).tolist() == (~prompt).float().tolist()
+    assert answers_alone(prompt, next_tokens=True).tolist() == [[0, 1, 0, 1, 1], [1, 0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("family", ["tiny_llama", "tiny_bert"])
+def test_the_loss_of_text_with_prompts_is_that_of_the_answers(family, damaged, run_training, sequences, request):
+    teacher = request.getfixturevalue(family)
+    draw = torch.Generator().manual_seed(2)
+    prompts = [(torch.rand(len(row), generator=draw) < 0.4).tolist() for row in sequences.rows]
+    text = Sequences(sequences.rows, 0, prompts)
+    student = damaged(teacher, size=0.2)
+    before = copy.deepcopy(student)
+    result = run_training(student, teacher, HIDDEN, text=text, steps=4, learning_rate=1e-3)
+    _, held_out = split_held_out(120, 128, generator=torch.Generator().manual_seed(0))
+    total, count = 0.0, 0
+    for row in held_out:
+        ids, asks = torch.tensor([text.rows[row]]), torch.tensor([prompts[row]])
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        ours, theirs = (observe(model, batch, frozenset({"hidden"})).hidden[1:] for model in (before, teacher))
+        counts = answers_alone(asks, next_tokens=family == "tiny_llama")
+        total += sum(float((counts * relative_error(a, b)).sum()) for a, b in zip(ours, theirs, strict=True)) / 2
+        count += float(counts.sum())
+    assert result.held_out_loss_before == pytest.approx(total / count, rel=1e-5)
+    assert result.held_out_loss_after < result.held_out_loss_before
+
+
+def test_text_that_is_all_prompt_teaches_nothing_and_breaks_nothing(tiny_llama, damaged, run_training, sequences):
+    text = Sequences(sequences.rows, 0, [[True] * len(row) for row in sequences.rows])
+    student = damaged(tiny_llama)
+    before = weights_of(student)
+    result = run_training(student, tiny_llama, [{"kind": "kl", "alpha": 0.5}, {"kind": "embedding"}], text=text)
+    assert result.held_out_loss_before == result.held_out_loss_after == 0
+    assert same(before, weights_of(student))
