@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from compresskit.data import Batch
 from compresskit.distill.losses import Loss
 from compresskit.distill.losses.embedding import relative_error
-from compresskit.distill.outputs import Outputs, StepWeights, Stream, Wanted, carried, observe
+from compresskit.distill.outputs import Outputs, StepWeights, Stream, Wanted, carried, observe, precise
 from compresskit.errors import CompressKitError
 from compresskit.sentence import SentenceEmbedding
 from compresskit.surgery.depth_edits import find_stack, get_stack
@@ -133,7 +133,7 @@ class Blocks:
         weight = weights.token.flatten()[kept]
         given = blocks_alone(self.student, self.stack, batch, states[:-1])
         errors = [
-            relative_error(ours.flatten(0, 1)[kept].float(), theirs.flatten(0, 1)[kept])
+            relative_error(precise(ours).flatten(0, 1)[kept], theirs.flatten(0, 1)[kept])
             for ours, theirs in zip(given, states[1:], strict=True)
         ]
         return [torch.stack([(weight * error).sum() for error in errors]).mean()]

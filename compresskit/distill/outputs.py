@@ -195,17 +195,17 @@ def observe(
     predictions = None
     if "predictions" in needs:
         predictions = result.logits if head is None else Projection(reached[0], head)
-    hidden = tuple(_precise(state) for state in result.hidden_states) if "hidden" in needs else None
+    hidden = tuple(precise(state) for state in result.hidden_states) if "hidden" in needs else None
     sentence = None
     if "sentence" in needs:
         last = result.hidden_states[-1] if result.get("hidden_states") is not None else result.last_hidden_state
-        sentence = pooling.pool(_precise(last), batch["attention_mask"])
+        sentence = pooling.pool(precise(last), batch["attention_mask"])
     inner |= _maps(model, result, maps) | between
-    precise = {key: _precise(value) for key, value in inner.items()}
-    return Outputs(predictions, hidden, sentence, inner=precise)
+    inner = {key: precise(value) for key, value in inner.items()}
+    return Outputs(predictions, hidden, sentence, inner=inner)
 
 
-def _precise(values: Tensor) -> Tensor:
+def precise(values: Tensor) -> Tensor:
     """At least float32, in which losses are computed."""
     return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
 

@@ -254,10 +254,10 @@ class SeveralTeachers(Teacher):
             log_p = logits.to(working_dtype(logits.dtype)).log_softmax(-1)
             own = None if labels is None else labels[part]
             parts.append(settle(log_p, self.weights.to(log_p), self.rule, labels=own))
-        told, score, trusted = (
+        combined, score, trusted = (
             torch.cat([getattr(one, name) for one in parts]) for name in ("told", "score", "trusted")
         )
-        return Settled(told, score, trusted), shape
+        return Settled(combined, score, trusted), shape
 
 
 def _next_tokens(batch: Batch) -> Tensor:

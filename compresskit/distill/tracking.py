@@ -20,7 +20,7 @@ def require_tracker(name: str) -> None:
         near = did_you_mean(name, LOGGER_TYPE_TO_CLASS)
         fix = f"did you mean {near!r}?" if near else f"use one of {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}"
         raise CompressKitError(f"unknown tracker {name!r}", where="tracker", fix=fix)
-    if name not in get_available_trackers():
+    if name not in map(str, get_available_trackers()):
         what = f"the package of tracker {name!r} cannot be imported"
         raise CompressKitError(what, where="tracker", fix=f"pip install {name.replace('_', '-')}, or leave tracker out")
 
