@@ -19,7 +19,8 @@ Where nothing speaks for one of them (the last token of a text has no label: the
 one is taken, of equal ones the first. Source of the idea, not of the rule: arXiv:2602.01064, where more teachers made
 students worse until a router chose. Averages of teachers did not beat the best one alone in published comparisons.
 
-Logits of all teachers are made for some tokens at a time; their combination, (tokens × vocabulary) numbers, is kept.
+Distributions are averaged as they are; a temperature of the loss applies to their average. Logits of all teachers are
+made for some tokens at a time; their combination, (tokens × vocabulary) numbers, is kept.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

