@@ -3,6 +3,7 @@ import random
 
 import pytest
 import torch
+from transformers import BertConfig, BertForSequenceClassification
 
 from compresskit.data.sequences import Sequences
 from compresskit.distill import several
@@ -170,6 +171,35 @@ def test_a_contradictory_teacher_hurts_the_average_and_hardly_the_others(tiny_ll
     assert ends["drop"] < 1.2 * ends["alone"]
     assert 0.2 < shares["average"]["share_above"] < 0.35
     assert shares["route"]["trusted_items"]["right"] > 5 * shares["route"]["trusted_items"]["wrong"]
+
+
+def test_a_head_over_texts_is_settled_text_by_text(sequences):
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32}
+    models = []
+    for seed in range(3):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            models.append(BertForSequenceClassification(BertConfig(**shape, num_labels=4)).eval())
+        models[-1].classifier.weight.data *= 50
+    numbered = collate(sequences, [3, 40, 7, 8])
+    logits = torch.stack([observe(model, numbered.batch, PREDICTIONS).predictions for model in models]).detach()
+    threshold = float(settle(logits.log_softmax(-1), THREE, Rule()).score.sort().values[1:3].mean())
+    for conflict in ("route", "drop"):
+        rule = Rule(conflict, "majority", threshold)
+        teacher = SeveralTeachers([LiveTeacher(model) for model in models], [1.0] * 3, rule)
+        told = teacher(numbered.batch, numbered.rows, PREDICTIONS)
+        expected = settle(logits.log_softmax(-1), THREE, rule)
+        torch.testing.assert_close(told.predictions, expected.told)
+        assert told.predictions.shape == (4, 4)
+        contradict = expected.score > threshold
+        assert contradict.sum() == 2
+        if conflict == "drop":
+            assert told.counts.amax(1).tolist() == told.counts.amin(1).tolist() == (~contradict).float().tolist()
+            (weights,) = step_weights([numbered.batch["attention_mask"]], [told.counts])
+            assert (weights.row > 0).tolist() == (~contradict).tolist()
+        else:
+            assert told.counts is None
+        assert teacher.tally.summary(("a", "b", "c"))["items"] == 4
 
 
 def test_an_average_is_the_formula_and_forgets_what_it_said(tiny_bert, damaged, sequences):
