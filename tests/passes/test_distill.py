@@ -365,3 +365,29 @@ def test_several_hops_of_pruning_and_recovery_in_one_recipe(tiny_llama_folder, t
     model, _ = load(tmp_path / "out")
     assert model.config.num_hidden_layers == 1
     assert report["passes"][4]["params"] < report["passes"][2]["params"] < report["passes"][0]["params"]
+
+
+def test_prompts_of_a_recipe_count_nothing(tiny_llama_folder, tmp_path, monkeypatch):
+    pairs = [
+        {"ask": f"which {a} {b} reads the {c}? ", "say": f"{d} {b} and its {a} {c}. " * 3}
+        for a in ("small", "large", "fast")
+        for b in ("model", "layer", "text")
+        for c in ("matrix", "token", "seed")
+        for d in ("every", "this")
+    ]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    sizes = {"max_length": 24, "calibration": 8, "training": 24, "evaluation": 8}
+    data = {"source": "json", "path": str(tmp_path / "asked.jsonl"), "column": "say", "prompt": "ask", **sizes}
+    recipe = {"model": str(tiny_llama_folder), "task": "text-generation", "data": data}
+    recipe["passes"] = [{"kind": "low_rank", "keep": 0.6}, {"kind": "distill", "steps": 4, "batch_size": 4}]
+    shares, real = [], Learner._counts
+
+    def noted(self, batch, numbered, target):
+        counts = real(self, batch, numbered, target)
+        shares.append(float(counts.mean()))
+        return counts
+
+    monkeypatch.setattr(Learner, "_counts", noted)
+    run(parse_recipe(recipe, name="prompts"), tmp_path / "out")
+    assert len(shares) >= 6
+    assert all(0.3 < share < 0.95 for share in shares)
