@@ -93,11 +93,21 @@ def _taught_by(passes: Sequence[Pass], teacher: str | None) -> tuple[Pass, ...]:
         raise CompressKitError(
             "no pass learns from a teacher", where="teacher", fix="leave it out, or add a distill pass"
         )
-    named = [index for index, one in enumerate(passes) if one.learns and one.model_dump()["teacher"] is not None]
+    said = [one.model_dump(include={"teacher", "teachers"}, exclude_none=True) for one in passes]
+    named = [index for index, one in enumerate(passes) if one.learns and said[index]]
     if named:
         what = f"passes[{named[0]}] ({passes[named[0]].kind}) names a teacher of its own"
         raise CompressKitError(what, where="teacher", fix="say it once: here, or in each pass that learns")
-    return tuple(one.model_copy(update={"teacher": teacher}) if one.learns else one for one in passes)
+    try:
+        return tuple(_told(one, teacher) if one.learns else one for one in passes)
+    except ValidationError as error:
+        raise CompressKitError(error.errors()[0]["msg"], where="teacher") from error
+
+
+def _told(one: Pass, teacher: str) -> Pass:
+    """The pass with that teacher, checked as if it had been said at once."""
+    said = {name: getattr(one, name) for name in one.model_fields_set}
+    return type(one).model_validate({**said, "teacher": teacher})
 
 
 def load(folder: str | Path) -> tuple[PreTrainedModel, Any]:

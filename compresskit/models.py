@@ -229,6 +229,17 @@ def load_empty(source: ModelSource, task: str) -> PreTrainedModel:
         return auto.from_config(config, trust_remote_code=False, **options).eval()
 
 
+def load_shapes(source: ModelSource, task: str) -> PreTrainedModel:
+    """As `load_empty`, also of a student whose shapes only its edits say: for comparing others with it.
+
+    Raises:
+        CompressKitError: as `load_model`.
+    """
+    if quant_method(getattr(load_config(source), "quantization_config", None)) == STUDENT_METHOD:
+        return _read_model(source, task, device="meta")
+    return load_empty(source, task)
+
+
 def stored_dtype(source: ModelSource) -> torch.dtype:
     """The floating type of most weights in a model's files: float32, bfloat16 or float16.
 

@@ -30,6 +30,8 @@ def test_every_method_suits_the_models_that_it_is_for_and_uses_all_its_steps(
             assert one.plan(model) == []
             assert one.batch_size == 4
             kinds |= {loss.kind for loss in one.losses or ()}
+    (staged,) = methods.methods_of(task)["blocks-first"].distills(10, {})
+    assert staged.block_steps == 3
     assert kinds == set(LOSSES) - (set() if decoder else {"kl"})
     assert set(methods.QUICK) & set(methods.methods_of(task)) > {"none", "default"}
 

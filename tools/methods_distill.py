@@ -4,7 +4,8 @@ A method is a row of `distill` passes, each with its share of the steps. `none` 
 learns the text and never asks the original, `default` is what `distill` does by itself. `fast` raises the learning rate
 to 3e-4, `sampled` replaces half of the training windows by text that the original wrote (it continues their first
 tokens), `cached` keeps what the original says on the disk (making it is in the seconds, not in tokens/s), `fading` lets
-the hidden loss beside kl end at 0, `hidden-then-kl` gives the first third of the steps to hidden states.
+the hidden loss beside kl end at 0, `hidden-then-kl` gives the first third of the steps to hidden states,
+`blocks-first` to blocks that learn alone, before the default.
 """
 
 import math
@@ -30,10 +31,12 @@ class Method:
     Attributes:
         passes: share of the steps, and options of `distill`; shares sum to 1.
         sampled: whether half of the training windows are written by the original.
+        blocks: share of each pass's steps in which blocks learn alone.
     """
 
     passes: tuple[tuple[float, dict[str, Any]], ...]
     sampled: bool = False
+    blocks: float = 0.0
 
     def distills(self, steps: int, shared: dict[str, Any]) -> list[Distill]:
         """The passes for so many optimiser steps, with `shared` options where the method says none."""
@@ -41,7 +44,16 @@ class Method:
         counts += [steps - sum(counts)] if self.passes else []
         looks = {"held_out": 16, "checkpoint_minutes": None}
         return [
-            Distill.model_validate({**looks, "held_out_every": max(1, count // 5), **shared, **said, "steps": count})
+            Distill.model_validate(
+                {
+                    **looks,
+                    "held_out_every": max(1, count // 5),
+                    "block_steps": int(self.blocks * count),
+                    **shared,
+                    **said,
+                    "steps": count,
+                }
+            )
             for count, (_, said) in zip(counts, self.passes, strict=True)
         ]
 
@@ -57,6 +69,7 @@ def _hidden(measure: str, **options: Any) -> dict[str, Any]:
 _BOTH: dict[str, Method] = {
     "none": Method(()),
     "default": Method(((1.0, {}),)),
+    "blocks-first": Method(((1.0, {}),), blocks=1 / 3),
     **{f"hidden-{measure}": _with(_hidden(measure)) for measure in ("mse", "cosine", "normalised")},
     "relation": _with({"kind": "relation"}),
     "attention": _with({"kind": "attention"}),

@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from compresskit.cache import cache_folder
 from compresskit.data.cache import read_rows, write_rows
 from compresskit.data.sequences import Corpus, Sequences
-from compresskit.data.source import DataSource, open_source
+from compresskit.data.source import DataSource, Prompted, Text, open_source
 from compresskit.errors import CompressKitError
 from compresskit.progress import track
 
@@ -20,6 +21,7 @@ from compresskit.progress import track
 VERSION = 2
 #: Evaluation and calibration need this many sequences (or as many as were asked for, where that is fewer).
 SMALLEST_PART = 8
+T = TypeVar("T", bound=Text)
 _TEXTS_AT_A_TIME = 500
 _log = logging.getLogger(__name__)
 
@@ -45,9 +47,14 @@ class Sizes:
         return Sizes(evaluation, calibration, min(self.training, available - evaluation - calibration))
 
 
-def order_by_hash(texts: Iterable[str], seed: int) -> list[str]:
+def order_by_hash(texts: Iterable[T], seed: int) -> list[T]:
     """The different texts, sorted by the sha256 of seed and text: an order that no other text can change."""
-    return sorted(set(texts), key=lambda text: hashlib.sha256(f"{seed}\0{text}".encode("utf-8", "replace")).digest())
+
+    def key(text: Text) -> bytes:
+        said = text if isinstance(text, str) else "\0".join(text)
+        return hashlib.sha256(f"{seed}\0{said}".encode("utf-8", "replace")).digest()
+
+    return sorted(set(texts), key=key)
 
 
 def split_sequences(encoded: Iterable[list[int]], sizes: Sizes) -> list[list[list[int]]]:
@@ -155,7 +162,7 @@ def corpus_fingerprint(
     source: DataSource, digest: str, tokenizer: PreTrainedTokenizerBase, *, pack: bool, seed: int
 ) -> str:
     """sha256 of all that decides the sequences; where local files lie is not part of it, what they hold is."""
-    options = source.model_dump(exclude={"path"})
+    options = source.model_dump(exclude={"path"} | (set() if source.prompt else {"prompt"}))
     facts = [VERSION, options, digest, _tokenizer_digest(tokenizer), pack, seed]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -172,19 +179,49 @@ def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps([content, special], sort_keys=True).encode()).hexdigest()
 
 
-def encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, *, max_length: int, pack: bool) -> Iterator[list[int]]:
+def encode(
+    texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, *, max_length: int, pack: bool
+) -> Iterator[list[int]]:
     """Token ids of each text; [] where a text gives no token of its own.
 
-    Texts for encoders carry special tokens and are cut to `max_length`; texts to be packed are whole and bare.
+    Texts for encoders carry special tokens and are cut to `max_length`; texts to be packed are whole and bare. A token
+    of a prompt is told by its complement, ~id < 0 (`Sequences.of_marked` undoes it).
     """
     for first in range(0, len(texts), _TEXTS_AT_A_TIME):
-        batch = texts[first : first + _TEXTS_AT_A_TIME]
+        some = texts[first : first + _TEXTS_AT_A_TIME]
+        pairs = [text for text in some if isinstance(text, Prompted)]
+        if pairs:  # then all of them are
+            yield from _encode_prompted(pairs, tokenizer, max_length=max_length, pack=pack)
+            continue
+        batch = [text for text in some if isinstance(text, str)]
         if pack:
             yield from tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
             continue
         found = tokenizer(batch, truncation=True, max_length=max_length, return_special_tokens_mask=True)
         for ids, special in zip(found["input_ids"], found["special_tokens_mask"], strict=True):
             yield [] if all(special) else ids
+
+
+def _encode_prompted(
+    pairs: list[Prompted], tokenizer: PreTrainedTokenizerBase, *, max_length: int, pack: bool
+) -> Iterator[list[int]]:
+    """As `encode`. A token is the prompt's where its first character is; special ones are nobody's."""
+    cut = {} if pack else {"truncation": True, "max_length": max_length}
+    found = tokenizer(
+        ["".join(pair) for pair in pairs],
+        add_special_tokens=not pack,
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+        verbose=False,
+        **cut,
+    )
+    lists = (found[name] for name in ("input_ids", "offset_mapping", "special_tokens_mask"))
+    for pair, ids, spans, special in zip(pairs, *lists, strict=True):
+        asks = [
+            start < min(end, len(pair.prompt)) and not own for (start, end), own in zip(spans, special, strict=True)
+        ]
+        row = [~token if ask else token for token, ask in zip(ids, asks, strict=True)]
+        yield [] if all(special) else row
 
 
 def prepare_corpus(source: DataSource, tokenizer: PreTrainedTokenizerBase, *, pack: bool, seed: int = 0) -> Corpus:
@@ -203,6 +240,9 @@ def prepare_corpus(source: DataSource, tokenizer: PreTrainedTokenizerBase, *, pa
         RunFailedError: the cache cannot be written.
     """
     pad_token_id, end_token_id = _padding_and_end(source, tokenizer, pack)
+    if source.prompt is not None and not tokenizer.is_fast:
+        what = f"{type(tokenizer).__name__} does not tell which characters its tokens come from"
+        raise CompressKitError(what, where="data.prompt", fix="use a model with a tokenizer.json, or leave prompt out")
     opened = open_source(source)
     fingerprint = corpus_fingerprint(source, opened.digest, tokenizer, pack=pack, seed=seed)
     path = cache_folder() / "corpora" / f"{fingerprint[:32]}.tokens"
@@ -213,7 +253,8 @@ def prepare_corpus(source: DataSource, tokenizer: PreTrainedTokenizerBase, *, pa
     for name, rows in parts.items():
         if len(rows) < getattr(source, name) and name in source.model_fields_set:
             _log.warning("data.%s: %d were asked for, the text gives %d", name, getattr(source, name), len(rows))
-    sequences = {name: Sequences(rows, pad_token_id) for name, rows in parts.items()}
+    made = Sequences if source.prompt is None else Sequences.of_marked
+    sequences = {name: made(rows, pad_token_id) for name, rows in parts.items()}
     return Corpus(**sequences, fingerprint=fingerprint, origin=opened.origin)
 
 
@@ -237,7 +278,10 @@ def _padding_and_end(source: DataSource, tokenizer: PreTrainedTokenizerBase, pac
 
 
 def _make_parts(
-    source: DataSource, texts: list[str], tokenizer: PreTrainedTokenizerBase, end_token_id: int | None
+    source: DataSource,
+    texts: Sequence[Text],
+    tokenizer: PreTrainedTokenizerBase,
+    end_token_id: int | None,
 ) -> dict[str, list[list[int]]]:
     """Tokenise and split; an `end_token_id` asks for packed windows."""
     pack = end_token_id is not None
@@ -253,13 +297,13 @@ def _make_parts(
     return parts
 
 
-def _check_parts(source: DataSource, parts: dict[str, list[list[int]]], texts: list[str], pack: bool) -> None:
+def _check_parts(source: DataSource, parts: dict[str, list[list[int]]], texts: Sequence[Text], pack: bool) -> None:
     for name, rows in parts.items():
         asked = getattr(source, name)
         needed = min(asked, 1 if name == "training" else SMALLEST_PART)
         if len(rows) < needed:
             noun = "documents" if pack else "texts"
-            amount = f"{len(texts)} different {noun}, {sum(map(len, texts))} characters"
+            amount = f"{len(texts)} different {noun}, {sum(len(''.join(text)) for text in texts)} characters"
             kind = f"windows of {source.max_length} tokens" if pack else "sequences"
             raise CompressKitError(
                 f"too little text: {amount} gave {len(rows)} {kind} for {name}, which needs {needed}",

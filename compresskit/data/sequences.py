@@ -1,6 +1,6 @@
 """Token sequences and other model inputs in memory, and the batches made of them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -38,21 +38,35 @@ class Sequences:
     Attributes:
         rows: token ids, special tokens included; each row has at least one.
         pad_token_id: what fills the shorter rows of a batch, on the right, under a mask of 0.
+        prompts: of each token whether it belongs to a prompt, shaped as `rows`; None where nothing does.
     """
 
     rows: list[list[int]]
     pad_token_id: int
+    prompts: list[list[bool]] | None = None
+
+    @classmethod
+    def of_marked(cls, rows: list[list[int]], pad_token_id: int) -> "Sequences":
+        """From rows in which a prompt's token is told by its complement, ~id."""
+        told = [[max(token, ~token) for token in row] for row in rows]
+        return cls(told, pad_token_id, [[token < 0 for token in row] for row in rows])
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def limit(self, count: int) -> "Sequences":
         """The first `count` sequences, or all where there are fewer."""
-        return Sequences(self.rows[:count], self.pad_token_id)
+        return self.take(range(min(count, len(self.rows))))
+
+    def take(self, chosen: Iterable[int]) -> "Sequences":
+        """The sequences of these numbers, in this order."""
+        order = list(chosen)
+        prompts = None if self.prompts is None else [self.prompts[index] for index in order]
+        return Sequences([self.rows[index] for index in order], self.pad_token_id, prompts)
 
     def by_length(self) -> "Sequences":
         """The same sequences, shortest first: batches of them hold little padding."""
-        return Sequences(sorted(self.rows, key=len), self.pad_token_id)
+        return self.take(sorted(range(len(self.rows)), key=lambda index: len(self.rows[index])))
 
     def batches(self, size: int, *, limit: int | None = None) -> Iterator[Batch]:
         """Padded batches in order, the last one smaller where `size` does not divide the count.

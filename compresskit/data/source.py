@@ -6,11 +6,11 @@ import logging
 import platform
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import datasets
 from datasets.exceptions import DatasetGenerationError
@@ -24,6 +24,7 @@ from compresskit.errors import CompressKitError
 
 #: Errors of the datasets library (and of pandas and pyarrow under it) that a bad file or name raises.
 READ_ERRORS = (DatasetGenerationError, ValueError, OSError, RuntimeError)
+_TABLES = ("json", "csv", "parquet", "hub")
 _STRING_TYPES = ("string", "large_string", "string_view", "null")
 
 
@@ -49,6 +50,8 @@ class DataSource(Config):
     split: str | None = None
     #: the column that holds the text, or the images; `text` files and `python-docs` have none but "text"
     column: str = "text"
+    #: a second column: what stands before the text (a question, say); models read both, `distill` counts the text alone
+    prompt: str | None = None
     #: tokens in a sequence; texts are cut, or for language models packed, to it
     max_length: int = Field(default=128, ge=4)
     #: sequences in each part
@@ -68,7 +71,19 @@ class DataSource(Config):
             raise ValueError("source 'hub' takes one path: the data set's id")
         if self.source != "hub" and (self.name or self.split):
             raise ValueError(f"'name' and 'split' are for source 'hub', not for {self.source!r}")
+        if self.prompt is not None and self.source not in _TABLES:
+            raise ValueError(f"'prompt' names a column, and source {self.source!r} has none to name")
         return self
+
+
+class Prompted(NamedTuple):
+    """A text and what stands before it; both as they are in their columns, one right after the other."""
+
+    prompt: str
+    text: str
+
+
+Text = str | Prompted
 
 
 @dataclass(frozen=True)
@@ -78,12 +93,13 @@ class Opened:
     Attributes:
         digest: sha256 of the content, wherever it lies.
         origin: the source in words.
-        read: the texts in order; given True, whole documents for packing instead of single texts.
+        read: the texts in order; given True, whole documents for packing instead of single texts. With a column of
+            prompts they are pairs.
     """
 
     digest: str
     origin: str
-    read: Callable[[bool], list[str]]
+    read: Callable[[bool], Sequence[Text]]
 
 
 def open_source(source: DataSource) -> Opened:
@@ -124,17 +140,18 @@ def _open_hub(source: DataSource) -> Opened:
             where="data.path",
             fix="check the id, its name and split and the network, or use local files: 'source: json' with a path",
         ) from error
-    texts = _column(table, source.column, place)
-    return Opened(_digest(text.encode() for text in texts), f"{place} ({split})", lambda _: texts)
+    texts = _texts(table, source, place)
+    content = (text.encode() if isinstance(text, str) else "\0".join(text).encode() for text in texts)
+    return Opened(_digest(content), f"{place} ({split})", lambda _: texts)
 
 
 def _open_files(source: DataSource) -> Opened:
     files = [file for path in source.path for file in expand(path)]
     origin = f"{source.source}: {', '.join(file.name for file in files[:3])}{' …' if len(files) > 3 else ''}"
 
-    def read(documents: bool) -> list[str]:
+    def read(documents: bool) -> Sequence[Text]:
         texts = _read_table(source, files)
-        return join_lines(texts) if documents and source.source == "text" else texts
+        return join_lines([*map(str, texts)]) if documents and source.source == "text" else texts
 
     return Opened(_digest(file.read_bytes() for file in files), origin, read)
 
@@ -154,7 +171,7 @@ def expand(path: str) -> list[Path]:
     return found
 
 
-def _read_table(source: DataSource, files: list[Path]) -> list[str]:
+def _read_table(source: DataSource, files: list[Path]) -> Sequence[Text]:
     _refuse_empty(files)
     # The library's own cache would hold a second copy and knows files by their time stamp; ours goes by content.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
@@ -170,7 +187,7 @@ def _read_table(source: DataSource, files: list[Path]) -> list[str]:
                 where=", ".join(str(file) for file in files[:3]),
                 fix="mend the file, or say the 'source' that it is: json (also jsonl), csv, parquet or text",
             ) from error
-        return _column(table, source.column, ", ".join(source.path))
+        return _texts(table, source, ", ".join(source.path))
 
 
 def _refuse_empty(files: list[Path]) -> None:
@@ -179,30 +196,43 @@ def _refuse_empty(files: list[Path]) -> None:
         raise CompressKitError("is empty", where=", ".join(empty[:3]), fix="give a file with text")
 
 
-def _column(table: datasets.Dataset, column: str, place: str) -> list[str]:
-    """The texts of one column, stripped, without blank ones."""
+def _texts(table: datasets.Dataset, source: DataSource, place: str) -> Sequence[Text]:
+    """The texts of one column, stripped, without blank ones; with a column of prompts both as they are."""
+    cells = [cell or "" for cell in _column(table, source.column, place, "column")]
+    if source.prompt is None:
+        found: Sequence[Text] = [text for cell in cells if (text := cell.strip())]
+    else:
+        prompts = _column(table, source.prompt, place, "prompt")
+        found = [Prompted(prompt or "", cell) for prompt, cell in zip(prompts, cells, strict=True) if cell.strip()]
+    if not found:
+        raise CompressKitError(
+            f"{place} has {len(table)} rows and no text in column {source.column!r}",
+            where="data",
+            fix="give a file with text",
+        )
+    return found
+
+
+def _column(table: datasets.Dataset, column: str, place: str, option: str) -> list[str | None]:
+    """The cells of one column of strings, which the option `option` names."""
     if column not in table.column_names:
         near = did_you_mean(column, table.column_names)
         listed = ", ".join(repr(name) for name in table.column_names)
         raise CompressKitError(
             f"no column {column!r} in {place}; it has {listed or 'none'}",
-            where="data.column",
-            fix=f"did you mean 'column: {near}'?" if near else "name one of them with 'column'",
+            where=f"data.{option}",
+            fix=f"did you mean '{option}: {near}'?" if near else f"name one of them with '{option}'",
         )
-    cells = [cell for cell in table[column] if cell is not None]
+    cells = list(table[column])
     kind = getattr(table.features[column], "dtype", type(table.features[column]).__name__)
-    if cells and kind not in _STRING_TYPES:
+    known = [cell for cell in cells if cell is not None]
+    if known and kind not in _STRING_TYPES:
         raise CompressKitError(
-            f"column {column!r} of {place} holds {kind}, not text (first cell: {str(cells[0])[:40]!r})",
-            where="data.column",
-            fix="name a column of strings with 'column'",
+            f"column {column!r} of {place} holds {kind}, not text (first cell: {str(known[0])[:40]!r})",
+            where=f"data.{option}",
+            fix=f"name a column of strings with '{option}'",
         )
-    texts = [text for cell in cells if (text := cell.strip())]
-    if not texts:
-        raise CompressKitError(
-            f"{place} has {len(table)} rows and no text in column {column!r}", where="data", fix="give a file with text"
-        )
-    return texts
+    return cells
 
 
 def join_lines(lines: list[str]) -> list[str]:

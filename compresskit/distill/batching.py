@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from compresskit.data.sequences import Batch, Sequences, pad
 
@@ -13,15 +14,24 @@ _POOL_STEPS = 16
 
 @dataclass(frozen=True)
 class Numbered:
-    """A batch and the numbers of its sequences in the training part."""
+    """A batch, the numbers of its sequences in the training part, and which tokens (B, L) are a prompt's, if any."""
 
     rows: list[int]
     batch: Batch
+    prompt: Tensor | None = None
 
 
 def collate(sequences: Sequences, rows: Sequence[int], *, max_length: int | None = None) -> Numbered:
     """The sequences `rows`, cut to `max_length` tokens and padded on the right to the longest."""
-    return Numbered(list(rows), pad([sequences.rows[row][:max_length] for row in rows], sequences.pad_token_id))
+    batch = pad([sequences.rows[row][:max_length] for row in rows], sequences.pad_token_id)
+    if sequences.prompts is None:
+        return Numbered(list(rows), batch)
+    prompt = torch.zeros(batch["input_ids"].shape, dtype=torch.bool)
+    for index, row in enumerate(rows):
+        asks = sequences.prompts[row][:max_length]
+        prompt[index, : len(asks)] = torch.tensor(asks)
+        prompt[index, len(asks) :] = asks[-1]  # after a text that ends in its prompt no answer begins
+    return Numbered(list(rows), batch, prompt)
 
 
 def split_held_out(rows: int, held_out: int, *, generator: torch.Generator) -> tuple[list[int], list[int]]:

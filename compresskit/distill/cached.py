@@ -185,7 +185,7 @@ def _load_head(folder: Path, device: torch.device) -> Head:
     return Head(scale=float(said["scale"]), softcap=float(said["softcap"]) or None, **tensors)
 
 
-class CachedTeacher:
+class CachedTeacher(Teacher):
     """Gives what a cache holds; the model that it was made from is not needed.
 
     Args:
@@ -244,13 +244,6 @@ class CachedTeacher:
             return found
         sentence = torch.from_numpy(self.arrays["sentence"][rows]).to(self.device)
         return Outputs(predictions=found.predictions, sentence=sentence)
-
-    def memory(self) -> dict[str, Tensor]:
-        """Nothing: it is on the disk."""
-        return {}
-
-    def remember(self, memory: Mapping[str, Tensor]) -> None:
-        """Nothing to go on from."""
 
     def _rows(self, name: str) -> int:
         return len(self.starts) - 1 if name == "sentence" else int(self.starts[-1])

@@ -7,7 +7,9 @@ The order of the text is not stored: it follows from the generator, and is drawn
 """
 
 import json
+import logging
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from torch import Tensor, nn
 from compresskit.cache import writing_to_cache
 from compresskit.errors import CompressKitError
 from compresskit.whole import whole_folder
+
+log = logging.getLogger(__name__)
 
 _LAYOUT = 1
 
@@ -57,6 +61,25 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
 def forget_state(folder: Path) -> None:
     """Training is over: remove what it left."""
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def forget_old_states(home: Path, *, besides: Path, days: float = 14) -> None:
+    """Remove the states in `home` that nobody came back for: last written more than `days` ago, all but `besides`.
+
+    What a killed process left half-written goes with them.
+    """
+    if not home.is_dir():
+        return
+    oldest = time.time() - days * 24 * 3600
+    for folder in home.iterdir():
+        if folder != besides and folder.is_dir() and _written(folder) < oldest:
+            log.info("distill: a training that was never resumed is forgotten: %s", folder)
+            forget_state(folder)
+
+
+def _written(folder: Path) -> float:
+    """When its newest file was written; of an empty one when it was made."""
+    return max((path.stat().st_mtime for path in folder.iterdir()), default=folder.stat().st_mtime)
 
 
 def prefixed(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ is tried on one short input before it is relied on. A model that fails, or has n
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 import torch
@@ -48,6 +49,18 @@ def _take_apart(module: nn.Module | None, *, scale: float, softcap: float | None
         thin, wide = module.factor_in, module.expand
         return Head(wide.weight, wide.bias, thin.weight, scale=scale, softcap=softcap)
     return None
+
+
+def cut_head(head: Head, tokens: int) -> Head:
+    """The head over the first `tokens` of its vocabulary; itself where it has no more."""
+    weight, bias = head.weight, head.bias
+    if weight.shape[0] <= tokens:
+        return head
+    if isinstance(weight, TiledWeight):
+        weight = TiledWeight((tokens, weight.shape[1]), weight.rows, weight.dtype)
+    else:
+        weight = weight[:tokens]
+    return replace(head, weight=weight, bias=None if bias is None else bias[:tokens])
 
 
 @torch.no_grad()

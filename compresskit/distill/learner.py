@@ -1,7 +1,7 @@
 """A student at one step of its training: its losses, its gradient, its best weights so far."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,12 +19,14 @@ from compresskit.distill.checkpoint import (
     restore_random_state,
     under,
 )
+from compresskit.distill.goals import Blocks, Goal, Whole
 from compresskit.distill.losses import Loss
 from compresskit.distill.options import TrainingOptions, learning_rate_at
-from compresskit.distill.outputs import Outputs, Projection, StepWeights, Wanted, observe, step_weights
+from compresskit.distill.outputs import Outputs, Projection, StepWeights, Wanted, step_weights
+from compresskit.distill.parameters import find_factors
 from compresskit.distill.teachers import Teacher
-from compresskit.distill.token_counts import count_tokens
-from compresskit.errors import RunFailedError
+from compresskit.distill.token_counts import answers_alone, count_tokens
+from compresskit.errors import CompressKitError, RunFailedError
 from compresskit.sentence import SentenceEmbedding
 
 _PREDICTIONS: frozenset[Wanted] = frozenset({"predictions"})
@@ -50,75 +52,98 @@ class Learner:
         pooling: SentenceEmbedding,
         teacher_shape: PreTrainedModel,
     ) -> None:
-        self.student, self.teacher, self.losses, self.chosen = student, teacher, losses, chosen
-        self.options, self.accelerator, self.pooling = options, accelerator, pooling
-        self.wants: frozenset[Wanted] = frozenset().union(*(loss.wants(student) for loss in losses))
-        self.asks: frozenset[Wanted] = frozenset().union(*(loss.asks(student) for loss in losses))
-        if options.token_weight != "even":
-            self.asks |= _PREDICTIONS
-        self.names = [
-            loss.kind if sum(other.kind == loss.kind for other in losses) == 1 else f"{loss.kind}[{i}]"
-            for i, loss in enumerate(losses)
-        ]
-        bridges = [loss.bridge(student, teacher_shape) for loss in losses]
-        self.bridges = [None if bridge is None else bridge.to(accelerator.device) for bridge in bridges]
-        self.learned = dict(chosen) | {
-            f"losses[{i}].{name}": value
-            for i, bridge in enumerate(self.bridges)
-            if bridge is not None
-            for name, value in bridge.named_parameters()
-        }
+        self.student, self.teacher, self.chosen = student, teacher, chosen
+        self.options, self.accelerator = options, accelerator
+        self.whole = Whole(student, losses, pooling, teacher_shape, accelerator.device)
+        self.blocks = Blocks(student, teacher_shape) if options.block_steps else None
+        self.learned = dict(chosen) | self.whole.bridge_parameters()
+        self.in_blocks = self._in_blocks()
+        self.factors = None if options.turns is None else find_factors(student, chosen)
         self.optimizer = torch.optim.AdamW(
             self.learned.values(), lr=options.learning_rate, weight_decay=options.weight_decay, fused=True
         )
         self.best: dict[str, Tensor] = {}
         self.best_loss, self.best_step = math.inf, 0
 
-    def total(self, parts: Iterable[float]) -> float:
-        """The weighted sum that is minimised at the end of the training."""
-        return sum(loss.final_weight * part for loss, part in zip(self.losses, parts, strict=True))
+    def _in_blocks(self) -> frozenset[str]:
+        if self.blocks is None:
+            return frozenset()
+        found = frozenset(name for name in self.chosen if name.startswith(f"{self.blocks.stack}."))
+        if not found:
+            what = f"no parameter that learns is in a block of {self.blocks.stack}"
+            raise CompressKitError(what, where="block_steps", fix="leave block_steps out, or freeze less")
+        return found
+
+    def goal_at(self, number: int) -> Goal:
+        """What step `number`, from 0, is for."""
+        return self.blocks if self.blocks is not None and number < self.options.block_steps else self.whole
+
+    def resting_at(self, number: int) -> frozenset[str]:
+        """Which of the parameters that learn do not in step `number`."""
+        resting = frozenset(self.learned) - self.in_blocks if self.goal_at(number) is self.blocks else frozenset()
+        if self.factors is None or self.options.turns is None:
+            return resting
+        return resting | self.factors[1 - number // self.options.turns % 2]
 
     @torch.no_grad()
-    def measure(self, batches: Sequence[Numbered]) -> list[float]:
-        """Each loss over all `batches`, without dropout; the processes share them."""
+    def measure(self, batches: Sequence[Numbered], goal: Goal | None = None) -> list[float]:
+        """Each part of a goal, by default the whole, over all `batches`, without dropout; the processes share them."""
+        goal = goal or self.whole
         mode = self.student.training
         self.student.eval()
         mine = self._mine(batches)
-        sums = [0.0] * len(self.losses)
-        for batch, numbered, weights, _ in self._weighed(mine, keep_targets=False):
-            for i, part in enumerate(self._losses(batch, weights, self._target(batch, numbered))):
+        sums = [0.0] * len(goal.names)
+        for batch, numbered, weights, _ in self._weighed(goal, mine, keep_targets=False):
+            for i, part in enumerate(self._parts(goal, batch, weights, self._target(goal, batch, numbered))):
                 sums[i] += part.item()
         self.student.train(mode)
         return self._add_up(torch.tensor(sums, dtype=torch.float64)).tolist()
 
     def step(self, number: int, batches: Sequence[Numbered]) -> list[float]:
-        """One optimiser step, the `number`-th from 0; returns each loss.
+        """One optimiser step, the `number`-th from 0; returns each part of its goal.
 
         Raises:
             RunFailedError: a loss or a gradient that is not finite; the best weights are back in the model.
         """
-        options = self.options
-        factor = learning_rate_at(number, steps=options.steps, warmup=options.warmup, schedule=options.schedule)
-        for group in self.optimizer.param_groups:
-            group["lr"] = options.learning_rate * factor
-        shares = [loss.weight_at(number, options.steps) for loss in self.losses]
-        sums = [0.0] * len(self.losses)
-        for batch, numbered, weights, target in self._weighed(self._mine(batches), keep_targets=True):
-            parts = self._losses(batch, weights, target or self._target(batch, numbered))
+        goal = self._begin(number)
+        at, steps = self._within_stage(number)
+        shares = goal.weights_at(at, steps)
+        sums = [0.0] * len(goal.names)
+        for batch, numbered, weights, target in self._weighed(goal, self._mine(batches), keep_targets=True):
+            parts = self._parts(goal, batch, weights, target or self._target(goal, batch, numbered))
             for i, part in enumerate(parts):
                 sums[i] += part.item()
             if self.accelerator.num_processes == 1:  # a process that stops alone would leave the others waiting
-                self._require_finite(number, sums)
+                self._require_finite(number, goal, sums)
             self.accelerator.backward(torch.stack([s * part for s, part in zip(shares, parts, strict=True)]).sum())
         sums = self._add_up(torch.tensor(sums, dtype=torch.float64)).tolist()
-        self._require_finite(number, sums)
+        self._require_finite(number, goal, sums)
         self._add_up_gradients()
-        norm = torch.nn.utils.clip_grad_norm_(list(self.learned.values()), options.clip_norm)
+        norm = torch.nn.utils.clip_grad_norm_(list(self.learned.values()), self.options.clip_norm)
         if not math.isfinite(float(norm)):
             self._fail(number, f"the gradient's norm is {float(norm)}")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.teacher.follow(self.chosen)
         return sums
+
+    def _within_stage(self, number: int) -> tuple[int, int]:
+        """The step's number within its stage, and the steps of that stage."""
+        first = self.options.block_steps
+        return (number, first) if number < first else (number - first, self.options.steps - first)
+
+    def _begin(self, number: int) -> Goal:
+        """Set the rate and who learns; a stage begins with an optimiser that remembers nothing."""
+        options, (at, steps) = self.options, self._within_stage(number)
+        factor = learning_rate_at(at, steps=steps, warmup=options.warmup, schedule=options.schedule)
+        for group in self.optimizer.param_groups:
+            group["lr"] = options.learning_rate * factor
+        if number and number == options.block_steps:
+            self.optimizer.state.clear()
+        resting = self.resting_at(number)
+        for name, value in self.learned.items():
+            value.requires_grad_(name not in resting)
+        return self.goal_at(number)
 
     def keep_if_best(self, step: int, loss: float) -> None:
         """Remember the weights where `loss` is the least so far."""
@@ -169,49 +194,63 @@ class Learner:
         if self.accelerator.num_processes == 1:
             return
         for value in self.learned.values():
+            if not value.requires_grad:
+                continue
             grad = torch.zeros_like(value) if value.grad is None else value.grad
             value.grad = self.accelerator.reduce(grad, "sum")  # type: ignore[assignment]
 
     def _weighed(
-        self, batches: Sequence[Numbered], *, keep_targets: bool
+        self, goal: Goal, batches: Sequence[Numbered], *, keep_targets: bool
     ) -> list[tuple[Batch, Numbered, StepWeights, Outputs | None]]:
         """Each batch on the device, with what its places count; where the teacher had to say it, its outputs too."""
         device = self.accelerator.device
         moved = [{name: values.to(device) for name, values in numbered.batch.items()} for numbered in batches]
         targets: list[Outputs | None] = [None] * len(batches)
         counts = None
-        if self.options.token_weight != "even":
+        asked = self.options.token_weight != "even" or self.teacher.leaves_out
+        if asked or any(numbered.prompt is not None for numbered in batches):
             counts = []
             for i, (batch, numbered) in enumerate(zip(moved, batches, strict=True)):
-                target = self._target(batch, numbered, everything=keep_targets)
-                targets[i] = target if keep_targets else None
-                assert isinstance(target.predictions, torch.Tensor | Projection)
-                with self._precision():
-                    counts.append(count_tokens(self.options.token_weight, target.predictions, batch))
+                target = Outputs()
+                if asked:
+                    target = self._target(goal, batch, numbered, everything=keep_targets or self.teacher.leaves_out)
+                    targets[i] = target if keep_targets else None
+                counts.append(self._counts(batch, numbered, target))
         weights = step_weights([batch["attention_mask"] for batch in moved], counts, add_up=self._add_up)
         return list(zip(moved, batches, weights, targets, strict=True))
 
-    def _target(self, batch: Batch, numbered: Numbered, *, everything: bool = True) -> Outputs:
-        needs = self.asks if everything else _PREDICTIONS
+    def _counts(self, batch: Batch, numbered: Numbered, target: Outputs) -> Tensor:
+        """What each token counts, (B, L), by the rule, the teacher and where prompts end."""
+        counts = torch.ones(batch["input_ids"].shape, device=batch["input_ids"].device)
+        if self.options.token_weight != "even":
+            assert isinstance(target.predictions, torch.Tensor | Projection)
+            with self._precision():
+                counts = count_tokens(self.options.token_weight, target.predictions, batch)
+        if target.counts is not None:
+            counts = counts * target.counts
+        if numbered.prompt is None:
+            return counts
+        prompt = numbered.prompt.to(counts.device)
+        return counts * answers_alone(prompt, next_tokens=self.student.can_generate())
+
+    def _target(self, goal: Goal, batch: Batch, numbered: Numbered, *, everything: bool = True) -> Outputs:
+        needs = goal.asks if everything else frozenset[Wanted]()
+        if self.options.token_weight != "even":
+            needs |= _PREDICTIONS
         with self._precision():
             return self.teacher(batch, numbered.rows, needs) if needs else Outputs()
 
-    def _losses(self, batch: Batch, weights: StepWeights, target: Outputs) -> list[Tensor]:
-        """Each loss of one batch, in the order of `losses`."""
+    def _parts(self, goal: Goal, batch: Batch, weights: StepWeights, target: Outputs) -> list[Tensor]:
         with self._precision():
-            ours = observe(self.student, batch, self.wants, self.pooling)
-            return [
-                loss(ours if bridge is None else bridge(ours), target, batch, weights)
-                for loss, bridge in zip(self.losses, self.bridges, strict=True)
-            ]
+            return goal.parts(batch, weights, target)
 
     def _precision(self) -> torch.autocast:
         low = self.options.precision == "bfloat16"
         return torch.autocast(self.accelerator.device.type, dtype=torch.bfloat16, enabled=low)
 
-    def _require_finite(self, number: int, sums: Sequence[float]) -> None:
+    def _require_finite(self, number: int, goal: Goal, sums: Sequence[float]) -> None:
         if not math.isfinite(sum(sums)):
-            self._fail(number, f"the loss is {dict(zip(self.names, sums, strict=True))}")
+            self._fail(number, f"the loss is {dict(zip(goal.names, sums, strict=True))}")
 
     def _fail(self, number: int, what: str) -> None:
         self.restore_best()

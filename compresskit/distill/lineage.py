@@ -1,6 +1,7 @@
 """What of its teacher each part of a student stands for, read from the record of edits.
 
     hidden state k           the state that the next block read in the original        (blocks were dropped)
+    what a block reads       the state that its original read; of the first one always the embeddings
     layer m's channels K     the original layer's channels K                           (neurons, heads were cut)
     attention map of a head  the same head's map, in the block that it comes from
 
@@ -15,11 +16,13 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compresskit.distill.outputs import Inner, Maps, Outputs, Wanted
+from compresskit.distill.outputs import Inner, Maps, Outputs, Stream, Wanted
 from compresskit.errors import CompressKitError
 from compresskit.surgery.depth_edits import find_stack, get_stack
 from compresskit.surgery.edits import Edit
 from compresskit.surgery.provenance import Provenance
+
+_Part = Inner | Maps | Stream
 
 
 def even_layer(layer: int, student_blocks: int, teacher_blocks: int) -> int:
@@ -63,27 +66,35 @@ class Lineage:
 
     def asked(self, needs: frozenset[Wanted]) -> frozenset[Wanted]:
         """What the teacher has to show where the student shows `needs`."""
-        return frozenset(self._source(one) if isinstance(one, Inner | Maps) else one for one in needs)
+        return frozenset(self._source(one) if isinstance(one, _Part) else one for one in needs)
 
     def left_of(self, needs: frozenset[Wanted], teacher: Outputs) -> Outputs:
         """The teacher's outputs for `asked(needs)`, cut to what the student has and under the student's names."""
-        inner = {
-            one: self._cut(one, teacher.inner[self._source(one)]) for one in needs if isinstance(one, Inner | Maps)
-        }
+        inner = {one: self._cut(one, teacher.inner[self._source(one)]) for one in needs if isinstance(one, _Part)}
         hidden = teacher.hidden
         if hidden is not None and self.layers is not None:
             hidden = tuple(hidden[layer] for layer in self.layers)
         return replace(teacher, hidden=hidden, inner=inner)
 
-    def _source(self, one: Inner | Maps) -> Inner | Maps:
+    def _source(self, one: _Part) -> _Part:
         if isinstance(one, Inner):
             return replace(one, module=self.provenance.original_name(one.module))
         blocks = next(iter(self.provenance.stacks.values()), None)
+        if isinstance(one, Stream):
+            return replace(one, place=self._place(one.place, blocks))
         query = self.provenance.original_name(one.query)
         return replace(one, query=query, block=one.block if blocks is None else blocks[one.block])
 
-    def _cut(self, one: Inner | Maps, given: Tensor) -> Tensor:
+    def _place(self, place: int, blocks: Sequence[int] | None) -> int:
+        """Where the teacher's stream is what the student's is at `place`: as for hidden states."""
+        if self.layers is not None:
+            return self.layers[place]
+        return place if blocks is None or place == 0 else blocks[place - 1] + 1
+
+    def _cut(self, one: _Part, given: Tensor) -> Tensor:
         source = self._source(one)
+        if isinstance(source, Stream):
+            return given
         kept = self.provenance.kept.get(source.module if isinstance(source, Inner) else source.query)
         if kept is None:
             return given
@@ -96,9 +107,11 @@ class Lineage:
 def missing_layer(lineage: Lineage, needs: frozenset[Wanted], teacher: PreTrainedModel) -> str | None:
     """The first layer that the teacher would have to show for `needs` and does not have."""
     named = {name for name, _ in teacher.named_modules()}
-    asked = sorted(
-        one.module if isinstance(one, Inner) else one.query
-        for one in lineage.asked(needs)
-        if isinstance(one, Inner | Maps)
-    )
+    asked = sorted(_module_of(one) for one in lineage.asked(needs) if isinstance(one, _Part))
     return next((name for name in asked if name not in named), None)
+
+
+def _module_of(one: _Part) -> str:
+    if isinstance(one, Stream):
+        return one.stack
+    return one.module if isinstance(one, Inner) else one.query

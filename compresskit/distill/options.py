@@ -3,7 +3,7 @@
 import math
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from compresskit.config import Config
 from compresskit.distill.token_counts import TokenRule
@@ -13,6 +13,9 @@ class TrainingOptions(Config):
     """How to train, whatever the losses are."""
 
     steps: int = Field(default=300, ge=1, description="optimiser steps")
+    block_steps: int = Field(
+        default=0, ge=0, description="of the steps, so many at the beginning in which each block learns alone"
+    )
     batch_size: int = Field(default=32, ge=1, description="sequences in a batch")
     accumulate: int = Field(default=1, ge=1, description="batches in an optimiser step; several processes share them")
     learning_rate: float = Field(default=1e-4, gt=0, description="of AdamW, at its highest")
@@ -31,6 +34,12 @@ class TrainingOptions(Config):
     held_out_every: int = Field(default=50, ge=1, description="optimiser steps between two looks at the held-out loss")
     train: tuple[str, ...] = Field(default=("*",), description="globs over the names of parameters that learn")
     freeze: tuple[str, ...] = Field(default=(), description="globs over the names among those that do not")
+    turns: int | None = Field(
+        default=None,
+        ge=1,
+        description="steps for which only the B of low-rank layers y = B A x learn, then only the A, and so on; "
+        "by default both always",
+    )
     dropout: bool = Field(default=False, description="whether the model's dropout is on while it learns")
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32", description="of the products; weights and losses stay float32"
@@ -43,6 +52,12 @@ class TrainingOptions(Config):
         ge=0,
         description="training that is killed goes on from a state at most so old (and one look); null: from the start",
     )
+
+    @model_validator(mode="after")
+    def _leaves_steps_for_the_whole(self) -> "TrainingOptions":
+        if self.block_steps >= self.steps:
+            raise ValueError(f"block_steps {self.block_steps} leaves none of {self.steps} steps for the whole model")
+        return self
 
 
 def learning_rate_at(step: int, *, steps: int, warmup: float, schedule: str) -> float:

@@ -16,6 +16,7 @@ from compresskit.errors import CompressKitError
 from compresskit.kernels.linear_kl import Head, TopK
 from compresskit.models import answer_kind
 from compresskit.sentence import MEAN_POOLED, SentenceEmbedding
+from compresskit.surgery.depth_edits import get_stack
 from compresskit.surgery.sites import without_cache
 
 # B sequences, L tokens (padded), H hidden size, V classes or vocabulary
@@ -51,7 +52,20 @@ class Maps:
     head_dim: int
 
 
-Wanted = Need | Inner | Maps
+@dataclass(frozen=True)
+class Stream:
+    """What runs between two of the student's blocks, (B, L, H), before any norm that follows the last.
+
+    Attributes:
+        stack: the name of the list of blocks.
+        place: the block that reads it; past the last block, what that one gives.
+    """
+
+    stack: str
+    place: int
+
+
+Wanted = Need | Inner | Maps | Stream
 
 
 @dataclass(frozen=True)
@@ -71,13 +85,15 @@ class Outputs:
             exposes its head, what makes them; of a cached teacher perhaps the largest alone, at the loss's temperature.
         hidden: the embeddings' output and each block's, (B, L, H) each; the last as the model's head sees it.
         sentence: (B, H), the last hidden states pooled as the model's folder says.
-        inner: layers and attention maps, by what the student calls them.
+        counts: (B, L) ≥ 0, of a teacher that leaves items out: what it says of these tokens counts.
+        inner: layers, attention maps and what runs between blocks, by what the student calls them.
     """
 
     predictions: Tensor | Projection | TopK | None = None
     hidden: tuple[Tensor, ...] | None = None
     sentence: Tensor | None = None
-    inner: Mapping[Inner | Maps, Tensor] = field(default_factory=dict)
+    counts: Tensor | None = None
+    inner: Mapping[Inner | Maps | Stream, Tensor] = field(default_factory=dict)
 
     def get(self, name: Need) -> Tensor | Projection | TopK | tuple[Tensor, ...]:
         """The output `name`.
@@ -101,7 +117,7 @@ class StepWeights:
 
     Attributes:
         token: (B, L), equal over real tokens unless said otherwise, 0 at padding.
-        row: (B,), equal over sequences that hold a token.
+        row: (B,), equal over sequences that hold a token which counts.
         next_token: (B, L − 1), as `token` over tokens that a real token follows; 0 everywhere where there is none.
     """
 
@@ -130,10 +146,10 @@ def step_weights(
         counts: (B, L) ≥ 0 each, what the tokens count before normalisation; by default all the same.
         add_up: sums a tensor over all processes.
     """
-    rows = [mask.float().amax(1) for mask in masks]
     tokens = [mask.float() for mask in masks]
     if counts is not None:
         tokens = [mask * count for mask, count in zip(tokens, counts, strict=True)]
+    rows = [(token.amax(1) > 0).float() for token in tokens]
     follows = [token[:, :-1] * mask[:, 1:] for token, mask in zip(tokens, masks, strict=True)]
     parts = (tokens, rows, follows)
     sums = [sum(float(one.double().sum()) for one in part) for part in parts]
@@ -156,7 +172,8 @@ def observe(
 
     Attention maps are made by the model's eager attention, which gives the same but for rounding.
     """
-    body_only = not needs - {"sentence"} and has_head(model)
+    streams = [one for one in needs if isinstance(one, Stream)]
+    body_only = not needs - {"sentence", *streams} and has_head(model)
     runner = model.base_model if body_only else model
     head = None if body_only or not has_head(model) else find_head(model)
     layers = [one for one in needs if isinstance(one, Inner)]
@@ -166,6 +183,7 @@ def observe(
         nullcontext([]) if head is None else head_skipped(model) as reached,
         _eager(model) if maps else nullcontext(),
         _watched(model, layers) as inner,
+        _between_blocks(model, streams) as between,
     ):
         result = runner(
             input_ids=batch["input_ids"],
@@ -177,29 +195,61 @@ def observe(
     predictions = None
     if "predictions" in needs:
         predictions = result.logits if head is None else Projection(reached[0], head)
-    hidden = tuple(_precise(state) for state in result.hidden_states) if "hidden" in needs else None
+    hidden = tuple(precise(state) for state in result.hidden_states) if "hidden" in needs else None
     sentence = None
     if "sentence" in needs:
         last = result.hidden_states[-1] if result.get("hidden_states") is not None else result.last_hidden_state
-        sentence = pooling.pool(_precise(last), batch["attention_mask"])
-    inner |= _maps(model, result, maps)
-    return Outputs(predictions, hidden, sentence, {key: _precise(value) for key, value in inner.items()})
+        sentence = pooling.pool(precise(last), batch["attention_mask"])
+    inner |= _maps(model, result, maps) | between
+    inner = {key: precise(value) for key, value in inner.items()}
+    return Outputs(predictions, hidden, sentence, inner=inner)
 
 
-def _precise(values: Tensor) -> Tensor:
+def precise(values: Tensor) -> Tensor:
     """At least float32, in which losses are computed."""
     return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
 
 
 @contextmanager
-def _watched(model: nn.Module, layers: Iterable[Inner]) -> Iterator[dict[Inner | Maps, Tensor]]:
+def _watched(model: nn.Module, layers: Iterable[Inner]) -> Iterator[dict[Inner | Maps | Stream, Tensor]]:
     """Within it, what these layers give is put into the mapping."""
-    given: dict[Inner | Maps, Tensor] = {}
+    given: dict[Inner | Maps | Stream, Tensor] = {}
 
     def note(layer: Inner, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
         given[layer] = output
 
     handles = [model.get_submodule(layer.module).register_forward_hook(partial(note, layer)) for layer in layers]
+    try:
+        yield given
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def carried(output: Any) -> Tensor:
+    """The hidden states among what a block gives."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def _between_blocks(model: nn.Module, streams: Iterable[Stream]) -> Iterator[dict[Inner | Maps | Stream, Tensor]]:
+    """Within it, what these blocks read, or past the last what it gives, is put into the mapping."""
+    given: dict[Inner | Maps | Stream, Tensor] = {}
+
+    def note_read(stream: Stream, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given[stream] = args[0] if args else kwargs["hidden_states"]
+
+    def note_given(stream: Stream, _block: nn.Module, _args: Any, output: Any) -> None:
+        given[stream] = carried(output)
+
+    handles = []
+    for stream in streams:
+        stack = get_stack(model, stream.stack)
+        if stream.place < len(stack):
+            hook = partial(note_read, stream)
+            handles.append(stack[stream.place].register_forward_pre_hook(hook, with_kwargs=True))
+        else:
+            handles.append(stack[-1].register_forward_hook(partial(note_given, stream)))
     try:
         yield given
     finally:
@@ -218,8 +268,8 @@ def _eager(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(before or "eager")
 
 
-def _maps(model: PreTrainedModel, result: Any, maps: Iterable[Maps]) -> dict[Inner | Maps, Tensor]:
-    found: dict[Inner | Maps, Tensor] = {}
+def _maps(model: PreTrainedModel, result: Any, maps: Iterable[Maps]) -> dict[Inner | Maps | Stream, Tensor]:
+    found: dict[Inner | Maps | Stream, Tensor] = {}
     for one in maps:
         if one.block >= len(result.attentions) or result.attentions[one.block] is None:
             what = f"block {one.block} of {type(model).__name__} shows no attention map"

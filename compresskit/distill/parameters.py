@@ -1,6 +1,6 @@
 """Which of a model's parameters learn, and how its blocks are run meanwhile."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from compresskit.config import did_you_mean
 from compresskit.errors import CompressKitError
+from compresskit.layers.low_rank import LowRankLinear
 from compresskit.surgery.sites import find_blocks
 
 
@@ -39,6 +40,25 @@ def choose_parameters(model: nn.Module, train: tuple[str, ...], freeze: tuple[st
     if not chosen:
         raise CompressKitError("every parameter is frozen", where="freeze", fix="freeze fewer names")
     return chosen
+
+
+def find_factors(model: nn.Module, chosen: Collection[str]) -> tuple[frozenset[str], frozenset[str]]:
+    """The weights of B and of A among the parameters `chosen`, of all low-rank layers y = B (A x) + b.
+
+    Raises:
+        CompressKitError: there are none of the one or the other.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+    wide = frozenset(f"{name}.expand.weight" for name in layers) & frozenset(chosen)
+    thin = frozenset(one for one in chosen if any(one.startswith(f"{name}.reduce.") for name in layers))
+    if not wide or not thin:
+        what = (
+            "the model has no low-rank layer" if not layers else f"no {'A' if wide else 'B'} of a low-rank layer learns"
+        )
+        raise CompressKitError(
+            what, where="turns", fix="leave turns out, or put it after low_rank with both factors free"
+        )
+    return wide, thin
 
 
 @contextmanager

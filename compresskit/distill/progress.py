@@ -1,6 +1,6 @@
 """The training bar: steps, each loss, speed and time left, on stderr."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from types import TracebackType
 
 from rich.console import Console
@@ -16,12 +16,11 @@ class TrainingBar:
     Args:
         title: what is being done.
         steps: how many steps there are.
-        names: of the losses, in the order of `advance`'s values.
     """
 
-    def __init__(self, title: str, steps: int, names: Sequence[str]) -> None:
+    def __init__(self, title: str, steps: int) -> None:
         console = Console(stderr=True)
-        self.names, self.smooth = names, list[float]()
+        self.smooth = dict[str, float]()
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -42,10 +41,8 @@ class TrainingBar:
     ) -> None:
         self.progress.stop()
 
-    def advance(self, losses: Sequence[float], tokens_per_s: float) -> None:
-        """One step is done."""
-        if self.smooth:
-            losses = [old + _RECENT * (new - old) for old, new in zip(self.smooth, losses, strict=True)]
-        self.smooth = list(losses)
-        facts = " ".join(f"{name} {value:.4f}" for name, value in zip(self.names, self.smooth, strict=True))
+    def advance(self, parts: Mapping[str, float], tokens_per_s: float) -> None:
+        """One step is done; parts that are not those of the step before begin anew."""
+        self.smooth = {name: (old := self.smooth.get(name, new)) + _RECENT * (new - old) for name, new in parts.items()}
+        facts = " ".join(f"{name} {value:.4f}" for name, value in self.smooth.items())
         self.progress.update(self.task, advance=1, facts=f"{facts} · {tokens_per_s:.0f} tokens/s")

@@ -46,6 +46,19 @@ def count_tokens(rule: TokenRule, predictions: Tensor | Projection, batch: Batch
     return counts
 
 
+def answers_alone(prompt: Tensor, *, next_tokens: bool) -> Tensor:
+    """1 where a token counts and 0 where it is the prompt's, (B, L), from which tokens are.
+
+    Args:
+        prompt: (B, L) bool.
+        next_tokens: whether what is said at a token is the next one: then that one must not be the prompt's. So the
+            last token of a prompt counts, at which the answer begins.
+    """
+    if next_tokens:
+        prompt = torch.cat([prompt[:, 1:], prompt[:, -1:]], 1)
+    return (~prompt).float()
+
+
 def _count(rule: TokenRule, logits: Tensor, following: Tensor) -> Tensor:
     log_p = logits.to(working_dtype(logits.dtype)).log_softmax(-1)
     if rule == "tsld":

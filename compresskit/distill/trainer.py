@@ -2,7 +2,9 @@
 
 Each optimiser step sums the losses of `accumulate` batches, weighted once over the whole step; AdamW follows a learning
 rate with warm-up and decay. Every `held_out_every` steps the same losses are measured on sequences kept apart from the
-training part, and the weights of the least held-out loss stay. Step 0 counts, so training never makes it worse.
+training part, and the weights of the least held-out loss stay. Step 0 counts, so training never makes it worse. With
+`block_steps` a first stage trains each block alone (`compresskit.distill.goals`), with a rate that rises and falls for
+itself and an optimiser of its own; what is kept is chosen by the losses of the whole model all along.
 
 Under `accelerate launch` the processes share a step's batches, and add up their gradients once a step: one process, two
 of them, and twice the accumulation give the same step. Each holds the whole student; the first writes checkpoints.
@@ -17,7 +19,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -43,7 +45,8 @@ log = logging.getLogger(__name__)
 class TrainingResult:
     """What training did; losses are weighted sums as they are minimised at the end, `parts` each loss alone.
 
-    `elsewhere` is the same weighted sum on a second text, None where none was given.
+    `elsewhere` is the same weighted sum on a second text, None where none was given; `blocks` the mean relative error
+    of each block alone on held-out text, before the stage in which they learn so and after it, None without one.
     """
 
     held_out_loss_before: float
@@ -52,6 +55,8 @@ class TrainingResult:
     parts_after: dict[str, float]
     elsewhere_before: float | None
     elsewhere_after: float | None
+    blocks_before: float | None
+    blocks_after: float | None
     best_step: int
     trained_params: int
     tokens: int
@@ -133,7 +138,7 @@ def _check(losses: Sequence[Loss], training: Sequences, options: TrainingOptions
 def _numbered_apart(elsewhere: Sequences, options: TrainingOptions) -> list[Numbered]:
     """The batches of another text: negative numbers, at which teachers remember nothing."""
     found = by_length(elsewhere, range(len(elsewhere)), options.batch_size, max_length=options.max_length)
-    return [Numbered([-1 - row for row in numbered.rows], numbered.batch) for numbered in found]
+    return [replace(numbered, rows=[-1 - row for row in numbered.rows]) for numbered in found]
 
 
 @contextmanager
@@ -152,8 +157,9 @@ class _Run:
     ) -> None:
         self.learner, self.apart, self.others, self.checkpoint = learner, apart, others, checkpoint
         self.done, self.tokens, self.training_s = 0, 0, 0.0
-        self.before = self.after = [0.0] * len(learner.losses)
+        self.before = self.after = [0.0] * len(learner.whole.losses)
         self.elsewhere: list[float] = []  # before training, at the best step
+        self.blocks: list[float] = []  # each block alone, before training and after its stage
         self.written = time.monotonic()
 
     def finish(self, steps: Iterable[list[Numbered]]) -> TrainingResult:
@@ -161,7 +167,7 @@ class _Run:
         learner, options = self.learner, self.learner.options
         if not self._go_on():
             self._measure_first()
-        with TrainingBar("distill", options.steps, learner.names) as bar:
+        with TrainingBar("distill", options.steps) as bar:
             for number, batches in zip(range(options.steps), steps, strict=False):
                 if number < self.done:
                     continue
@@ -170,9 +176,11 @@ class _Run:
                 self.training_s += time.perf_counter() - started
                 self.tokens += sum(int(numbered.batch["attention_mask"].sum()) for numbered in batches)
                 self.done = number + 1
-                bar.advance(parts, self.tokens / self.training_s)
-                told = dict(zip(learner.names, parts, strict=True))
+                told = dict(zip(learner.goal_at(number).names, parts, strict=True))
+                bar.advance(told, self.tokens / self.training_s)
                 learner.accelerator.log({**told, "tokens_per_s": self.tokens / self.training_s}, step=self.done)
+                if self.done == options.block_steps:
+                    self.blocks.append(learner.measure(self.apart, learner.blocks)[0])
                 if self.done % options.held_out_every == 0 or self.done == options.steps:
                     self._look()
                     self._write()
@@ -183,22 +191,26 @@ class _Run:
     def _measure_first(self) -> None:
         learner = self.learner
         self.before = self.after = learner.measure(self.apart)
-        if not math.isfinite(learner.total(self.before)):
-            raise RunFailedError(f"the held-out loss is {learner.total(self.before)} before any step", where="distill")
-        learner.keep_if_best(0, learner.total(self.before))
+        if not math.isfinite(learner.whole.total(self.before)):
+            raise RunFailedError(
+                f"the held-out loss is {learner.whole.total(self.before)} before any step", where="distill"
+            )
+        if learner.blocks is not None:
+            self.blocks = learner.measure(self.apart, learner.blocks)
+        learner.keep_if_best(0, learner.whole.total(self.before))
         if self.others:
-            self.elsewhere = [learner.total(learner.measure(self.others))] * 2
+            self.elsewhere = [learner.whole.total(learner.measure(self.others))] * 2
 
     def _look(self) -> None:
         """Measure on held-out text, and on the other one where it matters."""
         learner = self.learner
         now = learner.measure(self.apart)
-        learner.keep_if_best(self.done, learner.total(now))
-        told = f"step {self.done}: held-out loss {learner.total(now):.5f}"
+        learner.keep_if_best(self.done, learner.whole.total(now))
+        told = f"step {self.done}: held-out loss {learner.whole.total(now):.5f}"
         if learner.best_step == self.done:
             self.after = now
             if self.others:
-                self.elsewhere[1] = learner.total(learner.measure(self.others))
+                self.elsewhere[1] = learner.whole.total(learner.measure(self.others))
                 told += f", on the other text {self.elsewhere[1]:.5f}"
         log.info(told)
 
@@ -228,7 +240,7 @@ class _Run:
         due = minutes is not None and time.monotonic() - self.written >= 60 * minutes
         if self.checkpoint is None or not due or not learner.accelerator.is_main_process:
             return
-        names = ("done", "tokens", "training_s", "before", "after", "elsewhere")
+        names = ("done", "tokens", "training_s", "before", "after", "elsewhere", "blocks")
         tensors, facts = learner.state()
         try:
             save_state(self.checkpoint, tensors, {"learner": facts, **{name: getattr(self, name) for name in names}})
@@ -239,12 +251,14 @@ class _Run:
     def _result(self) -> TrainingResult:
         learner = self.learner
         return TrainingResult(
-            held_out_loss_before=learner.total(self.before),
+            held_out_loss_before=learner.whole.total(self.before),
             held_out_loss_after=learner.best_loss,
-            parts_before=dict(zip(learner.names, self.before, strict=True)),
-            parts_after=dict(zip(learner.names, self.after, strict=True)),
+            parts_before=dict(zip(learner.whole.names, self.before, strict=True)),
+            parts_after=dict(zip(learner.whole.names, self.after, strict=True)),
             elsewhere_before=self.elsewhere[0] if self.elsewhere else None,
             elsewhere_after=self.elsewhere[1] if self.elsewhere else None,
+            blocks_before=self.blocks[0] if self.blocks else None,
+            blocks_after=self.blocks[1] if self.blocks else None,
             best_step=learner.best_step,
             trained_params=sum(value.numel() for value in learner.chosen.values()),
             tokens=self.tokens,

@@ -24,7 +24,7 @@ from pydantic import Field
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compresskit.data import Corpus, DataSource, token_rows
+from compresskit.data import Corpus, DataSource, Sequences, token_rows
 from compresskit.data.prepare import encode, padded_position_table
 from compresskit.data.source import open_source
 from compresskit.errors import CompressKitError
@@ -75,8 +75,11 @@ class PruneVocab(Pass):
         return () if self.corpus is None else (self.corpus,)
 
     def check_text(self, processor: Processor, corpus: Corpus) -> None:
-        """Refuse a tokenizer that cannot be cut."""
+        """Refuse a tokenizer that cannot be cut, and text with prompts."""
         read_content(processor)
+        if isinstance(corpus.training, Sequences) and corpus.training.prompts is not None:
+            what = "text with prompts cannot be said in fewer tokens: where a prompt ends would be lost"
+            raise CompressKitError(what, where="data.prompt", fix="leave prompt out, or prune_vocab")
 
     def _limit(self, rows: int) -> int:
         """The most tokens that stay of a table of so many rows."""
@@ -117,7 +120,8 @@ class PruneVocab(Pass):
             return [*token_rows(student.corpus.calibration), *token_rows(student.corpus.training)]
         tokenizer = copy.deepcopy(student.tokenizer)  # tokenising leaves its mark in a tokenizer
         assert isinstance(tokenizer, PreTrainedTokenizerBase)
-        return encode(open_source(self.corpus).read(False), tokenizer, max_length=0, pack=True)
+        marked = encode(open_source(self.corpus).read(False), tokenizer, max_length=0, pack=True)
+        return ([max(token, ~token) for token in row] for row in marked)
 
 
 def _ids_of_configs(model: PreTrainedModel) -> set[int]:

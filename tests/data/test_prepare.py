@@ -397,3 +397,77 @@ def test_a_cache_that_cannot_be_written_names_the_way_out(tokenizer, tiny_text_f
     with pytest.raises(RunFailedError, match="cannot write") as caught:
         prepare_corpus(DataSource(source="text", path=str(tiny_text_file), **SMALL), tokenizer, pack=False)
     assert "COMPRESSKIT_CACHE" in str(caught.value.fix)
+
+
+ASKED = [
+    (f"how does the {a} {b} learn? ", f"the {c} {b} {d} a {a} matrix.")
+    for a in ("small", "large", "fast", "slow")
+    for b in ("model", "layer", "student", "teacher")
+    for c in ("dense", "exact")
+    for d in ("reads", "writes", "keeps")
+]
+
+
+def asked_file(folder: Path) -> Path:
+    path = folder / "asked.jsonl"
+    path.write_text("".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in ASKED), encoding="utf-8")
+    return path
+
+
+def said(tokenizer, row, prompt) -> tuple[str, str]:
+    """The prompt's words and the others, special tokens apart."""
+    special = set(tokenizer.all_special_ids)
+    kept = [(token, asks) for token, asks in zip(row, prompt, strict=True) if token not in special]
+    return tuple(tokenizer.decode([token for token, asks in kept if asks is which]) for which in (True, False))
+
+
+def test_tokens_of_a_prompt_are_known_in_texts_of_an_encoder(tokenizer, tmp_path):
+    source = DataSource(source="json", path=str(asked_file(tmp_path)), column="answer", prompt="question",
+                        **SMALL | {"max_length": 32})  # fmt: skip
+    corpus = prepare_corpus(source, tokenizer, pack=False)
+    asked = {(tokenizer.decode(tokenizer(q, add_special_tokens=False)["input_ids"]), a) for q, a in ASKED}
+    joined = {tuple(tokenizer(q + a)["input_ids"]) for q, a in ASKED}
+    for part in parts(corpus):
+        assert part.prompts is not None
+        assert part.rows
+        for row, prompt in zip(part.rows, part.prompts, strict=True):
+            assert tuple(row) in joined
+            assert prompt[0] is prompt[-1] is False, "special tokens are nobody's"
+            words, answer = said(tokenizer, row, prompt)
+            assert (words, answer.replace(" .", ".")) in {(q, a) for q, a in asked}
+    assert_no_sequence_twice(corpus)
+    again = prepare_corpus(source, tokenizer, pack=False)
+    assert again == corpus, "the cache remembers where prompts end"
+    few = corpus.training.by_length().limit(3)
+    assert [len(row) for row in few.rows] == [len(row) for row in few.prompts]
+    plain = prepare_corpus(source.model_copy(update={"prompt": None}), tokenizer, pack=False)
+    assert plain.fingerprint != corpus.fingerprint
+    assert plain.training.prompts is None
+
+
+def test_tokens_of_prompts_are_known_in_packed_windows(tokenizer, tmp_path):
+    source = DataSource(source="json", path=str(asked_file(tmp_path)), column="answer", prompt="question",
+                        max_length=12, calibration=8, training=30, evaluation=8)  # fmt: skip
+    corpus = prepare_corpus(source, tokenizer, pack=True)
+    questions = {token for q, _ in ASKED for token in tokenizer(q, add_special_tokens=False)["input_ids"]}
+    answers = {token for _, a in ASKED for token in tokenizer(a, add_special_tokens=False)["input_ids"]}
+    seen = set()
+    for row, prompt in zip(corpus.training.rows, corpus.training.prompts, strict=True):
+        assert len(row) == len(prompt) == 12
+        assert min(row) >= 0
+        for token, asks in zip(row, prompt, strict=True):
+            assert token in (questions if asks else answers | {tokenizer.sep_token_id, tokenizer.cls_token_id})
+            seen.add((token in questions - answers, asks))
+    assert seen == {(True, True), (False, True), (False, False)}, "only the question has its own words"
+
+
+def test_prompts_that_are_not_there_or_cannot_be_followed_are_refused(tokenizer, tmp_path, tiny_text_file, monkeypatch):
+    asked = {"source": "json", "path": str(asked_file(tmp_path)), "column": "answer", "max_length": 32}
+    with pytest.raises(CompressKitError, match=r"data.prompt: no column 'questoin'") as caught:
+        prepare_corpus(DataSource(**asked, prompt="questoin"), tokenizer, pack=False)
+    assert "did you mean 'prompt: question'?" in str(caught.value)
+    with pytest.raises(ValueError, match="'prompt' names a column, and source 'text' has none"):
+        DataSource(source="text", path=str(tiny_text_file), prompt="question")
+    monkeypatch.setattr(type(tokenizer), "is_fast", False)
+    with pytest.raises(CompressKitError, match="does not tell which characters its tokens come from"):
+        prepare_corpus(DataSource(**asked, prompt="question"), tokenizer, pack=True)

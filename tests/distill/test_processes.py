@@ -33,7 +33,7 @@ rows = [torch.randint(5, 80, (int(torch.randint(4, 17, (), generator=draw)),), g
         for _ in range(120)]
 accelerator = Accelerator(cpu=True)
 options = TrainingOptions(steps=4, batch_size=int(batch_size), accumulate=int(accumulate), held_out_every=2,
-                          token_weight=rule)
+                          token_weight="even" if rule == "blocks" else rule, block_steps=2 if rule == "blocks" else 0)
 losses = [LOSSES.parse({"kind": "kl", "alpha": 0.2}), LOSSES.parse({"kind": "hidden"})]
 result = train(student, LiveTeacher(teacher), losses, Sequences(rows, 0), options,
                generator=torch.Generator().manual_seed(0), accelerator=accelerator)
@@ -62,10 +62,11 @@ def launch(folder, out, processes, batch_size, accumulate, rule):
     return load_file(out)
 
 
-@pytest.mark.parametrize("rule", ["even", "tsld"])
+@pytest.mark.parametrize("rule", ["blocks", "tsld"])
 def test_one_process_two_processes_and_twice_the_accumulation_end_with_the_same_weights(
     rule, tiny_llama_folder, tmp_path
 ):
+    """Two steps of blocks alone and two of the whole; four of the whole."""
     whole = launch(tiny_llama_folder, tmp_path / "whole", 1, 16, 1, rule)
     for name, processes in (("accumulated", 1), ("shared", 2)):
         other = launch(tiny_llama_folder, tmp_path / name, processes, 8, 2, rule)

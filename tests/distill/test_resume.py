@@ -9,6 +9,7 @@ from compresskit.distill import checkpoint
 from compresskit.distill.checkpoint import load_state
 from compresskit.distill.learner import Learner
 from compresskit.errors import CompressKitError
+from compresskit.layers.low_rank import LowRankLinear
 
 LOSSES = [{"kind": "embedding"}, {"kind": "hidden", "weight_end": 0.2}]
 
@@ -27,6 +28,15 @@ def kill_at(monkeypatch, number):
         return real(self, at, batches)
 
     monkeypatch.setattr(Learner, "step", step)
+
+
+def low_rank(model):
+    """`model` with the first FFN matrix of each block as two random factors."""
+    for block in model.encoder.layer:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            block.intermediate.dense = LowRankLinear(32, 64, 8, bias=True)
+    return model
 
 
 def end(model):
@@ -54,6 +64,26 @@ def test_killed_and_resumed_ends_with_the_bits_of_a_run_that_was_not(
     assert resumed.parts_after == whole.parts_after
     assert (resumed.best_step, resumed.tokens) == (whole.best_step, whole.tokens)
     assert resumed.held_out_loss_before == whole.held_out_loss_before
+
+
+@pytest.mark.parametrize("killed", [3, 5, 7])
+def test_training_in_stages_and_turns_goes_on_with_the_same_bits(
+    killed, tiny_bert, damaged, run_training, tmp_path, monkeypatch
+):
+    """Killed among the steps of blocks, at the border and after it; a look, and so a state, is after every step."""
+    options = {"steps": 9, "block_steps": 5, "turns": 2, "held_out_every": 1, "checkpoint_minutes": 0.0}
+    start = low_rank(damaged(tiny_bert))
+    student = copy.deepcopy(start)
+    whole = run_training(student, tiny_bert, LOSSES, **options)
+    expected = end(student)
+    with monkeypatch.context() as patch:
+        kill_at(patch, killed)
+        with pytest.raises(Killed):
+            run_training(copy.deepcopy(start), tiny_bert, LOSSES, checkpoint=tmp_path / "state", **options)
+    student = copy.deepcopy(start)
+    resumed = run_training(student, tiny_bert, LOSSES, checkpoint=tmp_path / "state", **options)
+    assert all(torch.equal(expected[name], value) for name, value in student.state_dict().items())
+    assert resumed.blocks_after == whole.blocks_after < whole.blocks_before
 
 
 def test_what_was_learnt_to_reach_a_wider_teacher_goes_on_too(tiny_bert, run_training, tmp_path, monkeypatch):

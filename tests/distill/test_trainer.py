@@ -8,11 +8,16 @@ from torch import nn
 
 from compresskit.data.sequences import Sequences
 from compresskit.distill.batching import by_length, collate, split_held_out, training_steps
+from compresskit.distill.learner import Learner
 from compresskit.distill.losses import Embedding
+from compresskit.distill.losses.embedding import relative_error
 from compresskit.distill.options import learning_rate_at
+from compresskit.distill.outputs import observe
 from compresskit.distill.parameters import choose_parameters
 from compresskit.distill.teachers import LiveTeacher
+from compresskit.distill.token_counts import answers_alone
 from compresskit.errors import CompressKitError, RunFailedError
+from compresskit.layers.low_rank import LowRankLinear
 
 HIDDEN = [{"kind": "hidden"}]
 
@@ -169,6 +174,44 @@ def test_a_model_of_integers_alone_is_refused_with_the_order_that_works():
     assert "move distill before quantize" in str(caught.value)
 
 
+def with_shared_factors(model):
+    """Queries and keys as two factors of which they share the thin one, values with a pivoted one."""
+    for block in model.model.layers:
+        attention = block.self_attn
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            attention.q_proj = LowRankLinear(32, 32, 8, bias=False)
+            attention.k_proj = LowRankLinear(32, 16, 8, bias=True, shares=attention.q_proj)
+            attention.v_proj = LowRankLinear(32, 16, 8, bias=False, pivot=True)
+    return model
+
+
+def test_factors_learn_in_turns_and_everything_else_always(tiny_llama, damaged, run_training, monkeypatch):
+    student, moved, real = with_shared_factors(damaged(tiny_llama)), [], Learner.step
+
+    def step(self, number, batches):
+        before = weights_of(self.student)
+        parts = real(self, number, batches)
+        moved.append({name for name, value in weights_of(self.student).items() if not torch.equal(before[name], value)})
+        return parts
+
+    monkeypatch.setattr(Learner, "step", step)
+    run_training(student, tiny_llama, [{"kind": "kl"}], steps=7, turns=2)
+    names = {name for name, _ in student.named_parameters()}
+    wide = {name for name in names if name.endswith(".expand.weight")}
+    thin = {name for name in names if ".reduce." in name}
+    assert (len(wide), len(thin)) == (6, 4)
+    assert moved == [names - thin] * 2 + [names - wide] * 2 + [names - thin] * 2 + [names - wide]
+
+
+def test_turns_without_both_factors_are_refused(tiny_llama, run_training):
+    with pytest.raises(CompressKitError, match="turns: the model has no low-rank layer"):
+        run_training(tiny_llama, tiny_llama, [{"kind": "kl"}], turns=2)
+    student = with_shared_factors(copy.deepcopy(tiny_llama))
+    with pytest.raises(CompressKitError, match="turns: no A of a low-rank layer learns"):
+        run_training(student, tiny_llama, [{"kind": "kl"}], turns=2, freeze=("*.reduce.*",))
+
+
 class _FailingTeacher(LiveTeacher):
     """Gives NaN from its call number `bad_call` on."""
 
@@ -232,3 +275,40 @@ def test_a_step_larger_than_the_text_repeats_it(sequences):
     few = Sequences(sequences.rows[:2], 0)
     steps = training_steps(few, [1], batch_size=4, accumulate=1, max_length=None, generator=torch.Generator())
     assert next(steps)[0].rows == [1, 1, 1, 1]
+
+
+def test_tokens_of_a_prompt_count_nothing_and_where_the_answer_begins_counts():
+    prompt = torch.tensor([[True, True, False, True, False], [False, False, True, True, True]])
+    assert answers_alone(prompt, next_tokens=False).tolist() == (~prompt).float().tolist()
+    assert answers_alone(prompt, next_tokens=True).tolist() == [[0, 1, 0, 1, 1], [1, 0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("family", ["tiny_llama", "tiny_bert"])
+def test_the_loss_of_text_with_prompts_is_that_of_the_answers(family, damaged, run_training, sequences, request):
+    teacher = request.getfixturevalue(family)
+    draw = torch.Generator().manual_seed(2)
+    prompts = [(torch.rand(len(row), generator=draw) < 0.4).tolist() for row in sequences.rows]
+    text = Sequences(sequences.rows, 0, prompts)
+    student = damaged(teacher, size=0.2)
+    before = copy.deepcopy(student)
+    result = run_training(student, teacher, HIDDEN, text=text, steps=4, learning_rate=1e-3)
+    _, held_out = split_held_out(120, 128, generator=torch.Generator().manual_seed(0))
+    total, count = 0.0, 0
+    for row in held_out:
+        ids, asks = torch.tensor([text.rows[row]]), torch.tensor([prompts[row]])
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        ours, theirs = (observe(model, batch, frozenset({"hidden"})).hidden[1:] for model in (before, teacher))
+        counts = answers_alone(asks, next_tokens=family == "tiny_llama")
+        total += sum(float((counts * relative_error(a, b)).sum()) for a, b in zip(ours, theirs, strict=True)) / 2
+        count += float(counts.sum())
+    assert result.held_out_loss_before == pytest.approx(total / count, rel=1e-5)
+    assert result.held_out_loss_after < result.held_out_loss_before
+
+
+def test_text_that_is_all_prompt_teaches_nothing_and_breaks_nothing(tiny_llama, damaged, run_training, sequences):
+    text = Sequences(sequences.rows, 0, [[True] * len(row) for row in sequences.rows])
+    student = damaged(tiny_llama)
+    before = weights_of(student)
+    result = run_training(student, tiny_llama, [{"kind": "kl", "alpha": 0.5}, {"kind": "embedding"}], text=text)
+    assert result.held_out_loss_before == result.held_out_loss_after == 0
+    assert same(before, weights_of(student))

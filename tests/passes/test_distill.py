@@ -1,7 +1,9 @@
 import copy
 import json
+import os
 import random
 import shutil
+import time
 from dataclasses import replace
 
 import pytest
@@ -9,15 +11,18 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from compresskit.api import load
 from compresskit.cache import cache_folder
 from compresskit.data.sequences import Corpus, Sequences
 from compresskit.distill.learner import Learner
 from compresskit.distill.losses import Contrastive, Embedding, Hidden
 from compresskit.distill.teachers import LiveTeacher
+from compresskit.engine import run
 from compresskit.errors import CompressKitError, ManyErrors
 from compresskit.models import find_model, load_empty, load_model, load_tokenizer
 from compresskit.passes.base import PASSES
 from compresskit.passes.distill import Distill
+from compresskit.recipe import parse_recipe
 from compresskit.student import Student
 
 TEXTS = [f"the {a} {b} {c} a {d}" for a in ("small", "large") for b in ("model", "layer", "text", "block")
@@ -202,11 +207,11 @@ def test_a_named_teacher_is_pooled_as_its_own_folder_says(tiny_bert_folder, bert
     used = []
 
     class Noted(LiveTeacher):
-        def __init__(self, model, pooling, *, lineage=None):
+        def __init__(self, model, pooling, **options):
             used.append(pooling)
-            super().__init__(model, pooling, lineage=lineage)
+            super().__init__(model, pooling, **options)
 
-    monkeypatch.setattr("compresskit.passes.distill.LiveTeacher", Noted)
+    monkeypatch.setattr("compresskit.passes.distill_teachers.LiveTeacher", Noted)
     step = Distill(steps=1, batch_size=4, teacher=str(folder), losses=[Embedding()])
     step.apply(bert_student, generator=torch.Generator().manual_seed(0))
     assert [one.poolings for one in used] == [("cls",)]
@@ -248,6 +253,39 @@ def test_a_killed_pass_goes_on_from_its_own_state_alone(bert_student, monkeypatc
     assert seen[4:] == [2, 3]
     expected = whole.model.state_dict()
     assert all(torch.equal(expected[name], value) for name, value in bert_student.model.state_dict().items())
+
+
+def test_states_that_nobody_came_back_for_are_removed_when_another_training_starts(bert_student, monkeypatch):
+    home, day = cache_folder() / "training", 24 * 3600
+    for name, age in (("new", 13 * day), ("old", 15 * day), (".tmp-old.1", 15 * day), ("empty", 15 * day)):
+        (home / name).mkdir(parents=True)
+        if name != "empty":
+            (home / name / "state.json").write_text("{}")
+            os.utime(home / name / "state.json", (time.time() - age,) * 2)
+        os.utime(home / name, (time.time() - age,) * 2)
+    step = Distill(steps=4, batch_size=8, held_out_every=2, checkpoint_minutes=0.0)
+    real = Learner.step
+
+    def killed(self, number, batches):
+        if number == 2:
+            raise KeyboardInterrupt
+        return real(self, number, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            step.apply(copy.deepcopy(bert_student), generator=torch.Generator().manual_seed(3))
+    left = {path.name for path in home.iterdir()}
+    assert left > {"new"}
+    assert len(left) == 2
+    (own,) = left - {"new"}
+    for path in (home / own / "state.json", home / own / "state.safetensors", home / own):
+        os.utime(path, (time.time() - 20 * day,) * 2)
+    seen = []
+    monkeypatch.setattr(Learner, "step", lambda self, at, batches: seen.append(at) or real(self, at, batches))
+    step.apply(bert_student, generator=torch.Generator().manual_seed(3))
+    assert seen == [2, 3], "one's own is taken up, however old"
+    assert {path.name for path in home.iterdir()} == {"new"}
 
 
 def test_another_text_is_read_as_the_student_reads_and_measured(bert_student, tiny_text_file):
@@ -302,3 +340,54 @@ def test_a_recipe_under_a_launcher_is_refused_with_the_way_out(bert_student, mon
     with pytest.raises(CompressKitError, match="one process, and this is one of 2") as caught:
         Distill(steps=1).apply(bert_student, generator=torch.Generator())
     assert "compresskit.distill.trainer.train" in str(caught.value)
+
+
+def test_several_hops_of_pruning_and_recovery_in_one_recipe(tiny_llama_folder, tiny_data, tmp_path):
+    """Width, blocks alone and then the whole; depth, and again: each hop compares with the untouched original."""
+    recovery = {"kind": "distill", "steps": 12, "batch_size": 8, "held_out_every": 4, "learning_rate": 1e-3}
+    recipe = {
+        "model": str(tiny_llama_folder),
+        "task": "text-generation",
+        "data": {**tiny_data, "training": 64},
+        "passes": [
+            {"kind": "prune_width", "keep": {"ffn": 0.5, "heads": 0.5}, "repair": "none"},
+            {**recovery, "block_steps": 8},
+            {"kind": "prune_depth", "blocks": [1]},
+            {**recovery, "block_steps": 6, "losses": [{"kind": "kl"}, {"kind": "hidden", "weight_end": 0.0}]},
+        ],
+    }
+    run(parse_recipe(recipe, name="hops"), tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    first, second = (report["passes"][index]["notes"] for index in (2, 4))
+    for notes in (first, second):
+        assert notes["blocks_after"] < notes["blocks_before"]
+        assert notes["held_out_loss_after"] < notes["held_out_loss_before"]
+    model, _ = load(tmp_path / "out")
+    assert model.config.num_hidden_layers == 1
+    assert report["passes"][4]["params"] < report["passes"][2]["params"] < report["passes"][0]["params"]
+
+
+def test_prompts_of_a_recipe_count_nothing(tiny_llama_folder, tmp_path, monkeypatch):
+    pairs = [
+        {"ask": f"which {a} {b} reads the {c}? ", "say": f"{d} {b} and its {a} {c}. " * 3}
+        for a in ("small", "large", "fast")
+        for b in ("model", "layer", "text")
+        for c in ("matrix", "token", "seed")
+        for d in ("every", "this")
+    ]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    sizes = {"max_length": 24, "calibration": 8, "training": 24, "evaluation": 8}
+    data = {"source": "json", "path": str(tmp_path / "asked.jsonl"), "column": "say", "prompt": "ask", **sizes}
+    recipe = {"model": str(tiny_llama_folder), "task": "text-generation", "data": data}
+    recipe["passes"] = [{"kind": "low_rank", "keep": 0.6}, {"kind": "distill", "steps": 4, "batch_size": 4}]
+    shares, real = [], Learner._counts
+
+    def noted(self, batch, numbered, target):
+        counts = real(self, batch, numbered, target)
+        shares.append(float(counts.mean()))
+        return counts
+
+    monkeypatch.setattr(Learner, "_counts", noted)
+    run(parse_recipe(recipe, name="prompts"), tmp_path / "out")
+    assert len(shares) >= 6
+    assert all(0.3 < share < 0.95 for share in shares)

@@ -27,7 +27,7 @@ from compresskit import (
 from compresskit.data import DataSource
 from compresskit.evaluate import Fidelity
 from compresskit.job import prepare, take_prints
-from compresskit.models import find_model, load_model
+from compresskit.models import find_model, load_model, load_tokenizer
 from compresskit.passes import LowRank, PruneWidth
 from compresskit.recipe import parse_recipe
 from compresskit.student import save_student
@@ -223,6 +223,24 @@ def test_mistakes_are_found_before_a_weight_is_read(folders, texts, tmp_path, ti
     (folder / "tokenizer.json").write_text(json.dumps(raw))
     with pytest.raises(ManyErrors, match="kind 'WordLevel' cannot be pruned"):
         prepare(recipe_of(folder, texts, PruneVocab()))
+
+
+def test_text_with_prompts_is_refused_as_a_recipes_and_counted_whole_as_a_corpus(folders, texts, tmp_path):
+    pairs = [{"question": f"{line} ", "answer": line[::-1]} for line in lines(60, seed=3)]
+    file = tmp_path / "asked.jsonl"
+    file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+    asked = {"source": "json", "path": str(file), "column": "answer", "prompt": "question"}
+    sizes = {"max_length": 32, "calibration": 8, "training": 16, "evaluation": 12}
+    with pytest.raises(ManyErrors, match=r"data\.prompt: text with prompts cannot be said in fewer tokens"):
+        prepare(recipe_of(folders["bert"], texts, PruneVocab(), data={**asked, **sizes}))
+    for column, prompt in (("answer", "question"), ("both", None)):
+        for pair in pairs:
+            pair["both"] = pair["question"] + pair["answer"]
+        file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+        corpus = DataSource(source="json", path=(str(file),), column=column, prompt=prompt)
+        run(recipe_of(folders["bert"], texts, PruneVocab(corpus=corpus)), tmp_path / column)
+    kept = [load_tokenizer(find_model(tmp_path / column / "student")).get_vocab() for column in ("answer", "both")]
+    assert kept[0] == kept[1]
 
 
 def test_a_share_that_is_too_small_and_a_text_that_uses_nothing_are_refused(folders, texts, tmp_path):

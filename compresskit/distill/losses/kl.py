@@ -109,10 +109,7 @@ class KL(Loss):
                 f"loss kl compares distributions over classes, and this head gives {other}",
                 fix="use losses: [{kind: hidden}]",
             )
-        if (
-            "SequenceClassification" in type(student).__name__
-            and student.config.num_labels != teacher.config.num_labels
-        ):
+        if student.get_output_embeddings() is None and student.config.num_labels != teacher.config.num_labels:
             what = (
                 f"the student tells {student.config.num_labels} classes apart, the teacher {teacher.config.num_labels}"
             )
