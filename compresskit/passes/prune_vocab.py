@@ -121,7 +121,7 @@ class PruneVocab(Pass):
         tokenizer = copy.deepcopy(student.tokenizer)  # tokenising leaves its mark in a tokenizer
         assert isinstance(tokenizer, PreTrainedTokenizerBase)
         marked = encode(open_source(self.corpus).read(False), tokenizer, max_length=0, pack=True)
-        return ([max(token, ~token) for token in row] for row in marked)
+        return Sequences.of_marked(list(marked), 0).rows
 
 
 def _ids_of_configs(model: PreTrainedModel) -> set[int]:

@@ -191,7 +191,7 @@ def test_compress_refuses_a_teacher_beside_teachers(tiny_llama_folder, tmp_path)
     one = Distill(teachers=[{"model": "original"}, {"model": "average"}])
     with pytest.raises(CompressKitError, match="names a teacher of its own"):
         compress(str(tiny_llama_folder), passes=[one], teacher=str(tiny_llama_folder), output=tmp_path / "out")
-    with pytest.raises(CompressKitError, match="teacher: .*cache needs a teacher that stays as it is"):
+    with pytest.raises(CompressKitError, match=r"teacher: .*cache needs a teacher that stays as it is"):
         compress(str(tiny_llama_folder), passes=[Distill(cache={})], teacher="average", output=tmp_path / "out")
 
 
