@@ -58,7 +58,7 @@ def foretell(recipe: Recipe, source: ModelSource, task: str) -> Forecast:
     """Plan every pass on an empty model, in order.
 
     Raises:
-        ManyErrors: every pass whose options do not fit the model it would meet.
+        ManyErrors: every pass, and every export, whose options do not fit the model it would meet.
     """
     model = load_empty(source, task)
     in_memory = state_dict_bytes(model)
@@ -74,6 +74,11 @@ def foretell(recipe: Recipe, source: ModelSource, task: str) -> Forecast:
             mistakes += _each(error, f"passes[{index}] ({one.kind})")
             continue
         steps.append(Expected(one.kind, count_parameters(model), state_dict_bytes(model), tuple(edits)))
+    for index, exporter in enumerate(recipe.export if not mistakes else ()):
+        try:
+            exporter.check(model, task)
+        except CompressKitError as error:
+            mistakes += _each(error, f"export[{index}] ({exporter.kind})")
     if mistakes:
         raise ManyErrors(mistakes)
     edits = [edit for step in steps for edit in step.edits]

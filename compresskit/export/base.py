@@ -4,6 +4,8 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
 
+from transformers import PreTrainedModel
+
 from compresskit.config import Config, Registry
 from compresskit.student import Student
 
@@ -15,6 +17,14 @@ class Exporter(Config, ABC):
 
     #: Raised by one whenever the same options would write another file; part of the result's fingerprint.
     version: ClassVar[int] = 1
+
+    def check(self, model: PreTrainedModel, task: str) -> None:
+        """Refuse options that do not fit a model, from shapes alone: it may be on the meta device and is not changed.
+
+        Raises:
+            CompressKitError: every misfit at once; `where` is the option.
+        """
+        return
 
     @abstractmethod
     def write(self, student: Student, folder: Path) -> dict[str, Any]:

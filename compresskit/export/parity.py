@@ -40,11 +40,17 @@ _BATCH_SIZES = (1, 3, 8, 4)
 NOISE_RATIO = 2.0
 
 
-def parity_batches(examples: Examples, *, texts: int) -> Iterator[Batch]:
-    """Batches of 1, 3, 8 and 4 held-out examples in turn; of text every second one is cut, one to a single token."""
-    count, start, turn = min(texts, len(examples)), 0, 0
+def parity_batches(examples: Examples, *, texts: int, batch: int | None = None) -> Iterator[Batch]:
+    """Batches of 1, 3, 8 and 4 held-out examples in turn; of text every second one is cut, one to a single token.
+
+    Where a file takes `batch` of them, batches are of that size, as many as hold `texts` or as there are.
+    """
+    sizes, count = (batch,) if batch else _BATCH_SIZES, min(texts, len(examples))
+    if batch and len(examples) >= batch:
+        count = min(-(-texts // batch), len(examples) // batch) * batch
+    start, turn = 0, 0
     while start < count:
-        stop = min(start + _BATCH_SIZES[turn % len(_BATCH_SIZES)], count)
+        stop = min(start + sizes[turn % len(sizes)], count)
         yield _cut(examples, start, stop)
         start, turn = stop, turn + 1
 
