@@ -129,8 +129,8 @@ def measure(
 ) -> dict[str, dict[str, int | float]]:
     """Figures of a student and of its original on held-out text: `{"original": {…}, "student": {…}}`.
 
-    Of an exported folder, the figures are those of its file, under the folder's name (`"onnx"`); where it takes texts of
-    one length, both read texts that are cut to it.
+    Of an exported folder, the figures are those of its file, under the folder's name (`"onnx"`); where it takes texts
+    of one length, both read texts that are cut to it.
 
     Args:
         folder: the output of a run, or its `student` folder, or one that it exported.

@@ -46,12 +46,15 @@ class Forecast:
             or the student as it is read back after saving.
         is_stock: whether the student's checkpoint loads with transformers alone, without `import compresskit`.
         warnings: orders that can be done and are unwise.
+        export_bytes: of each export, in the recipe's order; near them where the data choose ranks or widths, None where
+            nothing can be said.
     """
 
     steps: tuple[Expected, ...]
     memory_bytes: int
     is_stock: bool
     warnings: tuple[str, ...]
+    export_bytes: tuple[int | None, ...] = ()
 
 
 def foretell(recipe: Recipe, source: ModelSource, task: str) -> Forecast:
@@ -89,6 +92,7 @@ def foretell(recipe: Recipe, source: ModelSource, task: str) -> Forecast:
         is_stock=all(one.plans_shapes() for one in recipe.passes)
         and (not edits or stock_config(load_empty(source, task), edits) is not None),
         warnings=(*_overlaps(steps, weights), *_late_strength(recipe.passes, steps)),
+        export_bytes=tuple(exporter.predict_bytes(model, task) for exporter in recipe.export),
     )
 
 

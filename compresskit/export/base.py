@@ -26,9 +26,21 @@ class Exporter(Config, ABC):
         """
         return
 
+    def predict_bytes(self, model: PreTrainedModel, task: str) -> int | None:
+        """The bytes of what `write` will write for a student of these shapes; None where nothing can be said.
+
+        Args:
+            model: may be on the meta device and is not changed.
+            task: what it does.
+        """
+        return None
+
     @abstractmethod
     def write(self, student: Student, folder: Path) -> dict[str, Any]:
         """Write the student to `folder`, prove it, and return the report's entry.
+
+        An entry that holds `predicted_bytes` says what `predict_bytes` says of the student as it is; a run puts there
+        what it said before, of the shapes that were planned.
 
         Args:
             student: read, never changed.

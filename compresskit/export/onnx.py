@@ -4,9 +4,9 @@
                                               tokenizer, config, README.md, manifest.json
 
 `model.onnx` has one output (`last_hidden_state` for feature extraction, else `logits`), free batch and length unless
-the options fix them (`compresskit.export.sizes`), and the operators of `compresskit.layers.operators` wherever a layer holds integers. Decoders take and give their keys and
-values too (`compresskit.export.cached`), embedders their embedding. Nothing is written unless ONNX Runtime agrees with
-torch on held-out text.
+the options fix them (`compresskit.export.sizes`), and the operators of `compresskit.layers.operators` wherever a layer
+holds integers. Decoders take and give their keys and values too (`compresskit.export.cached`), embedders their
+embedding. Nothing is written unless ONNX Runtime agrees with torch on held-out text, optimising much or not at all.
 
 Weight-only products (`MatMulNBits`) have fast kernels only where their input is rounded to 8 bits too (accuracy level
 4; SmolLM2-135M in 8 bit, one token on 2 cores: 17 ms, against 355 ms in float32). The student in torch multiplies in
@@ -36,7 +36,7 @@ from compresskit.data import Batch, Sequences, token_positions, token_rows
 from compresskit.errors import CompressKitError, RunFailedError
 from compresskit.evaluate.latency import random_batch
 from compresskit.evaluate.quality import LEAST_COMPARED
-from compresskit.export import fidelity, parity, standard
+from compresskit.export import fidelity, parity, predict, standard
 from compresskit.export.base import EXPORTERS, Exporter
 from compresskit.export.baseline import Baseline, export_baseline
 from compresskit.export.cached import ATTENTION_OPSET, first_step
@@ -90,7 +90,7 @@ class OnnxExport(Exporter):
     logits: Literal["all", "last"] = "all"
     #: feature extraction: `sentence_embedding` too, pooled and normalised as the model's 1_Pooling says, where it does
     pooling: bool = True
-    #: texts (or images) that the file takes at a time, no more and no fewer, for runtimes that need to know; None is any
+    #: texts (or images) that the file takes at a time, for runtimes that need to know; None is any number
     batch: int | None = Field(default=None, ge=1)
     #: tokens of every text, shorter ones padded, longer ones cut; a decoder needs `cache: false` for it; None is any
     length: int | None = Field(default=None, ge=1)
@@ -144,6 +144,10 @@ class OnnxExport(Exporter):
         if wrong:
             raise CompressKitError(wrong[0], where="length", fix=wrong[1])
 
+    def predict_bytes(self, model: PreTrainedModel, task: str) -> int:
+        """The bytes of the file and of the weights beside it (`compresskit.export.predict`)."""
+        return predict.predict_bytes(model, task, self._sizes).size_bytes
+
     @property
     def _sizes(self) -> Sizes:
         return Sizes(self.batch, self.length)
@@ -152,12 +156,13 @@ class OnnxExport(Exporter):
         """Write, prove and time the student; the report's entry.
 
         Returns:
-            `kind`, `files`, `size_bytes` (of the model), `operators`, `parity`, `latency_ms` (p50 and p95 at 1 × 64
-            tokens, and by shape), and with baselines `baseline` and `stock_int8` (each `size_bytes`, `latency_ms`),
-            `speed` (the original's float time over this one's, by shape), and `fidelity` for feature extraction.
+            `kind`, `files`, `size_bytes` (of the model) and `predicted_bytes`, `operators`, `parity`, `latency_ms` (p50
+            and p95 at 1 × 64 tokens, and by shape), and with baselines `baseline` and `stock_int8` (each `size_bytes`,
+            `latency_ms`), `speed` (the original's float time over this one's, by shape), and `fidelity` for feature
+            extraction.
 
         Raises:
-            RunFailedError: parity past the bound, or a disk that refuses; then no `model.onnx` is left.
+            RunFailedError: parity or bytes past their bounds, or a disk that refuses; then no `model.onnx` is left.
         """
         self.check(student.model, student.task)
         batch = sample_batch(student)
@@ -168,6 +173,8 @@ class OnnxExport(Exporter):
             if self.target == "standard":
                 standard.use_standard_operators(graph)
             save_graph(graph, scratch / MODEL_FILE)
+            prediction = predict.predict_bytes(student.model, student.task, self._sizes)
+            predict.judge_bytes(prediction, model_bytes(scratch / MODEL_FILE), where=str(folder))
             found = self._check_parity(student, graph, scratch / MODEL_FILE, output, threads, folder)
             facts = describe_graph(graph)
             del graph
@@ -182,6 +189,7 @@ class OnnxExport(Exporter):
                 "operators": facts["operators"],
                 "parity": found,
                 "size_bytes": model_bytes(scratch / MODEL_FILE),
+                "predicted_bytes": prediction.size_bytes,
             }
         return entry | compared
 
@@ -246,13 +254,20 @@ class OnnxExport(Exporter):
             found["greedy"] = check_greedy(exact(path), student.model, prompts)
             if not computes_in_integers(student.model):
                 judge_greedy(found["greedy"], bound=self.max_relative_error, where=str(folder))
+        # A small batch, of texts of uneven lengths where there are two.
+        one = min(batches[1:4] or batches, key=lambda batch: next(iter(batch.values())).numel())
+        found["levels"] = parity.check_levels(exact, path, one)
+        bound = parity.noise_bound(found, self.max_relative_error)
+        parity.judge_levels(found["levels"], bound=bound, where=str(folder))
         ships_other = self.accuracy_level and set_accuracy(graph, self.accuracy_level)
         if ships_other:
             save_graph(graph, path)
         if ships_other or (self.target == "standard" and standard.has_blocks(graph)):
             found["shipped"] = parity.check_shipped(open_model(path), student.model, batches, output=output)
-            noise = found.get("end_to_end", {}).get("rounding_noise", 0.0)
-            parity.judge_shipped(found["shipped"], noise=noise, where=str(folder))
+            bound = parity.noise_bound(found, parity.ROUNDED_BOUND)
+            parity.judge_shipped(found["shipped"], bound=bound, where=str(folder))
+            levels = found["shipped"]["levels"] = parity.check_levels(open_model, path, one)
+            parity.judge_levels(levels, bound=bound, where=str(folder))
         return found
 
     def _compare(self, student: Student, path: Path, batch: Batch, threads: int) -> dict[str, Any]:

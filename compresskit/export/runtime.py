@@ -23,6 +23,14 @@ _BATCHES = (1, 8)
 #: tokens before the one that is timed
 _PASTS = (64, 256)
 _WARMUP = 5
+#: Optimisation levels of ONNX Runtime, the least first.
+LEVELS = {
+    "disabled": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    "layout": ort.GraphOptimizationLevel.ORT_ENABLE_LAYOUT,
+    "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+}
 
 
 def default_threads() -> int:
@@ -30,13 +38,15 @@ def default_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def open_session(model: Path, *, threads: int, exact: bool = False) -> ort.InferenceSession:
-    """A CPU session with a fixed number of threads that sleep when idle, and every optimisation on.
+def open_session(model: Path, *, threads: int, exact: bool = False, level: str = "all") -> ort.InferenceSession:
+    """A CPU session with a fixed number of threads that sleep when idle.
 
     Args:
         exact: products that ONNX Runtime makes of DequantizeLinear and MatMul keep their input in float32.
+        level: what ONNX Runtime may rewrite as it loads the file, one of `LEVELS`.
     """
     options = ort.SessionOptions()
+    options.graph_optimization_level = LEVELS[level]
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
@@ -58,8 +68,9 @@ def session_sizes(session: ort.InferenceSession) -> Sizes:
 def session_feed(session: ort.InferenceSession, inputs: Mapping[str, Tensor | np.ndarray]) -> dict[str, np.ndarray]:
     """What the session takes: its part of `inputs`, and of a decoder's keys and values zeros.
 
-    `inputs` have the sizes that the file takes (`Sizes.fit`). Tokens that attention_mask has and input_ids has not are the past; most often there are none. Positions that are
-    not given count real tokens, and token types that are not given are zero.
+    `inputs` have the sizes that the file takes (`Sizes.fit`). Tokens that attention_mask has and input_ids has not are
+    the past; most often there are none. Positions that are not given count real tokens, and token types that are not
+    given are zero.
     """
     feed = {value.name: np.asarray(inputs[value.name]) for value in session.get_inputs() if value.name in inputs}
     missing = [value for value in session.get_inputs() if value.name not in feed]

@@ -63,7 +63,7 @@ def exported_figures(
         rounds: timed runs of one example.
 
     Returns:
-        `size_bytes`, `p50_ms` and `p95_ms` of the first example in ONNX Runtime (of a file with fixed sizes, of the batch
+        `size_bytes`, `p50_ms` and `p95_ms` of the first example in ONNX Runtime (of a file of fixed sizes, of the batch
         that it takes), and the figures of `fidelity.measure`.
 
     Raises:
