@@ -51,6 +51,7 @@ from compresskit.export.folder import (
 )
 from compresskit.export.fusion import set_accuracy
 from compresskit.export.greedy import check_greedy, judge_greedy, prompts_of
+from compresskit.export.hidden import refuse_hidden_floats
 from compresskit.export.runtime import (
     by_shape,
     compare_latency,
@@ -146,7 +147,7 @@ class OnnxExport(Exporter):
 
     def predict_bytes(self, model: PreTrainedModel, task: str) -> int:
         """The bytes of the file and of the weights beside it (`compresskit.export.predict`)."""
-        return predict.predict_bytes(model, task, self._sizes).size_bytes
+        return predict.predict_bytes(model, task).size_bytes
 
     @property
     def _sizes(self) -> Sizes:
@@ -172,8 +173,9 @@ class OnnxExport(Exporter):
             graph = self._trace(student, batch, output)
             if self.target == "standard":
                 standard.use_standard_operators(graph)
+            refuse_hidden_floats(graph, student.model, where=str(folder))
             save_graph(graph, scratch / MODEL_FILE)
-            prediction = predict.predict_bytes(student.model, student.task, self._sizes)
+            prediction = predict.predict_bytes(student.model, student.task)
             predict.judge_bytes(prediction, model_bytes(scratch / MODEL_FILE), where=str(folder))
             found = self._check_parity(student, graph, scratch / MODEL_FILE, output, threads, folder)
             facts = describe_graph(graph)

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compresskit.errors import RunFailedError
-from compresskit.export.sizes import Sizes
 from compresskit.export.trace import OUTPUTS
 from compresskit.layers.forms import onnx_forms, swapped
 from compresskit.surgery.sites import CANNOT_RUN, blank_inputs
@@ -103,22 +102,12 @@ def _without_use(model: PreTrainedModel, output: str) -> set[str]:
     return {name for name, gradient in zip(marks, found, strict=True) if gradient is None}
 
 
-def _counts_positions(name: str, module: nn.Module) -> bool:
-    """Whether a table is read at 0, 1, 2 … alone, of which a graph of one length keeps the rows that it reads.
-
-    Tables with a padding row (RoBERTa's) are read as the text says.
-    """
-    position = name.endswith(("position_embeddings", ".wpe"))
-    return position and isinstance(module, nn.Embedding) and module.padding_idx is None
-
-
-def predict_bytes(model: PreTrainedModel, task: str, sizes: Sizes) -> Prediction:
+def predict_bytes(model: PreTrainedModel, task: str) -> Prediction:
     """The bytes of the file that `model` becomes.
 
     Args:
         model: with the student's layers; on the meta device or any other; left as it was.
         task: decides which output the file has.
-        sizes: what the file takes at once.
     """
     twin = on_meta(model)
     with swapped(twin, onnx_forms(twin)):
@@ -126,10 +115,8 @@ def predict_bytes(model: PreTrainedModel, task: str, sizes: Sizes) -> Prediction
         layers = {name: m for name, m in twin.named_modules(remove_duplicate=False) if _own_tensors(m)}
         found: dict[int, int] = {}
         for name, module in layers.items():
-            if name in idle:
-                continue
-            rows = sizes.length if _counts_positions(name, module) else None
-            found |= {id(t): t[:rows].numel() * t.element_size() if t.ndim else 0 for t in _own_tensors(module)}
+            if name not in idle:
+                found |= {id(tensor): tensor.nbytes for tensor in _own_tensors(module)}
     return Prediction(sum(found.values()), _LAYER_BYTES * (len(layers) - len(idle)))
 
 
