@@ -16,7 +16,7 @@ from compresskit.evaluate import evaluate as evaluate_model
 from compresskit.export import Exporter
 from compresskit.export.folder import MANIFEST_FILE, load_exported_tokenizer, read_exported
 from compresskit.export.runtime import default_threads
-from compresskit.export.scored import exported_figures
+from compresskit.export.scored import exported_figures, fixed_length
 from compresskit.models import find_model, guess_task, load_config, load_model, stored_dtype
 from compresskit.passes import Pass
 from compresskit.processors import Processor, load_processor
@@ -139,7 +139,8 @@ def measure(
 ) -> dict[str, dict[str, int | float]]:
     """Figures of a student and of its original on held-out text: `{"original": {…}, "student": {…}}`.
 
-    Of an exported folder, the figures are those of its file, under the folder's name (`"onnx"`).
+    Of an exported folder, the figures are those of its file, under the folder's name (`"onnx"`); where it takes texts
+    of one length, both read texts that are cut to it.
 
     Args:
         folder: the output of a run, or its `student` folder, or one that it exported.
@@ -160,6 +161,8 @@ def measure(
     source = find_model(str(made_from), gguf_file=gguf_file)
     task = str(task or facts.get("task") or guess_task(source))
     text = data or DataSource.model_validate(facts.get("data", {}))
+    if exported and (length := fixed_length(exported)):
+        text = text.model_copy(update={"max_length": min(text.max_length, length)})
     processor = load_processor(source, task)
     if original is None and facts.get("source") not in (None, source.fingerprint):
         raise CompressKitError(

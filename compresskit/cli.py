@@ -75,6 +75,9 @@ def check(recipe: RecipePath, settings: Settings = None) -> None:
         for step in forecast.steps
     ]
     _print_listing(Listing("", ("after", "parameters", "bytes", "of the original"), rows))
+    for exporter, predicted in zip(job.recipe.export, forecast.export_bytes, strict=True):
+        if predicted is not None:
+            _print(f"export {exporter.kind}: about {predicted:,} bytes")
     text = job.corpus
     parts = (len(part) for part in (text.calibration, text.training, text.evaluation))
     _print("sequences: {} calibration, {} training, {} evaluation".format(*parts))

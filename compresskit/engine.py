@@ -215,7 +215,9 @@ class _Run:
         for index, exporter in enumerate(recipe.export):
             self.progress(f"export {exporter.kind} …")
             with self._named(f"export[{index}] ({exporter.kind})"), store.explaining_full_disk():
-                exports.append({"kind": exporter.kind, **exporter.write(self.student, store.folder / exporter.kind)})
+                entry = {"kind": exporter.kind, **exporter.write(self.student, store.folder / exporter.kind)}
+            foretold = self.job.forecast.export_bytes[index]
+            exports.append(entry if foretold is None else entry | {"predicted_bytes": foretold})
         report = {
             "schema_version": SCHEMA_VERSION,
             "model": recipe.model,

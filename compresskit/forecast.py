@@ -46,19 +46,22 @@ class Forecast:
             or the student as it is read back after saving.
         is_stock: whether the student's checkpoint loads with transformers alone, without `import compresskit`.
         warnings: orders that can be done and are unwise.
+        export_bytes: of each export, in the recipe's order; near them where the data choose ranks or widths, None where
+            nothing can be said.
     """
 
     steps: tuple[Expected, ...]
     memory_bytes: int
     is_stock: bool
     warnings: tuple[str, ...]
+    export_bytes: tuple[int | None, ...] = ()
 
 
 def foretell(recipe: Recipe, source: ModelSource, task: str) -> Forecast:
     """Plan every pass on an empty model, in order.
 
     Raises:
-        ManyErrors: every pass whose options do not fit the model it would meet.
+        ManyErrors: every pass, and every export, whose options do not fit the model it would meet.
     """
     model = load_empty(source, task)
     in_memory = state_dict_bytes(model)
@@ -74,6 +77,11 @@ def foretell(recipe: Recipe, source: ModelSource, task: str) -> Forecast:
             mistakes += _each(error, f"passes[{index}] ({one.kind})")
             continue
         steps.append(Expected(one.kind, count_parameters(model), state_dict_bytes(model), tuple(edits)))
+    for index, exporter in enumerate(recipe.export if not mistakes else ()):
+        try:
+            exporter.check(model, task)
+        except CompressKitError as error:
+            mistakes += _each(error, f"export[{index}] ({exporter.kind})")
     if mistakes:
         raise ManyErrors(mistakes)
     edits = [edit for step in steps for edit in step.edits]
@@ -84,6 +92,7 @@ def foretell(recipe: Recipe, source: ModelSource, task: str) -> Forecast:
         is_stock=all(one.plans_shapes() for one in recipe.passes)
         and (not edits or stock_config(load_empty(source, task), edits) is not None),
         warnings=(*_overlaps(steps, weights), *_late_strength(recipe.passes, steps)),
+        export_bytes=tuple(exporter.predict_bytes(model, task) for exporter in recipe.export),
     )
 
 

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -97,6 +98,15 @@ def test_check_foretells_what_the_run_measures(call: Any, recipe: Path, tmp_path
     assert foretold == measured
     assert "the student loads with transformers alone" in out
     assert "memory: at least" in out
+
+
+def test_check_foretells_the_bytes_of_an_export_and_refuses_a_length_without_places(call: Any, recipe: Path) -> None:
+    status, out, _ = call("check", recipe, "--set", "export=[{kind: onnx}]")
+    assert status == 0
+    assert re.search(r"^export onnx: about \d+,\d{3} bytes$", out, flags=re.MULTILINE)
+    status, _, err = call("check", recipe, "--set", "export=[{kind: onnx, length: 65}]")
+    assert status == 2
+    assert "export[0] (onnx): length: 65 is more than the model's 64 positions" in err
 
 
 def test_check_says_when_the_plug_in_is_needed(call: Any, recipe: Path) -> None:

@@ -34,8 +34,16 @@ from compresskit.export.baseline import export_baseline
 from compresskit.export.files import model_bytes
 from compresskit.export.folder import MODEL_FILE, read_exported
 from compresskit.export.onnx import complete_batch, sample_batch, text_cases
-from compresskit.export.runtime import compare_latency, decode_cases, default_threads, open_session, session_feed
-from compresskit.export.scored import SessionModel
+from compresskit.export.runtime import (
+    compare_latency,
+    decode_cases,
+    default_threads,
+    open_session,
+    session_feeds,
+    session_sizes,
+)
+from compresskit.export.scored import SessionModel, fixed_length
+from compresskit.export.sizes import Sizes
 from compresskit.export.steps import keeps_past
 from compresskit.export.trace import OUTPUTS
 from compresskit.models import find_model, load_model
@@ -89,6 +97,8 @@ class Run:
         processor = load_processor(source, self.task)
         original = load_model(source, self.task).requires_grad_(False)
         data = DataSource.model_validate(facts.get("data", {}))
+        if length := fixed_length(self.manifest):
+            data = data.model_copy(update={"max_length": min(data.max_length, length)})
         corpus = prepare_examples(data, processor, original.config, task=self.task, seed=facts.get("seed", 0))
         sentence = read_sentence_embedding(source.folder)
         self.fidelity = Fidelity(original, corpus.evaluation, task=self.task, sentence=sentence)
@@ -111,10 +121,10 @@ class Run:
         student = self.folder / "onnx" / MODEL_FILE
         return {"float": self.baseline.float_model, "stock-int8": self.baseline.int8_model, "student": student}
 
-    def cases(self) -> dict[str, Any]:
-        """Inputs to time, by shape."""
-        found = text_cases(self.student)
-        return found | decode_cases(token_positions(self.student.model)) if self.keeps_past else found
+    def cases(self, sizes: Sizes) -> dict[str, Any]:
+        """Inputs to time, by shape: those that a file of these sizes takes."""
+        found = text_cases(self.student, sizes)
+        return found | decode_cases(token_positions(self.student.model), sizes) if self.keeps_past else found
 
     def first(self) -> dict[str, Tensor]:
         """A first held-out text, with all that a file takes."""
@@ -125,12 +135,12 @@ def measure(run: Run, threads: int, rounds: int) -> Iterator[dict[str, Any]]:
     """A row for each file of a run."""
     files = run.files()
     sessions = {name: open_session(path, threads=threads) for name, path in files.items()}
-    times = compare_latency(sessions, run.cases(), rounds=rounds)
+    times = compare_latency(sessions, run.cases(session_sizes(sessions["student"])), rounds=rounds)
     for name, path in files.items():
         held_out = run.student.held_out if name == "student" else None
         row: dict[str, Any] = {"run": str(run.folder), "model": run.model, "method": name, "threads": threads}
         row["size_bytes"] = model_bytes(path)
-        row |= open_alone(path, session_feed(sessions[name], run.first()), threads)
+        row |= open_alone(path, session_feeds(sessions[name], run.first())[0], threads)
         row |= run.fidelity.measure(cast(PreTrainedModel, SessionModel(sessions[name])), held_out)
         row["latency"] = {
             shape: {"p50_ms": one["p50"], "p95_ms": one["p95"], "speed": one["speed"]}

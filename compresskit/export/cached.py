@@ -33,6 +33,7 @@ from transformers.masking_utils import sdpa_mask
 
 from compresskit.data import Batch
 from compresskit.errors import CompressKitError
+from compresskit.export.sizes import Sizes
 
 #: How attention is written: as ONNX Runtime's operator, or as ONNX's own.
 Form = Literal["group_query", "attention"]
@@ -225,7 +226,8 @@ def cached_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
     """`batch` as a second step: its tokens after three others, one of them padding on the left.
 
     Args:
-        batch: input_ids and attention_mask, (batch, length); at least two of each (a size of 1 would become fixed).
+        batch: input_ids and attention_mask, (batch, length); at least two of each that is free (a size of 1 would
+            become fixed).
     """
     texts, length = batch["input_ids"].shape
     past = torch.ones(texts, 3, dtype=torch.int64)
@@ -245,29 +247,31 @@ def cached_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
     return inputs
 
 
-def free_axes(inputs: Mapping[str, Any]) -> dict[str, Any]:
+def free_axes(inputs: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
     """Which axes of `cached_inputs` are free."""
     free = torch.export.Dim.AUTO
-    states = {layer: {name: {0: free, 2: free} for name in pair} for layer, pair in inputs["past_key_values"].items()}
-    return {name: {0: free, 1: free} for name in inputs if name != "past_key_values"} | {"past_key_values": states}
+    batch = {0: free} if sizes.batch is None else {}
+    states = {layer: {name: batch | {2: free} for name in pair} for layer, pair in inputs["past_key_values"].items()}
+    return {name: batch | {1: free} for name in inputs if name != "past_key_values"} | {"past_key_values": states}
 
 
-def name_cached_axes(model: ir.Model) -> None:
+def name_cached_axes(model: ir.Model, sizes: Sizes) -> None:
     """Call the free axes of inputs and outputs by their names above, and put them in the order above."""
-    graph, tokens = model.graph, ["batch", "sequence"]
+    graph, batch = model.graph, sizes.batch or "batch"
+    tokens = [batch, "sequence"]
     by_name = {str(value.name): value for value in graph.inputs}
     heads = [name for name in by_name if name.startswith("past_key_values.")]
     order = [name for name in ("input_ids", "attention_mask", "position_ids") if name in by_name]
     for name in order:
-        by_name[name].shape = ir.Shape(["batch", "total"] if name == "attention_mask" else tokens)
+        by_name[name].shape = ir.Shape([batch, "total"] if name == "attention_mask" else tokens)
     for values, length in ((graph.inputs, "past"), (graph.outputs, "total")):
         for value in values:
             if value.shape is not None and value.shape.rank() == 4:
-                value.shape = ir.Shape(["batch", value.shape[1], length, value.shape[3]])
+                value.shape = ir.Shape([batch, value.shape[1], length, value.shape[3]])
     logits = graph.outputs[0]
     if logits.shape is not None:
         last = logits.shape[1] if isinstance(logits.shape[1], int) else "sequence"
-        logits.shape = ir.Shape(["batch", last, logits.shape[2]])
+        logits.shape = ir.Shape([batch, last, logits.shape[2]])
     graph.inputs[:] = [by_name[name] for name in [*order, *heads]]
 
 

@@ -12,7 +12,7 @@ from compresskit.data import Batch
 from compresskit.errors import RunFailedError
 from compresskit.evaluate.quality import compare_embeddings, evaluating
 from compresskit.export.parity import Difference
-from compresskit.export.runtime import run_session, session_feed
+from compresskit.export.runtime import run_outputs, run_session
 from compresskit.export.trace import EMBEDDING
 from compresskit.sentence import SentenceEmbedding
 
@@ -59,9 +59,9 @@ def check_embedding(session: ort.InferenceSession, batches: Sequence[Batch], sen
     """
     difference = Difference()
     for batch in batches:
-        hidden, got = session.run(["last_hidden_state", EMBEDDING], session_feed(session, batch))
-        expected = sentence.embed(torch.from_numpy(np.asarray(hidden)).double(), batch["attention_mask"])
-        difference.add(np.asarray(got), expected.numpy())
+        hidden, got = run_outputs(session, ["last_hidden_state", EMBEDDING], batch)
+        expected = sentence.embed(torch.from_numpy(hidden).double(), batch["attention_mask"])
+        difference.add(got, expected.numpy())
     return difference.relative
 
 

@@ -1,4 +1,9 @@
-"""Writing ONNX files and counting what is in them."""
+"""Writing ONNX files and counting what is in them.
+
+Integers lie in a graph as the student's own tensors, no copy; weights beside a graph are written one by one. A single
+file is held twice more while it is written, as protobuf and as bytes. Of float decoders, ONNX Runtime's fusions make
+packed copies of products that read one input (two thirds of the weights), `fuse: false` does not.
+"""
 
 from collections import Counter
 from pathlib import Path

@@ -16,6 +16,7 @@ from torch import nn
 from compresskit.environment import exporting_versions
 from compresskit.errors import CompressKitError
 from compresskit.export.files import count_operators
+from compresskit.export.sizes import FREE, Sizes
 from compresskit.export.steps import keeps_past
 from compresskit.whole import difference, list_files, write_whole
 
@@ -113,62 +114,89 @@ tokenizer = Tokenizer.from_file("tokenizer.json")
 session = ort.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
 """
 _BATCH = """\
-tokenizer.enable_padding(pad_id={pad_id}, pad_token={pad_token!r})
+tokenizer.enable_padding(pad_id={pad_id}, pad_token={pad_token!r}{to_length})
 tokenizer.enable_truncation({length})
 texts = tokenizer.encode_batch(["A small model.", "A model that is small and fast."])
 given = {{"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}}
-feed = {{i.name: np.array([getattr(t, given[i.name]) for t in texts]) for i in session.get_inputs()}}
+"""
+_FEED = """\
+feed = {i.name: np.array([getattr(t, given[i.name]) for t in texts]) for i in session.get_inputs()}
+"""
+_FEEDS = """\
+groups = [(texts[i : i + {0}] * {0})[:{0}] for i in range(0, len(texts), {0})]  # the last one filled up
+names = [i.name for i in session.get_inputs()]
+feeds = [{{name: np.array([getattr(t, given[name]) for t in group]) for name in names}} for group in groups]
 """
 _EMBEDDING = """\
-embeddings = session.run(["sentence_embedding"], feed)[0]
+embeddings = {sentence_embedding}
 print(embeddings @ embeddings.T)
 """
 _STATES = """\
-hidden, mask = session.run(["last_hidden_state"], feed)[0], feed["attention_mask"][:, :, None]
+hidden, mask = {last_hidden_state}, np.array([t.attention_mask for t in texts])[:, :, None]
 embeddings = (hidden * mask).sum(1) / mask.sum(1)
 print(embeddings @ embeddings.T)
 """
 _LABELS = """\
-logits = session.run(["logits"], feed)[0]
+logits = {logits}
 names = json.load(open("config.json"))["id2label"]
 print([names[str(i)] for i in logits.argmax(-1).flat])
 """
 _CACHED = """\
 ids, read = tokenizer.encode("A small model").ids, 0
-shapes = {i.name: i.shape for i in session.get_inputs()}
-past = {n: np.zeros((1, s[1], 0, s[3]), np.float32) for n, s in shapes.items() if n.startswith("past")}
+shapes = {{i.name: i.shape for i in session.get_inputs()}}
+past = {{n: np.zeros(({texts}, s[1], 0, s[3]), np.float32) for n, s in shapes.items() if n.startswith("past")}}
 names = [output.name for output in session.get_outputs()]
 for _ in range(20):
-    feed = {"input_ids": [ids[read:]], "attention_mask": [[1] * len(ids)], "position_ids": [range(read, len(ids))]}
-    feed = {n: np.array(v, np.int64) for n, v in feed.items() if n in shapes} | past
+    feed = {{"input_ids": [ids[read:]], "attention_mask": [[1] * len(ids)], "position_ids": [range(read, len(ids))]}}
+    feed = {{n: np.array({values}, np.int64) for n, v in feed.items() if n in shapes}} | past
     out = dict(zip(names, session.run(names, feed)))
-    past, read = {n: out[n.replace("past_key_values", "present")] for n in past}, len(ids)
+    past, read = {{n: out[n.replace("past_key_values", "present")] for n in past}}, len(ids)
     ids.append(int(out["logits"][0, -1].argmax()))
 print(tokenizer.decode(ids))
 """
 _WHOLE = """\
 ids = tokenizer.encode("A small model").ids
-for _ in range(20):
-    feed = {"input_ids": np.array([ids]), "attention_mask": np.ones((1, len(ids)), np.int64)}
-    ids.append(int(session.run(["logits"], feed)[0][0, -1].argmax()))
+for _ in range({rounds}):
+    {left}feed = {{"input_ids": np.array([{ids}]{times}), "attention_mask": np.array([{mask}]{times})}}
+    ids.append(int(session.run(["logits"], feed)[0][0, len(ids) - 1].argmax()))
 print(tokenizer.decode(ids))
 """
 
 
-def example(task: str, inputs: list[str], outputs: list[str], padding: Mapping[str, Any]) -> str:
+def example(task: str, inputs: list[str], outputs: list[str], padding: Mapping[str, Any], sizes: Sizes = FREE) -> str:
     """Python that runs a file which reads texts, in its folder, with onnxruntime, tokenizers and numpy.
 
     Args:
         task: a key of `compresskit.models.TASKS`.
         inputs, outputs: names in the graph.
         padding: `pad_id`, `pad_token`, and `length`, the longest text.
+        sizes: what the file takes at once.
     """
     if task == "text-generation":
-        return _IMPORTS + (_CACHED if keeps_past(inputs) else _WHOLE)
-    batch = _IMPORTS + _BATCH.format(**padding)
+        return _IMPORTS + (_cached_example(sizes) if keeps_past(inputs) else _whole_example(sizes))
+    batch = _BATCH.format(**padding, to_length="" if sizes.length is None else f", length={sizes.length}")
+    batch += _FEED if sizes.batch is None else _FEEDS.format(sizes.batch)
+    form = 'session.run(["{}"], feed)[0]'
+    if sizes.batch is not None:
+        form = f"np.concatenate([{form} for feed in feeds])[: len(texts)]"
+    answers = {name: form.format(name) for name in outputs}
     if task != "feature-extraction":
-        return "import json\n\n" + batch + _LABELS
-    return batch + (_EMBEDDING if "sentence_embedding" in outputs else _STATES)
+        return "import json\n\n" + _IMPORTS + batch + _LABELS.format(**answers)
+    return _IMPORTS + batch + (_EMBEDDING if "sentence_embedding" in outputs else _STATES).format(**answers)
+
+
+def _cached_example(sizes: Sizes) -> str:
+    texts = sizes.batch or 1
+    return _CACHED.format(texts=texts, values="v" if texts == 1 else f"list(v) * {texts}")
+
+
+def _whole_example(sizes: Sizes) -> str:
+    times = "" if sizes.batch in (None, 1) else f" * {sizes.batch}"
+    if sizes.length is None:
+        return _WHOLE.format(rounds=20, left="", ids="ids", mask="[1] * len(ids)", times=times)
+    rounds, left = f"min(20, {sizes.length} - len(ids))", f"left = {sizes.length} - len(ids)\n    "
+    ids, mask = "ids + [0] * left", "[1] * len(ids) + [0] * left"
+    return _WHOLE.format(rounds=rounds, left=left, ids=ids, mask=mask, times=times)
 
 
 def write_readme(folder: Path, task: str, code: str | None) -> None:

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from compresskit.errors import CompressKitError
 from compresskit.export.folder import MODEL_FILE, load_exported_tokenizer, read_exported
-from compresskit.export.runtime import open_session
+from compresskit.export.runtime import open_session, session_sizes
 from compresskit.export.steps import greedy_tokens, keeps_past
 
 # What a tokenizer shows for bytes that do not make a letter yet.
@@ -39,6 +39,10 @@ def _open(folder: Path, threads: int) -> tuple[ort.InferenceSession, Tokenizer]:
     if not keeps_past(value.name for value in session.get_inputs()):
         fix = "export it with 'cache: true'"
         raise CompressKitError("takes no past_key_values", where=str(folder / MODEL_FILE), fix=fix)
+    texts = session_sizes(session).batch
+    if texts not in (None, 1):
+        fix = "export it with 'batch: 1', or leave batch out"
+        raise CompressKitError(f"takes {texts} texts at a time; generate writes one", where=str(folder), fix=fix)
     known = session.get_outputs()[0].shape[-1]
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if isinstance(known, int) and largest >= known:

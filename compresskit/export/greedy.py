@@ -22,9 +22,10 @@ TOKENS = 64
 _PROMPTS = (12, 7)
 
 
-def prompts_of(rows: list[list[int]]) -> list[list[int]]:
-    """The beginnings of the first texts, of different lengths."""
-    return [row[:length] for row, length in zip(rows, _PROMPTS, strict=False)]
+def prompts_of(rows: list[list[int]], texts: int | None = None) -> list[list[int]]:
+    """The beginnings of the first texts, of different lengths: two, or as many as a file takes."""
+    count = texts or min(len(_PROMPTS), len(rows))
+    return [rows[index % len(rows)][: _PROMPTS[index % len(_PROMPTS)]] for index in range(count)]
 
 
 def check_greedy(session: ort.InferenceSession, model: PreTrainedModel, prompts: list[list[int]]) -> dict[str, Any]:

@@ -3,10 +3,10 @@
     student.model  →  trace  →  fuse  →  model.onnx  →  parity  →  latency against two baselines
                                               tokenizer, config, README.md, manifest.json
 
-`model.onnx` has one output (`last_hidden_state` for feature extraction, else `logits`), free batch and length, and
-the operators of `compresskit.layers.operators` wherever a layer holds integers. Decoders take and give their keys and
-values too (`compresskit.export.cached`), embedders their embedding. Nothing is written unless ONNX Runtime agrees with
-torch on held-out text.
+`model.onnx` has one output (`last_hidden_state` for feature extraction, else `logits`), free batch and length unless
+the options fix them (`compresskit.export.sizes`), and the operators of `compresskit.layers.operators` wherever a layer
+holds integers. Decoders take and give their keys and values too (`compresskit.export.cached`), embedders their
+embedding. Nothing is written unless ONNX Runtime agrees with torch on held-out text, optimising much or not at all.
 
 Weight-only products (`MatMulNBits`) have fast kernels only where their input is rounded to 8 bits too (accuracy level
 4; SmolLM2-135M in 8 bit, one token on 2 cores: 17 ms, against 355 ms in float32). The student in torch multiplies in
@@ -29,14 +29,14 @@ from typing import Any, ClassVar, Literal
 import onnx_ir as ir
 import torch
 from pydantic import Field, model_validator
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskit.cache import cache_folder
 from compresskit.data import Batch, Sequences, token_positions, token_rows
-from compresskit.errors import RunFailedError
+from compresskit.errors import CompressKitError, RunFailedError
 from compresskit.evaluate.latency import random_batch
 from compresskit.evaluate.quality import LEAST_COMPARED
-from compresskit.export import fidelity, parity, standard
+from compresskit.export import fidelity, parity, predict, standard
 from compresskit.export.base import EXPORTERS, Exporter
 from compresskit.export.baseline import Baseline, export_baseline
 from compresskit.export.cached import ATTENTION_OPSET, first_step
@@ -51,6 +51,7 @@ from compresskit.export.folder import (
 )
 from compresskit.export.fusion import set_accuracy
 from compresskit.export.greedy import check_greedy, judge_greedy, prompts_of
+from compresskit.export.hidden import refuse_hidden_floats
 from compresskit.export.runtime import (
     by_shape,
     compare_latency,
@@ -62,6 +63,7 @@ from compresskit.export.runtime import (
     speed_entry,
     text_shapes,
 )
+from compresskit.export.sizes import FREE, Sizes
 from compresskit.export.trace import OUTPUTS, cached_form, computes_in_integers, trace, trace_cached
 from compresskit.layers.forms import re_expressed, swapped
 from compresskit.sentence import SentenceEmbedding
@@ -74,7 +76,7 @@ from compresskit.whole import whole_folder
 class OnnxExport(Exporter):
     """Write ONNX for ONNX Runtime on a CPU."""
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     kind: Literal["onnx"] = "onnx"  # pyright: ignore[reportIncompatibleVariableOverride]
     #: ort: ONNX Runtime's own operators; standard: ONNX's alone, integer weights as blocked DequantizeLinear
@@ -89,6 +91,10 @@ class OnnxExport(Exporter):
     logits: Literal["all", "last"] = "all"
     #: feature extraction: `sentence_embedding` too, pooled and normalised as the model's 1_Pooling says, where it does
     pooling: bool = True
+    #: texts (or images) that the file takes at a time, for runtimes that need to know; None is any number
+    batch: int | None = Field(default=None, ge=1)
+    #: tokens of every text, shorter ones padded, longer ones cut; a decoder needs `cache: false` for it; None is any
+    length: int | None = Field(default=None, ge=1)
     #: of weight-only products: 4 rounds their input to 8 bits in blocks, up to 20 times as fast; 0 stays in float32; of
     #: a standard file each session chooses (ONNX Runtime takes 4)
     accuracy_level: Literal[0, 4] = 4
@@ -116,17 +122,50 @@ class OnnxExport(Exporter):
             raise ValueError("logits: last goes with cache: true; a graph without a past has use for every token")
         return self
 
+    def check(self, model: PreTrainedModel, task: str) -> None:
+        """Refuse a length that the model cannot take.
+
+        Raises:
+            CompressKitError: above its positions, of inputs that are no text, or beside keys and values.
+        """
+        positions = token_positions(model)
+        wrong = None
+        if self.length is None:
+            return
+        if model.main_input_name != "input_ids":
+            wrong = (f"{type(model).__name__} reads no text, and its inputs have one shape already", "leave length out")
+        elif task == "text-generation" and self.cache:
+            what = "a decoder that keeps its past reads the whole prompt first and then single tokens"
+            wrong = (what, "add 'cache: false' for one graph that reads texts of one length, or fix batch alone")
+        elif positions is not None and positions < self.length:
+            wrong = (
+                f"{self.length} is more than the model's {positions} positions",
+                f"use length: {positions} or less",
+            )
+        if wrong:
+            raise CompressKitError(wrong[0], where="length", fix=wrong[1])
+
+    def predict_bytes(self, model: PreTrainedModel, task: str) -> int:
+        """The bytes of the file and of the weights beside it (`compresskit.export.predict`)."""
+        return predict.predict_bytes(model, task).size_bytes
+
+    @property
+    def _sizes(self) -> Sizes:
+        return Sizes(self.batch, self.length)
+
     def write(self, student: Student, folder: Path) -> dict[str, Any]:
         """Write, prove and time the student; the report's entry.
 
         Returns:
-            `kind`, `files`, `size_bytes` (of the model), `operators`, `parity`, `latency_ms` (p50 and p95 at 1 × 64
-            tokens, and by shape), and with baselines `baseline` and `stock_int8` (each `size_bytes`, `latency_ms`),
-            `speed` (the original's float time over this one's, by shape), and `fidelity` for feature extraction.
+            `kind`, `files`, `size_bytes` (of the model) and `predicted_bytes`, `operators`, `parity`, `latency_ms` (p50
+            and p95 at 1 × 64 tokens, and by shape), and with baselines `baseline` and `stock_int8` (each `size_bytes`,
+            `latency_ms`), `speed` (the original's float time over this one's, by shape), and `fidelity` for feature
+            extraction.
 
         Raises:
-            RunFailedError: parity past the bound, or a disk that refuses; then no `model.onnx` is left.
+            RunFailedError: parity or bytes past their bounds, or a disk that refuses; then no `model.onnx` is left.
         """
+        self.check(student.model, student.task)
         batch = sample_batch(student)
         output = OUTPUTS[student.task]
         threads = self.threads or default_threads()
@@ -134,13 +173,16 @@ class OnnxExport(Exporter):
             graph = self._trace(student, batch, output)
             if self.target == "standard":
                 standard.use_standard_operators(graph)
+            refuse_hidden_floats(graph, student.model, where=str(folder))
             save_graph(graph, scratch / MODEL_FILE)
+            prediction = predict.predict_bytes(student.model, student.task)
+            predict.judge_bytes(prediction, model_bytes(scratch / MODEL_FILE), where=str(folder))
             found = self._check_parity(student, graph, scratch / MODEL_FILE, output, threads, folder)
             facts = describe_graph(graph)
             del graph
             compared = self._compare(student, scratch / MODEL_FILE, batch, threads)
             write_companions(student, scratch)
-            write_readme(scratch, student.task, _example(student, facts))
+            write_readme(scratch, student.task, _example(student, facts, self._sizes))
             layers = integer_layers(student.model)
             write_manifest(scratch, {"task": student.task, **facts, "integer_layers": layers, "parity": found})
             entry = {
@@ -149,6 +191,7 @@ class OnnxExport(Exporter):
                 "operators": facts["operators"],
                 "parity": found,
                 "size_bytes": model_bytes(scratch / MODEL_FILE),
+                "predicted_bytes": prediction.size_bytes,
             }
         return entry | compared
 
@@ -166,15 +209,16 @@ class OnnxExport(Exporter):
         if not self._keeps_past(student):
             opset = self.opset or (standard.OPSET if self.target == "standard" else None)
             sentence = self._sentence(student)
-            return trace(student.model, batch, output=output, fuse=fuse, opset=opset, sentence=sentence)
-        last_only = self.logits == "last"
+            options = {"output": output, "fuse": fuse, "opset": opset, "sentence": sentence}
+            return trace(student.model, batch, **options, sizes=self._sizes)
         form = cached_form(student.model) if self.target == "ort" else "attention"
-        return trace_cached(student.model, batch, form=form, fuse=fuse, opset=self.opset, last_only=last_only)
+        options = {"form": form, "fuse": fuse, "opset": self.opset, "last_only": self.logits == "last"}
+        return trace_cached(student.model, batch, **options, sizes=self._sizes)
 
     def _texts(self, student: Student) -> list[Batch]:
-        """Held-out texts for the parity check, with all that model and file read."""
-        texts = parity.parity_batches(student.corpus.evaluation, texts=self.texts // 2)
-        batches = [complete_batch(student, batch) for batch in texts]
+        """Held-out texts for the parity check, with all that model and file read, in the sizes that the file takes."""
+        texts = parity.parity_batches(student.corpus.evaluation, texts=self.texts // 2, batch=self.batch)
+        batches = [complete_batch(student, batch) for ragged in texts for batch in self._sizes.fit(ragged)]
         if not self._keeps_past(student):
             return batches
         return [first_step(student.model, batch, last_only=self.logits == "last") for batch in batches]
@@ -208,17 +252,24 @@ class OnnxExport(Exporter):
             found["embedding_error"] = fidelity.check_embedding(exact(path), batches, sentence)
             fidelity.judge_embedding(found["embedding_error"], bound=self.max_relative_error, where=str(folder))
         if self._keeps_past(student):
-            prompts = prompts_of(token_rows(student.corpus.evaluation))
+            prompts = prompts_of(token_rows(student.corpus.evaluation), self.batch)
             found["greedy"] = check_greedy(exact(path), student.model, prompts)
             if not computes_in_integers(student.model):
                 judge_greedy(found["greedy"], bound=self.max_relative_error, where=str(folder))
+        # A small batch, of texts of uneven lengths where there are two.
+        one = min(batches[1:4] or batches, key=lambda batch: next(iter(batch.values())).numel())
+        found["levels"] = parity.check_levels(exact, path, one)
+        bound = parity.noise_bound(found, self.max_relative_error)
+        parity.judge_levels(found["levels"], bound=bound, where=str(folder))
         ships_other = self.accuracy_level and set_accuracy(graph, self.accuracy_level)
         if ships_other:
             save_graph(graph, path)
         if ships_other or (self.target == "standard" and standard.has_blocks(graph)):
             found["shipped"] = parity.check_shipped(open_model(path), student.model, batches, output=output)
-            noise = found.get("end_to_end", {}).get("rounding_noise", 0.0)
-            parity.judge_shipped(found["shipped"], noise=noise, where=str(folder))
+            bound = parity.noise_bound(found, parity.ROUNDED_BOUND)
+            parity.judge_shipped(found["shipped"], bound=bound, where=str(folder))
+            levels = found["shipped"]["levels"] = parity.check_levels(open_model, path, one)
+            parity.judge_levels(levels, bound=bound, where=str(folder))
         return found
 
     def _compare(self, student: Student, path: Path, batch: Batch, threads: int) -> dict[str, Any]:
@@ -239,9 +290,9 @@ class OnnxExport(Exporter):
             paths = {"baseline": files.float_model, "stock_int8": files.int8_model, "student": path}
         sessions = {name: open_session(file, threads=threads) for name, file in paths.items()}
         is_text = isinstance(student.corpus.evaluation, Sequences)
-        cases = text_cases(student) if is_text else repeated_cases(batch)
+        cases = text_cases(student, self._sizes) if is_text else repeated_cases(batch, self._sizes)
         if self._keeps_past(student):
-            cases |= decode_cases(token_positions(student.model))
+            cases |= decode_cases(token_positions(student.model), self._sizes)
         rows = compare_latency(sessions, cases, rounds=self.rounds)
         entry: dict[str, Any] = {"latency_ms": latency_entry(rows["student"]), "threads": threads}
         if not self.baselines:
@@ -252,7 +303,10 @@ class OnnxExport(Exporter):
         entry["stock_int8"]["speed"] = speed_entry(rows["stock_int8"])
         if is_text and student.task == "feature-extraction" and len(student.corpus.evaluation) >= LEAST_COMPARED:
             original, own = (
-                [complete_batch(student, one) for one in corpus.evaluation.batches(16, limit=self.texts)]
+                [
+                    complete_batch(student, self._sizes.cut(one))
+                    for one in corpus.evaluation.batches(16, limit=self.texts)
+                ]
                 for corpus in (student.original_corpus, student.corpus)
             )
             given = {name: own if name == "student" else original for name in sessions}
@@ -264,11 +318,11 @@ class OnnxExport(Exporter):
         return entry
 
 
-def text_cases(student: Student) -> dict[str, Batch]:
-    """Unpadded texts of ordinary tokens, by the shapes that latencies are told for."""
+def text_cases(student: Student, sizes: Sizes = FREE) -> dict[str, Batch]:
+    """Unpadded texts of ordinary tokens, by the shapes that latencies are told for, or that the file takes."""
     tokenizer = student.tokenizer
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
-    shapes = text_shapes(token_positions(student.model))
+    shapes = text_shapes(token_positions(student.model), sizes)
     return by_shape(complete_batch(student, random_batch(tokenizer, *shape)) for shape in shapes)
 
 
@@ -309,14 +363,14 @@ def _explaining_refusal(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _example(student: Student, facts: Mapping[str, Any]) -> str | None:
+def _example(student: Student, facts: Mapping[str, Any], sizes: Sizes) -> str | None:
     """The lines of Python for the folder's README."""
     tokenizer = student.tokenizer
     if "input_ids" not in facts["inputs"] or not isinstance(tokenizer, PreTrainedTokenizerBase):
         return None
-    length = token_positions(student.model) or tokenizer.model_max_length
+    length = sizes.length or token_positions(student.model) or tokenizer.model_max_length
     padding = {"pad_id": tokenizer.pad_token_id or 0, "pad_token": tokenizer.pad_token or "", "length": length}
-    return example(student.task, list(facts["inputs"]), list(facts["outputs"]), padding)
+    return example(student.task, list(facts["inputs"]), list(facts["outputs"]), padding, sizes)
 
 
 def write_companions(student: Student, folder: Path) -> None:

@@ -20,6 +20,8 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import torch
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidGraph, RuntimeException
+from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as OrtNotImplemented
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,7 +30,7 @@ from compresskit.data.sequences import pad
 from compresskit.errors import RunFailedError
 from compresskit.export.files import save_graph
 from compresskit.export.fusion import rounding_points
-from compresskit.export.runtime import run_session, session_feed
+from compresskit.export.runtime import LEVELS, run_session, session_feed
 from compresskit.layers.int8_linear import Int8Linear
 from compresskit.progress import track
 
@@ -40,11 +42,17 @@ _BATCH_SIZES = (1, 3, 8, 4)
 NOISE_RATIO = 2.0
 
 
-def parity_batches(examples: Examples, *, texts: int) -> Iterator[Batch]:
-    """Batches of 1, 3, 8 and 4 held-out examples in turn; of text every second one is cut, one to a single token."""
-    count, start, turn = min(texts, len(examples)), 0, 0
+def parity_batches(examples: Examples, *, texts: int, batch: int | None = None) -> Iterator[Batch]:
+    """Batches of 1, 3, 8 and 4 held-out examples in turn; of text every second one is cut, one to a single token.
+
+    Where a file takes `batch` of them, batches are of that size, as many as hold `texts` or as there are.
+    """
+    sizes, count = (batch,) if batch else _BATCH_SIZES, min(texts, len(examples))
+    if batch and len(examples) >= batch:
+        count = min(-(-texts // batch), len(examples) // batch) * batch
+    start, turn = 0, 0
     while start < count:
-        stop = min(start + _BATCH_SIZES[turn % len(_BATCH_SIZES)], count)
+        stop = min(start + sizes[turn % len(sizes)], count)
         yield _cut(examples, start, stop)
         start, turn = stop, turn + 1
 
@@ -251,6 +259,61 @@ def check_shipped(
     return compare_outputs([run_session(session, batch) for batch in batches], expected, batches)
 
 
+def check_levels(open_model: Callable[..., ort.InferenceSession], path: Path, batch: Batch) -> dict[str, float]:
+    """By optimisation level of ONNX Runtime, how far one batch's answer is from that at level `all`, relatively.
+
+    `all` is what `check_parity` proves. Scales of integer activations make another comparison with torch a matter of
+    chance; with another level of the same runtime it is not.
+
+    Args:
+        open_model: takes a path and `level`, as `open_session` does.
+        path: the file.
+        batch: a small one.
+
+    Raises:
+        RunFailedError: a level at which the file cannot be run.
+    """
+    answers: dict[str, np.ndarray] = {}
+    for level in LEVELS:
+        try:
+            answers[level] = run_session(open_model(path, level=level), batch)
+        except (Fail, InvalidGraph, OrtNotImplemented, RuntimeException) as error:
+            raise RunFailedError(
+                f"ONNX Runtime cannot run the file at optimisation level {level!r}: {str(error).splitlines()[0]}",
+                where=path.name,
+                fix="try 'fuse: false', or another opset",
+            ) from error
+    return {
+        level: compare_outputs([got], [answers["all"]], [batch])["relative_error"] for level, got in answers.items()
+    }
+
+
+def judge_levels(found: Mapping[str, float], *, bound: float, where: str) -> None:
+    """Accept what `check_levels` found, or refuse the file.
+
+    Raises:
+        RunFailedError: a level with another answer.
+    """
+    for level, error in found.items():
+        if not error <= bound:
+            raise RunFailedError(
+                f"at optimisation level {level!r} ONNX Runtime gives another answer than at 'all': {error:.3g} "
+                f"(relative); the bound is {bound:g}",
+                where=where,
+                fix="try 'fuse: false', or another opset; max_relative_error moves the bound",
+            )
+
+
+def noise_bound(found: Mapping[str, Any], bound: float) -> float:
+    """How far a file may be from its student end to end: `bound`, and what rounding activations explains.
+
+    Args:
+        found: what `check_parity` found.
+        bound: where nothing is rounded.
+    """
+    return bound + NOISE_RATIO * found.get("end_to_end", {}).get("rounding_noise", 0.0)
+
+
 def judge_parity(found: dict[str, Any], *, bound: float, where: str) -> None:
     """Accept what `check_parity` found, or refuse the file.
 
@@ -268,7 +331,7 @@ def judge_parity(found: dict[str, Any], *, bound: float, where: str) -> None:
             fix=f"try 'fuse: false'; max_relative_error moves the bound{cpu}",
         )
     whole = found.get("end_to_end")
-    if whole and not whole["relative_error"] <= NOISE_RATIO * whole["rounding_noise"] + bound:
+    if whole and not whole["relative_error"] <= noise_bound(found, bound):
         raise RunFailedError(
             f"ONNX Runtime differs from the student by {whole['relative_error']:.3g} end to end, more than "
             f"{NOISE_RATIO:g} times what rounding activations does ({whole['rounding_noise']:.3g})",
@@ -277,13 +340,13 @@ def judge_parity(found: dict[str, Any], *, bound: float, where: str) -> None:
         )
 
 
-def judge_shipped(found: dict[str, Any], *, noise: float, where: str) -> None:
-    """Accept the difference that faster weight-only products make, beside the student's own rounding `noise`.
+def judge_shipped(found: dict[str, Any], *, bound: float, where: str) -> None:
+    """Accept the difference that faster weight-only products make.
 
     Raises:
-        RunFailedError: more than `ROUNDED_BOUND`.
+        RunFailedError: more than `bound`, most often `noise_bound` of `ROUNDED_BOUND`.
     """
-    bound = found["bound"] = ROUNDED_BOUND + NOISE_RATIO * noise
+    found["bound"] = bound
     if not found["relative_error"] <= bound:
         raise RunFailedError(
             f"rounding the inputs of weight-only products moves the student by {found['relative_error']:.3g} "

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from compresskit.data import Batch
+from compresskit.export.sizes import FREE, Sizes
 from compresskit.export.steps import PAST, positions
 from compresskit.progress import track
 
@@ -22,6 +23,14 @@ _BATCHES = (1, 8)
 #: tokens before the one that is timed
 _PASTS = (64, 256)
 _WARMUP = 5
+#: Optimisation levels of ONNX Runtime, the least first.
+LEVELS = {
+    "disabled": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    "layout": ort.GraphOptimizationLevel.ORT_ENABLE_LAYOUT,
+    "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+}
 
 
 def default_threads() -> int:
@@ -29,13 +38,15 @@ def default_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def open_session(model: Path, *, threads: int, exact: bool = False) -> ort.InferenceSession:
-    """A CPU session with a fixed number of threads that sleep when idle, and every optimisation on.
+def open_session(model: Path, *, threads: int, exact: bool = False, level: str = "all") -> ort.InferenceSession:
+    """A CPU session with a fixed number of threads that sleep when idle.
 
     Args:
         exact: products that ONNX Runtime makes of DequantizeLinear and MatMul keep their input in float32.
+        level: what ONNX Runtime may rewrite as it loads the file, one of `LEVELS`.
     """
     options = ort.SessionOptions()
+    options.graph_optimization_level = LEVELS[level]
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
@@ -46,11 +57,20 @@ def open_session(model: Path, *, threads: int, exact: bool = False) -> ort.Infer
     return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
 
 
+def session_sizes(session: ort.InferenceSession) -> Sizes:
+    """What the session's file takes at once."""
+    shapes = {value.name: value.shape for value in session.get_inputs()}
+    shape = shapes.get("input_ids") or next(iter(shapes.values()))
+    batch, length, *_ = [size if isinstance(size, int) else None for size in shape]
+    return Sizes(batch, length if "input_ids" in shapes else None)
+
+
 def session_feed(session: ort.InferenceSession, inputs: Mapping[str, Tensor | np.ndarray]) -> dict[str, np.ndarray]:
     """What the session takes: its part of `inputs`, and of a decoder's keys and values zeros.
 
-    Tokens that attention_mask has and input_ids has not are the past; most often there are none. Positions that are
-    not given count real tokens, and token types that are not given are zero.
+    `inputs` have the sizes that the file takes (`Sizes.fit`). Tokens that attention_mask has and input_ids has not are
+    the past; most often there are none. Positions that are not given count real tokens, and token types that are not
+    given are zero.
     """
     feed = {value.name: np.asarray(inputs[value.name]) for value in session.get_inputs() if value.name in inputs}
     missing = [value for value in session.get_inputs() if value.name not in feed]
@@ -69,36 +89,60 @@ def session_feed(session: ort.InferenceSession, inputs: Mapping[str, Tensor | np
     return feed
 
 
-def run_session(session: ort.InferenceSession, inputs: Mapping[str, Tensor | np.ndarray]) -> np.ndarray:
-    """The session's first output, see `session_feed`."""
-    return np.asarray(session.run([session.get_outputs()[0].name], session_feed(session, inputs))[0])
+def session_feeds(session: ort.InferenceSession, inputs: Batch) -> list[dict[str, np.ndarray]]:
+    """What the session takes, call after call, to read a batch of any size (`Sizes.fit`)."""
+    return [session_feed(session, part) for part in session_sizes(session).fit(_own(session, inputs))]
 
 
-def text_shapes(positions: int | None) -> list[tuple[int, int]]:
+def _own(session: ort.InferenceSession, inputs: Batch) -> Batch:
+    """The part of `inputs` that the session takes or `session_feed` reads."""
+    wanted = {"input_ids", "attention_mask", *(value.name for value in session.get_inputs())}
+    return {name: value for name, value in inputs.items() if name in wanted}
+
+
+def run_outputs(session: ort.InferenceSession, names: list[str], inputs: Batch) -> list[np.ndarray]:
+    """The named outputs for a batch of any size: cut, padded, split and joined again as the file asks for it."""
+    found = [session.run(names, feed) for feed in session_feeds(session, inputs)]
+    sizes, given = session_sizes(session), _own(session, inputs)
+    return [sizes.join([np.asarray(part[index]) for part in found], given) for index in range(len(names))]
+
+
+def run_session(session: ort.InferenceSession, inputs: Batch) -> np.ndarray:
+    """The session's first output, see `run_outputs`."""
+    return run_outputs(session, [session.get_outputs()[0].name], inputs)[0]
+
+
+def text_shapes(positions: int | None, sizes: Sizes = FREE) -> list[tuple[int, int]]:
     """The (texts, tokens) that latencies are told for: one text of 16 and of 64 tokens, eight of 64.
 
     Args:
         positions: tokens that the model can place, where that has an end; longer shapes are cut to it.
+        sizes: what the file takes instead, where it is fixed.
     """
-    return list(dict.fromkeys((texts, min(length, positions or length)) for texts, length in _SHAPES))
+    shapes = ((sizes.batch or texts, sizes.length or min(length, positions or length)) for texts, length in _SHAPES)
+    return list(dict.fromkeys(shapes))
 
 
-def repeated_cases(examples: Batch) -> dict[str, Batch]:
-    """The first of some examples, once and in batches."""
+def repeated_cases(examples: Batch, sizes: Sizes = FREE) -> dict[str, Batch]:
+    """The first of some examples, once and in batches, or in those that the file takes."""
+    counts = _BATCHES if sizes.batch is None else (sizes.batch,)
     return by_shape(
-        {name: tensor[:1].repeat_interleave(size, 0) for name, tensor in examples.items()} for size in _BATCHES
+        {name: tensor[:1].repeat_interleave(size, 0) for name, tensor in examples.items()} for size in counts
     )
 
 
-def decode_cases(positions: int | None) -> dict[str, Batch]:
+def decode_cases(positions: int | None, sizes: Sizes = FREE) -> dict[str, Batch]:
     """One token after a past, by name: "1x1+64" is the 65th.
 
     Args:
         positions: tokens that the model can place, where that has an end.
+        sizes: the texts that the file takes, where that is fixed.
     """
     pasts = dict.fromkeys(min(past, (positions or past + 1) - 1) for past in _PASTS)
-    one = torch.ones(1, 1, dtype=torch.int64)
-    return {f"1x1+{past}": {"input_ids": one, "attention_mask": one.expand(1, past + 1)} for past in pasts}
+    texts = sizes.batch or 1
+    one = torch.ones(texts, 1, dtype=torch.int64)
+    cases = {past: {"input_ids": one, "attention_mask": one.expand(texts, past + 1)} for past in pasts}
+    return {f"{texts}x1+{past}": case for past, case in cases.items()}
 
 
 def by_shape(cases: Iterable[Batch]) -> dict[str, Batch]:
@@ -143,9 +187,9 @@ def compare_latency(
 
 
 def headline(shapes: Iterable[str]) -> str:
-    """The largest timed shape of one whole example, which stands for all."""
-    single = [shape for shape in shapes if shape.startswith("1x") and "+" not in shape]
-    return max(single, key=lambda shape: math.prod(map(int, shape.split("x"))))
+    """The largest timed shape of the fewest whole examples (one, unless the file takes more), which stands for all."""
+    sizes = {shape: [int(size) for size in shape.split("x")] for shape in shapes if "+" not in shape}
+    return max(sizes, key=lambda shape: (-sizes[shape][0], math.prod(sizes[shape])))
 
 
 def latency_entry(rows: dict[str, dict[str, float]]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-import numpy as np
 import onnxruntime as ort
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from compresskit.errors import CompressKitError
 from compresskit.evaluate import Fidelity, measure_latency
 from compresskit.export.files import model_bytes
 from compresskit.export.folder import MODEL_FILE
-from compresskit.export.runtime import open_session, session_feed
+from compresskit.export.runtime import open_session, run_session, session_feeds
 from compresskit.student import HeldOut
 
 
@@ -35,8 +34,13 @@ class SessionModel(nn.Module):
 
     def forward(self, **batch: Tensor) -> Any:
         """An object with the file's first output under its own name, a tensor."""
-        values = self._session.run([self._name], session_feed(self._session, batch))
-        return SimpleNamespace(**{self._name: torch.from_numpy(np.asarray(values[0]))})
+        return SimpleNamespace(**{self._name: torch.from_numpy(run_session(self._session, batch))})
+
+
+def fixed_length(manifest: Mapping[str, Any]) -> int | None:
+    """Tokens of the texts that an exported file takes; None where they are free, or it reads no text."""
+    shape = manifest["inputs"].get("input_ids", {}).get("shape", [])
+    return next((size for size in shape[1:] if isinstance(size, int)), None)
 
 
 def exported_figures(
@@ -59,7 +63,8 @@ def exported_figures(
         rounds: timed runs of one example.
 
     Returns:
-        `size_bytes`, `p50_ms` and `p95_ms` of the first example in ONNX Runtime, and the figures of `fidelity.measure`.
+        `size_bytes`, `p50_ms` and `p95_ms` of the first example in ONNX Runtime (of a file of fixed sizes, of the batch
+        that it takes), and the figures of `fidelity.measure`.
 
     Raises:
         CompressKitError: a file that does another task, or that gives the last token's logits alone.
@@ -75,7 +80,7 @@ def exported_figures(
             fix="export with 'logits: all' to measure, or measure the student",
         )
     given = held_out.sequences if held_out else fidelity.sequences
-    feed = session_feed(session, next(given.batches(1)))
+    feed = session_feeds(session, next(given.batches(1)))[0]
     found = measure_latency({"file": lambda: session.run(None, feed)}, rounds=rounds)["file"]
     # It answers all that Fidelity asks of a model.
     figures = fidelity.measure(cast(PreTrainedModel, SessionModel(session)), held_out)

@@ -39,6 +39,7 @@ from compresskit.export.cached import (
     stepping,
 )
 from compresskit.export.fusion import fuse_encoder, prefer_sums, share_tables
+from compresskit.export.sizes import FREE, Sizes
 from compresskit.layers.forms import onnx_forms, swapped
 from compresskit.layers.int8_linear import Int8Linear
 from compresskit.layers.operators import emit_operators
@@ -144,8 +145,9 @@ def trace(
     fuse: bool,
     opset: int | None = None,
     sentence: SentenceEmbedding | None = None,
+    sizes: Sizes = FREE,
 ) -> ir.Model:
-    """The ONNX graph of `model`, batch and (of text) length free, with the output `output`.
+    """The ONNX graph of `model`, batch and (of text) length free unless `sizes` fix them, with the output `output`.
 
     Args:
         model: in eval mode; left as it was.
@@ -154,7 +156,9 @@ def trace(
         fuse: use ONNX Runtime's fused operators, which compute the same in fewer steps.
         opset: ONNX operator set; None takes the exporter's default, or 23 where attention becomes one node.
         sentence: gives the output `sentence_embedding` too, made of `last_hidden_state`.
+        sizes: what the file takes at once; inside, what follows from it is a constant.
     """
+    batch = sizes.fit(batch)[0]
     as_node = (
         fuse
         and computes_in_integers(model)
@@ -162,10 +166,10 @@ def trace(
         and (opset or ATTENTION_OPSET) >= ATTENTION_OPSET
     )
     with _embedding(model, sentence) if sentence else contextlib.nullcontext():
-        graph = _export(model, batch, as_node=as_node, opset=opset or ATTENTION_OPSET if as_node else opset)
+        graph = _export(model, batch, sizes, as_node=as_node, opset=opset or ATTENTION_OPSET if as_node else opset)
         if as_node and any(node.op_type == "RotaryEmbedding" for node in graph.graph):
             # That operator set brings this operator too, and ONNX Runtime's does not broadcast its tables over a batch.
-            as_node, graph = False, _export(model, batch, as_node=False, opset=opset)
+            as_node, graph = False, _export(model, batch, sizes, as_node=False, opset=opset)
     _keep_outputs(graph, [output, EMBEDDING] if sentence else [output])
     if as_node:
         fuse_encoder(graph)
@@ -173,14 +177,21 @@ def trace(
         fuse_float(graph)
         prefer_sums(graph)
     share_tables(graph)
-    _name_axes(graph, list(batch))
+    _name_axes(graph, list(batch), sizes)
     # Each node came with the stack trace of the machine it was traced on.
     ClearMetadataAndDocStringPass()(graph)
     return graph
 
 
 def trace_cached(
-    model: PreTrainedModel, batch: Batch, *, form: Form, fuse: bool, opset: int | None = None, last_only: bool = False
+    model: PreTrainedModel,
+    batch: Batch,
+    *,
+    form: Form,
+    fuse: bool,
+    opset: int | None = None,
+    last_only: bool = False,
+    sizes: Sizes = FREE,
 ) -> ir.Model:
     """The ONNX graph of a decoder that takes its past and gives its present (`compresskit.export.cached`).
 
@@ -191,17 +202,18 @@ def trace_cached(
         fuse: ONNX Runtime's fused operators around it; beside `group_query` only.
         opset: ONNX operator set; None is the exporter's default, or 23 for `attention`.
         last_only: logits of the last token alone.
+        sizes: the texts that the file takes at once; the tokens stay free.
     """
-    inputs = cached_inputs(model, batch)
+    inputs = cached_inputs(model, sizes.fit(batch)[0])
     opset = opset or ATTENTION_OPSET if form == "attention" else opset
-    config = OnnxConfig(opset_version=opset, dynamic_shapes=free_axes(inputs))
+    config = OnnxConfig(opset_version=opset, dynamic_shapes=free_axes(inputs, sizes))
     with _tracing(model, ATTENTION[form]), stepping(model, last_only=last_only):
         graph: ir.Model = OnnxExporter().export(model, inputs, config=config).program
     if fuse and form == "group_query":
         fuse_float(graph)
         prefer_sums(graph)
     share_tables(graph)
-    name_cached_axes(graph)
+    name_cached_axes(graph, sizes)
     ClearMetadataAndDocStringPass()(graph)
     return graph
 
@@ -229,15 +241,15 @@ def _tracing(model: PreTrainedModel, attention: str) -> Iterator[None]:
         yield
 
 
-def _export(model: PreTrainedModel, batch: Batch, *, as_node: bool, opset: int | None) -> ir.Model:
+def _export(model: PreTrainedModel, batch: Batch, sizes: Sizes, *, as_node: bool, opset: int | None) -> ir.Model:
     """The graph as the exporter makes it."""
     # Spelt-out attention is what the float fusions recognise best in an encoder; decoders keep their own.
     own = model.config._attn_implementation or "eager"
     attention = _NODE_ATTENTION if as_node else "eager" if _looks_both_ways(model) else own
-    free = torch.export.Dim.DYNAMIC
     # Of text the length is free too; images and audio features keep theirs.
-    shapes = {name: {0: free, 1: free} if "input_ids" in batch else {0: free} for name in batch}
-    config = OnnxConfig(opset_version=opset, dynamic_shapes=shapes)
+    fixed = (sizes.batch, sizes.length) if "input_ids" in batch else (sizes.batch,)
+    free = {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(fixed) if size is None}
+    config = OnnxConfig(opset_version=opset, dynamic_shapes=dict.fromkeys(batch, free))
     inputs: dict[str, Any] = dict(batch)
     if hasattr(model.config, "use_cache"):
         inputs["use_cache"] = False
@@ -277,10 +289,11 @@ def _embedding(model: PreTrainedModel, sentence: SentenceEmbedding) -> Iterator[
         model.forward = forward
 
 
-def _name_axes(model: ir.Model, names: list[str]) -> None:
+def _name_axes(model: ir.Model, names: list[str], sizes: Sizes) -> None:
     """Call the free axes of the inputs `batch` and, of text, `sequence`; keep the order of `names`."""
     by_name = {value.name: value for value in model.graph.inputs}
+    batch, length = sizes.batch or "batch", sizes.length or "sequence"
     for value in by_name.values():
         fixed = list(value.shape or ())[1:]
-        value.shape = ir.Shape(["batch", "sequence"] if "input_ids" in by_name else ["batch", *fixed])
+        value.shape = ir.Shape([batch, length] if "input_ids" in by_name else [batch, *fixed])
     model.graph.inputs[:] = [by_name[name] for name in names if name in by_name]

@@ -164,20 +164,24 @@ def without_cache(model: PreTrainedModel) -> Iterator[None]:
             config.use_cache = had
 
 
+def blank_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
+    """(2, 4) token ids or two blank images, on the model's device."""
+    if model.main_input_name == "pixel_values":
+        size: int | Sequence[int] = model.config.image_size
+        sides = (size, size) if isinstance(size, int) else size
+        return {"pixel_values": torch.zeros(2, model.config.num_channels, *sides, device=model.device)}
+    return {"input_ids": torch.zeros(2, 4, dtype=torch.long, device=model.device)}
+
+
 @torch.no_grad()
 def run_once(model: PreTrainedModel) -> None:
-    """Run a model, on the meta device perhaps, on (2, 4) token ids or two blank images: for its hooks or its errors.
+    """Run a model, on the meta device perhaps, on `blank_inputs`: for its hooks or its errors.
 
     Raises:
         One of CANNOT_RUN: it needs values that the meta device has not, other inputs, or other shapes than it has.
     """
     with model.device:  # a decoder without a cache looks for packed sequences, which meta cannot
-        if model.main_input_name == "pixel_values":
-            size: int | Sequence[int] = model.config.image_size
-            sides = (size, size) if isinstance(size, int) else size
-            model(pixel_values=torch.zeros(2, model.config.num_channels, *sides))
-        else:
-            model(input_ids=torch.zeros(2, 4, dtype=torch.long))
+        model(**blank_inputs(model))
 
 
 def obstacle(model: PreTrainedModel) -> str | None:

@@ -43,5 +43,7 @@ def test_minilm_in_integers_is_true_to_the_original_and_a_quarter_of_its_size(tm
     assert entry["parity"]["relative_error"] < 1e-5
     assert entry["parity"]["end_to_end"]["relative_error"] < entry["parity"]["end_to_end"]["rounding_noise"]
     assert entry["size_bytes"] < 0.26 * entry["baseline"]["size_bytes"]
+    assert abs(entry["size_bytes"] / entry["predicted_bytes"] - 1) < 0.01
+    assert max(entry["parity"]["levels"].values()) < 1e-5
     assert entry["fidelity"]["spearman"] > 0.985
     assert entry["fidelity"]["mean_cosine"] > entry["stock_int8"]["fidelity"]["mean_cosine"]
