@@ -100,6 +100,8 @@ class OnnxExport(Exporter):
     accuracy_level: Literal[0, 4] = 4
     #: largest ‖onnx − torch‖ / ‖torch‖ that passes; of a segment where activations are rounded
     max_relative_error: float = Field(default=parity.BOUND, gt=0)
+    #: largest share of its weights by which the file may differ from what the student's shapes say
+    max_size_error: float = Field(default=predict.TOLERANCE, gt=0)
     #: held-out texts in the comparison with the original; half of them, in ragged batches, in the parity check
     texts: int = Field(default=64, ge=8)
     #: also export the original, as float and as onnxruntime's stock dynamic int8, and compare
@@ -176,7 +178,8 @@ class OnnxExport(Exporter):
             refuse_hidden_floats(graph, student.model, where=str(folder))
             save_graph(graph, scratch / MODEL_FILE)
             prediction = predict.predict_bytes(student.model, student.task)
-            predict.judge_bytes(prediction, model_bytes(scratch / MODEL_FILE), where=str(folder))
+            size = model_bytes(scratch / MODEL_FILE)
+            predict.judge_bytes(prediction, size, tolerance=self.max_size_error, where=str(folder))
             found = self._check_parity(student, graph, scratch / MODEL_FILE, output, threads, folder)
             facts = describe_graph(graph)
             del graph

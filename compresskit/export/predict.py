@@ -42,10 +42,9 @@ class Prediction(NamedTuple):
         """Both."""
         return self.weights + self.graph
 
-    @property
-    def allowance(self) -> float:
+    def allowance(self, tolerance: float = TOLERANCE) -> float:
         """By how many bytes a file may differ."""
-        return TOLERANCE * self.weights + self.graph + _ROOM_BYTES
+        return tolerance * self.weights + self.graph + _ROOM_BYTES
 
 
 def _own_tensors(module: nn.Module) -> list[Tensor]:
@@ -120,19 +119,19 @@ def predict_bytes(model: PreTrainedModel, task: str) -> Prediction:
     return Prediction(sum(found.values()), _LAYER_BYTES * (len(layers) - len(idle)))
 
 
-def judge_bytes(prediction: Prediction, size_bytes: int, *, where: str) -> None:
+def judge_bytes(prediction: Prediction, size_bytes: int, *, tolerance: float, where: str) -> None:
     """Accept the size of a file, or refuse it.
 
     Raises:
         RunFailedError: more than `allowance` apart.
     """
     apart = size_bytes - prediction.size_bytes
-    if abs(apart) > prediction.allowance:
+    if abs(apart) > prediction.allowance(tolerance):
         word = "larger" if apart > 0 else "smaller"
         raise RunFailedError(
             f"the file has {size_bytes:,} bytes, {abs(apart):,} {word} than the student's shapes say "
-            f"({prediction.size_bytes:,}); {TOLERANCE:.0%} of the weights and {prediction.graph + _ROOM_BYTES:,} bytes "
+            f"({prediction.size_bytes:,}); {tolerance:.0%} of the weights and {prediction.graph + _ROOM_BYTES:,} bytes "
             f"for the graph may differ",
             where=where,
-            fix="try 'fuse: false', or another opset; else report it together with the recipe",
+            fix="try 'fuse: false', or another opset; max_size_error moves the bound",
         )
