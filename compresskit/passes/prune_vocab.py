@@ -136,7 +136,7 @@ def _of_template(tokenizer: Processor) -> set[int]:
     found: set[int] = set()
     for system in ([], [{"role": "system", "content": ""}]):
         try:
-            text = tokenizer.apply_chat_template([*system, *turns], tokenize=False)
+            text = str(tokenizer.apply_chat_template([*system, *turns], tokenize=False))
         except TemplateError:  # some templates know no system, or no empty turn
             continue
         found |= set(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
