@@ -55,7 +55,7 @@ def chain(start: str, passes: Sequence[Pass], read: Sequence[Sequence[str]] | No
     """
     prints: list[str] = []
     for one, models in zip(passes, read or [()] * len(passes), strict=True):
-        start = digest([start, one.kind, one.version, one.model_dump(mode="json", serialize_as_any=True), *models])
+        start = digest([start, one.kind, one.version, one.deciding_options(), *models])
         prints.append(start)
     return prints
 

@@ -78,6 +78,8 @@ def _read_images(source: DataSource, config: PretrainedConfig) -> list[_Image]:
     if source.source not in ("imagefolder", "parquet", "hub"):
         fix = "data: {source: imagefolder, path: FOLDER}, or parquet or hub with a column of images"
         raise CompressKitError(f"the task reads images, and {source.source!r} has none", where="data.source", fix=fix)
+    if source.prompt is not None:
+        raise CompressKitError("images have no prompt", where="data.prompt", fix="leave it out")
     # The library's own cache would hold a second copy and knows files by their time stamp.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         try:

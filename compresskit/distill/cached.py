@@ -55,6 +55,7 @@ class CacheIdentity:
         max_length: tokens of a sequence that are used.
         keep, k, temperatures: see the module; the last two are read by `top_k` alone.
         needs: the outputs that are kept, of `predictions` and `sentence`.
+        vocabulary: tokens to which the teacher's head is cut; None where it is whole.
     """
 
     teacher: str
@@ -64,11 +65,13 @@ class CacheIdentity:
     k: int
     temperatures: tuple[float, ...]
     needs: tuple[str, ...]
+    vocabulary: int | None = None
 
     def facts(self) -> dict[str, Any]:
         """As JSON says it."""
         shared: dict[str, Any] = {"teacher": self.teacher, "text and tokenizer": self.text}
         shared |= {"max_length": self.max_length, "keep": self.keep, "needs": list(self.needs)}
+        shared |= {"vocabulary": self.vocabulary}
         if self.keep == "top_k":
             shared |= {"k": self.k, "temperatures": list(self.temperatures)}
         return shared

@@ -25,7 +25,7 @@ from compresskit.whole import whole_folder
 
 log = logging.getLogger(__name__)
 
-_LAYOUT = 1
+_LAYOUT = 2
 
 
 def save_state(folder: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -72,7 +72,11 @@ def forget_old_states(home: Path, *, besides: Path, days: float = 14) -> None:
         return
     oldest = time.time() - days * 24 * 3600
     for folder in home.iterdir():
-        if folder != besides and folder.is_dir() and _written(folder) < oldest:
+        try:
+            is_old = folder != besides and folder.is_dir() and _written(folder) < oldest
+        except FileNotFoundError:  # another run has just ended
+            continue
+        if is_old:
             log.info("distill: a training that was never resumed is forgotten: %s", folder)
             forget_state(folder)
 

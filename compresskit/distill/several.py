@@ -121,7 +121,9 @@ def _chosen(mixed: Tensor, given: Tensor, belief: Tensor, score: Tensor, rule: R
 
 
 class Tally:
-    """Scores of the items of each training text, the first time that it is read; as a histogram of fixed size.
+    """Scores of the items of each text of the training part, held out or not, the first time that it is read.
+
+    Kept as a histogram of fixed size.
 
     Args:
         teachers: how many there are.
@@ -281,7 +283,9 @@ def _chunks(given: Sequence[Tensor | Projection | TopK | None], items: int) -> I
     size = max(1, _LOGITS_AT_A_TIME // (width * len(given)))
     for start in range(0, items, size):
         part = slice(start, start + size)
-        yield part, torch.stack([_some(one, part) for one in given])
+        logits = [_some(one, part) for one in given]
+        shared = min(one.shape[-1] for one in logits)  # heads may be padded further than others
+        yield part, torch.stack([one[..., :shared] for one in logits])
 
 
 def _some(given: Tensor | Projection | TopK | None, part: slice) -> Tensor:

@@ -22,7 +22,7 @@ class Exporter(Config, ABC):
         """Refuse options that do not fit a model, from shapes alone: it may be on the meta device and is not changed.
 
         Raises:
-            CompressKitError: every misfit at once; `where` is the option.
+            CompressKitError: a misfit; `where` is the option.
         """
         return
 

@@ -58,7 +58,7 @@ def take_trials(
 
     Args:
         student: not changed.
-        parts: with more than one group each.
+        parts: with more than one group each (of one nothing can be cut, and the pass refuses it).
         cut: cuts a part on the moments of what its output layer reads and gives today.
         options: everything that `cut` depends on besides its arguments.
     """

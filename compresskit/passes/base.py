@@ -32,6 +32,8 @@ class Pass(Config, ABC):
     learns: ClassVar[bool] = False
     #: Raised by one whenever the same options would give other weights; part of every step's fingerprint.
     version: ClassVar[int] = 1
+    #: Options that change what is told or kept on the way, and not the student.
+    inert: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
     def plan(self, model: "nn.Module") -> list[Edit]:
@@ -44,6 +46,10 @@ class Pass(Config, ABC):
     def plans_shapes(self) -> bool:
         """Whether `plan` says the very shapes that `apply` will make, and not only how much stays of them."""
         return True
+
+    def deciding_options(self) -> dict[str, Any]:
+        """What was asked for, as JSON: all that decides the student."""
+        return self.model_dump(mode="json", serialize_as_any=True, exclude=set(self.inert))
 
     def models_read(self) -> tuple[str, ...]:
         """Models that it reads besides the original, as the user names them: their files count as options."""

@@ -27,6 +27,7 @@ from compresskit.data import Corpus, DataSource, Sequences, prepare_corpus
 from compresskit.data.source import open_source
 from compresskit.distill.cached import CachedTeacher, CacheIdentity, write_cache
 from compresskit.distill.checkpoint import forget_old_states, forget_state
+from compresskit.distill.goals import Blocks
 from compresskit.distill.lineage import Lineage, missing_layer
 from compresskit.distill.losses import KL, Loss
 from compresskit.distill.several import SeveralTeachers
@@ -69,6 +70,18 @@ def _check_layers(
             raise CompressKitError(what, where=f"losses[{i}] ({loss.kind})", fix=fix)
 
 
+def _check_blocks(lineage: Lineage, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Refuse a teacher without the student's stack of blocks.
+
+    Raises:
+        CompressKitError: there is none of that name.
+    """
+    missing = missing_layer(lineage, Blocks(student, teacher).asks, teacher)
+    if missing is not None:
+        what = f"the teacher has no blocks called {missing!r} for the student's to learn from"
+        raise CompressKitError(what, where="block_steps", fix="leave block_steps out, or use a teacher built alike")
+
+
 def _forget(state: Path | None) -> None:
     if state is not None:
         forget_state(state)
@@ -80,8 +93,9 @@ class Distill(DistillOptions, Pass):
 
     kind: Literal["distill"] = "distill"
     refuses: ClassVar[frozenset[Trait]] = frozenset({"quantized"})
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     needs: ClassVar[frozenset[Part]] = frozenset({"training"})
+    inert: ClassVar[frozenset[str]] = frozenset({"checkpoint_minutes", "tracker", "tracker_folder"})
     learns: ClassVar[bool] = True
 
     def plan(self, model: torch.nn.Module) -> list[Edit]:
@@ -117,7 +131,10 @@ class Distill(DistillOptions, Pass):
         losses, *_ = [self.checked_losses(student.model, one.model) for one in loaded]
         self.check_teachers(losses, student.model, [one.model for one in loaded])
         for one in loaded:
-            _check_layers(lineage_to(student, one.model), losses, student.model, one.model)
+            lineage = lineage_to(student, one.model)
+            _check_layers(lineage, losses, student.model, one.model)
+            if self.block_steps:
+                _check_blocks(lineage, student.model, one.model)
         state = self._state_folder(student, loaded, generator)
         if state is not None:
             forget_old_states(state.parent, besides=state)
@@ -128,7 +145,7 @@ class Distill(DistillOptions, Pass):
             ):
                 teaching = self._teaching(student, loaded)
                 if self.cache is not None:
-                    teaching = self._cached(student, teaching, losses, first, accelerator.device)
+                    teaching = self._cached(student, teaching, losses, loaded[0], accelerator.device)
                 result = train(
                     student.model,
                     teaching,
@@ -189,9 +206,7 @@ class Distill(DistillOptions, Pass):
         key = hashlib.sha256(generator.get_state().numpy().tobytes())
         told = [
             self.version,
-            self.model_dump(
-                mode="json", serialize_as_any=True, exclude={"checkpoint_minutes", "tracker", "tracker_folder"}
-            ),
+            self.deciding_options(),
             student.corpus.fingerprint,
             student.original_corpus.fingerprint,
             model_fingerprint(student.model),
@@ -202,7 +217,7 @@ class Distill(DistillOptions, Pass):
         return cache_folder() / "training" / key.hexdigest()[:32]
 
     def _cached(
-        self, student: Student, live: Teacher, losses: tuple[Loss, ...], teacher: PreTrainedModel, device: torch.device
+        self, student: Student, live: Teacher, losses: tuple[Loss, ...], loaded: Loaded, device: torch.device
     ) -> CachedTeacher:
         """What was kept of the teacher's answers to this text, made first where it is not there."""
         assert self.cache is not None
@@ -211,13 +226,14 @@ class Distill(DistillOptions, Pass):
         asked = {str(one) for loss in losses for one in loss.asks(student.model)}
         temperatures = {loss.temperature for loss in losses if isinstance(loss, KL)}
         identity = CacheIdentity(
-            teacher=model_fingerprint(teacher),
+            teacher=model_fingerprint(loaded.model),
             text=f"{student.corpus.fingerprint} {student.original_corpus.fingerprint}",
             max_length=self.max_length,
             keep=self.cache.keep,
             k=self.cache.k,
             temperatures=tuple(sorted({1.0, 2.0, 4.0} | temperatures)),
             needs=tuple(sorted(asked | ({"predictions"} if self.token_weight != "even" else set()))),
+            vocabulary=loaded.vocabulary,
         )
         folder = Path(self.cache.path) if self.cache.path else cache_folder() / "teachers" / identity.key
         if not folder.exists():

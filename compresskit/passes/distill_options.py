@@ -100,6 +100,8 @@ class DistillOptions(TrainingOptions):
             raise ValueError("cache keeps what one teacher says; leave it out, or teachers")
         elif self.conflict != "route":
             self._refuse_alone(("trust",), "conflict: route")
+        if self.tracker is None:
+            self._refuse_idle("tracker_folder", "tracker")
         if AVERAGE not in self.names:
             self._refuse_alone(("decay",), "a teacher `average`")
         elif self.cache is not None or self.block_steps:
@@ -151,9 +153,9 @@ class DistillOptions(TrainingOptions):
         """Refuse several teachers that cannot be brought together, and one that has nothing to teach."""
         if self.teachers is None:
             still = not any(isinstance(loss, Contrastive) or (isinstance(loss, KL) and loss.alpha) for loss in losses)
-            if self.names == (AVERAGE,) and still and not self.dropout:
+            if self.names == (AVERAGE,) and still:
                 what = "the average of the student begins as the student, and agrees with it: nothing is learnt"
-                fix = "give kl an alpha (labels), say dropout: true, or name it beside the original in teachers"
+                fix = "give kl an alpha (labels), use contrastive, or name it beside the original in teachers"
                 raise CompressKitError(what, where="teacher", fix=fix)
             return
         inner = [loss.kind for loss in losses if loss.asks(model) - {"predictions", "sentence"}]
@@ -195,9 +197,10 @@ class DistillOptions(TrainingOptions):
     def _check_cache(self, losses: tuple[Loss, ...], model: PreTrainedModel) -> None:
         if self.cache is None:
             return
-        inner = [loss.kind for loss in losses if loss.asks(model) - {"predictions", "sentence"}]
+        inner = [f"loss {loss.kind}" for loss in losses if loss.asks(model) - {"predictions", "sentence"}]
+        inner += ["block_steps"] if self.block_steps else []
         if inner:
-            what = f"loss {inner[0]} reads inner layers of the teacher, which are too large to keep"
+            what = f"{inner[0]} reads inner layers of the teacher, which are too large to keep"
             raise CompressKitError(
                 what, where="cache", fix="leave cache out, or use kl, embedding and contrastive alone"
             )

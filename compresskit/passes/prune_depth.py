@@ -65,6 +65,7 @@ class PruneDepth(Pass):
         description="of keep: what goes first is what changes its input least, or what the answer misses least",
     )
 
+    version: ClassVar[int] = 2
     adds: ClassVar[frozenset[Trait]] = frozenset({"pruned"})
     needs: ClassVar[frozenset[CorpusPart]] = frozenset({"calibration"})
 

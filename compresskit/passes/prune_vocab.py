@@ -35,6 +35,9 @@ from compresskit.surgery.edits import Edit, write_ranges
 from compresskit.surgery.vocabulary_edits import PruneVocabulary, config_token_ids, vocabulary_parameters
 from compresskit.vocabulary import Content, choose_tokens, count_tokens, read_content
 
+#: Put before a chat template, it keeps the day's date out: what stays must not depend on it.
+_UNDATED = "{%- macro strftime_now(format) -%}{%- endmacro -%}"
+
 
 @PASSES.add
 class PruneVocab(Pass):
@@ -54,6 +57,7 @@ class PruneVocab(Pass):
     min_count: int = Field(default=1, ge=1, description="tokens that occur less often are dropped")
     round_to: int = Field(default=8, ge=1, description="the number of tokens is a multiple of it: unused ones stay too")
 
+    version: ClassVar[int] = 2
     adds: ClassVar[frozenset[Trait]] = frozenset({"pruned"})
     refuses: ClassVar[frozenset[Trait]] = frozenset({"decomposed", "quantized"})
     needs: ClassVar[frozenset[Part]] = frozenset({"calibration"})
@@ -132,14 +136,16 @@ def _of_template(tokenizer: Processor) -> set[int]:
     """Ids of the words that a chat template puts around every turn, the system's default prompt among them."""
     if not isinstance(tokenizer, PreTrainedTokenizerBase) or not tokenizer.chat_template:
         return set()
+    tokenizer = copy.deepcopy(tokenizer)  # tokenising leaves its mark in a tokenizer
     turns = [{"role": role, "content": ""} for role in ("user", "assistant")]
     found: set[int] = set()
     for system in ([], [{"role": "system", "content": ""}]):
         try:
-            text = str(tokenizer.apply_chat_template([*system, *turns], tokenize=False))
-        except TemplateError:  # some templates know no system, or no empty turn
+            template = _UNDATED + tokenizer.get_chat_template()
+            said = tokenizer.apply_chat_template([*system, *turns], chat_template=template, tokenize=False)
+        except (TemplateError, ValueError):  # some templates know no system, or no empty turn; some are several
             continue
-        found |= set(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        found |= set(tokenizer(str(said), add_special_tokens=False, verbose=False)["input_ids"])
     return found
 
 

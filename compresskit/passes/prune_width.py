@@ -83,7 +83,7 @@ class PruneWidth(Pass):
 
     adds: ClassVar[frozenset[Trait]] = frozenset({"pruned"})
     refuses: ClassVar[frozenset[Trait]] = frozenset({"quantized"})
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     needs: ClassVar[frozenset[CorpusPart]] = frozenset({"calibration"})
 
     @field_validator("keep", mode="before", json_schema_input_type=float | Widths)
@@ -141,12 +141,10 @@ class PruneWidth(Pass):
     def _check(self, model: nn.Module, anatomy: Anatomy) -> None:
         self._check_measurable(model)
         emptied = {index for index, name in enumerate(anatomy.blocks) if _lacks_branch(model.get_submodule(name))}
-        for share, found, what in (
-            (self.keep.ffn, anatomy.feed_forwards, "ffn"),
-            (self.keep.heads, anatomy.attentions, "heads"),
-        ):
-            seen = {part.block for part in found}
-            if share < 1 and (not seen or len(seen | emptied) != len(anatomy.blocks)):
+        ffn, heads = ({part.block for part in found} for found in (anatomy.feed_forwards, anatomy.attentions))
+        for share, seen, other, what in ((self.keep.ffn, ffn, heads, "ffn"), (self.keep.heads, heads, ffn, "heads")):
+            excused = emptied & other  # the branch that prune_depth took is the one that is not seen
+            if share < 1 and (not seen or len(seen | excused) != len(anatomy.blocks)):
                 part = "an FFN" if what == "ffn" else "attention with heads"
                 raise CompressKitError(
                     f"{part} is seen in {len(seen)} of {len(anatomy.blocks)} blocks",

@@ -19,8 +19,6 @@ from compresskit.surgery.edits import EDITS, Cutting, Edit, get_module, read_ran
 
 #: How modules call their block's number.
 _NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number", "layer_num", "block_idx")
-
-
 #: Ends of the names of config lists that are never one entry a block.
 _NOT_BY_BLOCK = ("token_id", "architectures", "_size")
 

@@ -133,7 +133,8 @@ def stock_config(original: PreTrainedModel, edits: list[Edit]) -> PretrainedConf
 
     Fewer blocks are said where they are what a model of that depth would have there, FFN width where every block has
     the same, fewer heads of the same size where the architecture reads `head_dim`; fewer tokens always. A model is
-    built from it, without memory, and compared with the student: what configs say is not what all architectures read.
+    built from it, without memory, and its shapes are compared with the student's: architectures differ in what of a
+    config they read.
     Layers in bitsandbytes' formats do not change it: `stock_quantization` says them beside.
 
     Args:

@@ -113,7 +113,9 @@ class Translator:
         return replace(corpus, **parts)
 
     def _sequences(self, given: Sequences) -> Sequences:
-        assert given.prompts is None  # prune_vocab refuses such text: where a prompt ends would be lost
+        if given.prompts is not None:
+            what = "text with prompts cannot be said in fewer tokens: where a prompt ends would be lost"
+            raise CompressKitError(what, where="data.prompt", fix="leave prompt out")
         rows = token_rows(given)
         longest = max(map(len, rows), default=0)
         ends = [row[-1:] if row[-1] in self._content.added else [] for row in rows]

@@ -326,6 +326,7 @@ def test_a_second_student_learns_without_running_the_teacher(llama_student, tmp_
     ("options", "said"),
     [
         ({"losses": [{"kind": "hidden"}], "cache": {}}, "hidden reads inner layers"),
+        ({"losses": [{"kind": "kl"}], "cache": {}, "block_steps": 2}, "block_steps reads inner layers"),
         ({"token_weight": "tsld", "cache": {"keep": "top_k"}}, "tsld reads all"),
         ({"losses": [{"kind": "kl"}, {"kind": "kl", "temperature": 2}], "cache": {"keep": "top_k"}}, "one top k"),
     ],

@@ -14,6 +14,7 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertForTokenClassification,
+    DistilBertConfig,
 )
 
 from compresskit import compress
@@ -103,10 +104,36 @@ def test_an_average_that_has_nothing_to_teach_is_refused(llama_student, bert_stu
     for student in (llama_student, bert_student):
         with pytest.raises(CompressKitError, match="agrees with it: nothing is learnt"):
             learn(student, teacher="average")
-    learn(bert_student, teacher="average", dropout=True, steps=2)
+    with pytest.raises(CompressKitError, match="nothing is learnt"):  # without dropout, by which steps are judged
+        learn(bert_student, teacher="average", dropout=True, steps=2)
     notes = learn(llama_student, teachers=[{"model": "original"}, {"model": "average", "weight": 0.5}])
     assert notes["held_out_loss_after"] < notes["held_out_loss_before"]
     assert notes["disagreement"]["items"] > 0
+
+
+def test_heads_of_several_teachers_that_are_padded_differently_are_cut_to_what_they_share(llama_student, tmp_path):
+    wide = saved_teacher(llama_student, tmp_path / "wide", padded(llama_student.original, 256))
+    notes = learn(llama_student, teachers=[{"model": "original"}, {"model": wide}])
+    assert notes["disagreement"]["mean"] < 1e-6, "the same teacher twice"
+    assert notes["held_out_loss_after"] < notes["held_out_loss_before"]
+
+
+def test_blocks_do_not_learn_from_a_teacher_that_calls_its_blocks_otherwise(bert_student, tmp_path):
+    config = DistilBertConfig(
+        vocab_size=bert_student.original.config.vocab_size, dim=32, hidden_dim=64, n_layers=2, n_heads=4
+    )
+    name = saved_teacher(bert_student, tmp_path / "other", AutoModel.from_config(config))
+    with pytest.raises(CompressKitError, match=r"no blocks called 'encoder\.layer'") as caught:
+        learn(bert_student, teacher=name, block_steps=2)
+    assert caught.value.where == "block_steps"
+
+
+def test_what_only_tells_of_a_training_decides_nothing():
+    plain, told = Distill(steps=3), Distill(steps=3, checkpoint_minutes=None, tracker="tensorboard")
+    assert plain.deciding_options() == told.deciding_options()
+    assert plain.deciding_options() != Distill(steps=4).deciding_options()
+    with pytest.raises(ValidationError, match="tracker_folder has no effect"):
+        Distill(tracker_folder="elsewhere")
 
 
 def test_of_several_teachers_the_report_says_how_they_disagreed_and_who_was_trusted(llama_student, tmp_path):

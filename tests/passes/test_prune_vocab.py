@@ -291,6 +291,18 @@ def test_the_words_of_a_chat_template_stay(folders):
     assert any(len(token) > 1 for token in before)
 
 
+def test_what_stays_of_a_dated_template_is_the_same_every_day(folders):
+    tokenizer = AutoTokenizer.from_pretrained(folders["llama"])
+    kept = []
+    for template in ("{{ messages[0]['role'] }}", "{{ strftime_now('zebra quartz') }}{{ messages[0]['role'] }}"):
+        tokenizer.chat_template = template
+        student = student_of(load_model(find_model(folders["llama"]), "text-generation"))
+        student.tokenizer = tokenizer
+        PruneVocab(keep=0.9).apply(student, generator=torch.Generator())
+        kept.append(student.whole.kept)  # type: ignore[union-attr]
+    assert kept[0] == kept[1]
+
+
 def test_a_recipe_says_it_in_yaml(folders, texts, tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(
