@@ -16,7 +16,8 @@ student's logits a (q = softmax(a)), by its slope r_v = q_v ∂f/∂q_v:
 Sources: generalised JSD as in GKD (arXiv:2306.13649), skew divergences as in DistiLLM (arXiv:2402.03898). ln m is
 always the log of a sum of exponentials with their larger one taken out, so that two probabilities that underflow still
 give a number. The terms q − p sum to 0; with them, the rounding of a token's normaliser leaves D in second order only,
-which near the teacher is most of the error.
+which near the teacher is most of the error. For total variation p and q that differ by rounding alone are equal
+(`TIE`): the sign of noise would make a gradient of full size, where student and teacher agree.
 """
 
 import math
@@ -26,6 +27,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+#: Roundings of q by which p may differ from it and still be equal.
+TIE = 64
 Kind = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation"]
 #: What a token's weight is multiplied with: nothing, the teacher's largest probability, or its entropy / ln V.
 WeightRule = Literal["none", "confidence", "entropy"]
@@ -101,7 +104,9 @@ def summand_and_slope(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> t
             gap = log_q - _log_mixture(log_q, log_p, mix)
             return q * gap, q * (gap - mix * gap.exp()), q
         case _:
-            return 0.5 * (p - q).abs(), 0.5 * q * (q - p).sign(), q
+            apart = q - p
+            differ = apart.abs() > TIE * torch.finfo(q.dtype).eps * q
+            return 0.5 * apart.abs(), 0.5 * q * apart.sign() * differ, q
 
 
 def _gap(log_x: Tensor, log_y: Tensor, x: Tensor) -> Tensor:

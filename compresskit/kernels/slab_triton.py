@@ -23,7 +23,7 @@ import triton
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-from compresskit.kernels.divergence import Divergence, Kind
+from compresskit.kernels.divergence import TIE, Divergence, Kind
 from compresskit.kernels.slab import Readout, Statistics, TokenTerms, rule_factor
 
 # V vocabulary, C tokens of the slab, P parts of the vocabulary
@@ -34,6 +34,7 @@ _PROGRAMS, _SHORTEST_PART = 512, 1024
 _FORWARD, _REVERSE, _JSD, _SKEW_FORWARD, _SKEW_REVERSE, _TOTAL_VARIATION = range(6)
 _FORWARD_KL, _REVERSE_KL = tl.constexpr(_FORWARD), tl.constexpr(_REVERSE)
 _JENSEN_SHANNON, _SKEW_P, _SKEW_Q = tl.constexpr(_JSD), tl.constexpr(_SKEW_FORWARD), tl.constexpr(_SKEW_REVERSE)
+_TIED = tl.constexpr(TIE * torch.finfo(torch.float32).eps)
 
 
 @triton.jit
@@ -136,7 +137,8 @@ def _value_and_slope(lp, lq, mix, log_mix, log_rest, KIND: tl.constexpr):
         value, slope = q * gap, q * (gap - mix * tl.exp(gap))
     else:
         value = 0.5 * tl.abs(p - q)
-        slope = 0.5 * q * tl.where(q > p, 1.0, tl.where(q < p, -1.0, 0.0))
+        differ = tl.abs(q - p) > _TIED * q
+        slope = 0.5 * q * tl.where(differ, tl.where(q > p, 1.0, -1.0), 0.0)
     return value, slope, q
 
 
