@@ -179,7 +179,7 @@ class Distill(DistillOptions, Pass):
         Raises:
             CompressKitError: there are several.
         """
-        with tracked(self.tracker, self.tracker_folder) as accelerator:
+        with tracked(self.tracker, self.tracker_folder or "runs") as accelerator:
             if accelerator.num_processes > 1:
                 what = f"a recipe runs in one process, and this is one of {accelerator.num_processes}"
                 fix = "start compresskit without a launcher, or call compresskit.distill.trainer.train under it"

@@ -85,7 +85,7 @@ class DistillOptions(TrainingOptions):
     tracker: str | None = Field(
         default=None, description="where accelerate tells how it goes: tensorboard, wandb, … (its package is needed)"
     )
-    tracker_folder: str = Field(default="runs", description="folder for trackers that write files")
+    tracker_folder: str | None = Field(default=None, description="folder for trackers that write files (default runs)")
     other_text: DataSource | None = Field(
         default=None, description="text of another kind, its evaluation part: a warning where the student loses there"
     )
@@ -101,7 +101,7 @@ class DistillOptions(TrainingOptions):
         elif self.conflict != "route":
             self._refuse_alone(("trust",), "conflict: route")
         if self.tracker is None:
-            self._refuse_idle("tracker_folder", "tracker")
+            self._refuse_alone(("tracker_folder",), "tracker")
         if AVERAGE not in self.names:
             self._refuse_alone(("decay",), "a teacher `average`")
         elif self.cache is not None or self.block_steps:
