@@ -92,15 +92,14 @@ class Lineage:
         return place if blocks is None or place == 0 else blocks[place - 1] + 1
 
     def _cut(self, one: _Part, given: Tensor) -> Tensor:
-        source = self._source(one)
-        if isinstance(source, Stream):
+        if isinstance(one, Stream):
             return given
-        kept = self.provenance.kept.get(source.module if isinstance(source, Inner) else source.query)
+        if isinstance(one, Inner):
+            return self.provenance.left_of(one.module, given)
+        kept = self.provenance.kept.get(self.provenance.original_name(one.query))
         if kept is None:
             return given
-        if isinstance(source, Inner):
-            return given.index_select(-1, kept.to(given.device))
-        heads = kept[:: source.head_dim] // source.head_dim  # rows of a kept head stand together, in its order
+        heads = kept[:: one.head_dim] // one.head_dim  # rows of a kept head stand together, in its order
         return given.index_select(1, heads[heads < given.shape[1]].to(given.device))  # fused: the queries come first
 
 

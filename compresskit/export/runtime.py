@@ -102,8 +102,8 @@ def _own(session: ort.InferenceSession, inputs: Batch) -> Batch:
 
 def run_outputs(session: ort.InferenceSession, names: list[str], inputs: Batch) -> list[np.ndarray]:
     """The named outputs for a batch of any size: cut, padded, split and joined again as the file asks for it."""
-    found = [session.run(names, feed) for feed in session_feeds(session, inputs)]
     sizes, given = session_sizes(session), _own(session, inputs)
+    found = [session.run(names, session_feed(session, part)) for part in sizes.fit(given)]
     return [sizes.join([np.asarray(part[index]) for part in found], given) for index in range(len(names))]
 
 
