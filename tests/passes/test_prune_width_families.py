@@ -15,6 +15,8 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BertConfig,
+    GPT2Config,
     GraniteConfig,
     HeliumConfig,
     Lfm2Config,
@@ -262,6 +264,35 @@ def test_of_real_models_too_dropped_blocks_are_blocks_that_hand_on_what_they_rea
         found = model(**words)[0]
     assert (found - truth).abs().max() <= 1e-5
     assert (whole - truth).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BertConfig(**ENCODER_SHAPE, is_decoder=True, add_cross_attention=True),
+        GPT2Config(vocab_size=96, n_embd=32, n_inner=64, n_layer=2, n_head=4, pad_token_id=0, add_cross_attention=True),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_the_cross_attention_of_a_decoder_stays_whole_and_still_answers_an_encoder(config):
+    student = student_of(random_model(AutoModelForCausalLM, config))
+    step = PruneWidth.model_validate({"keep": {"ffn": 0.5, "heads": 0.5}, "repair": "none", "score": "random"})
+    step.apply(student, generator=torch.Generator().manual_seed(1))
+    weights, before = (model.state_dict() for model in (student.model, student.original))
+    across = [name for name in before if "cross" in name]
+    assert across
+    assert all(torch.equal(weights[name], before[name]) for name in across)
+    draw = torch.Generator().manual_seed(2)
+    words = {
+        "input_ids": torch.randint(5, 96, (2, 7), generator=draw),
+        "encoder_hidden_states": torch.randn(2, 3, 32, generator=draw),
+    }
+    zeroed = masked(student.original, student.edits)
+    with torch.no_grad():
+        found, truth = student.model(**words)[0], zeroed(**words)[0]
+        alone = student.model(input_ids=words["input_ids"])[0]
+    assert (found - truth).abs().max() <= 1e-5
+    assert (found - alone).abs().max() > 1e-3
 
 
 def test_encoder_decoders_are_refused_by_name():
