@@ -1,10 +1,10 @@
 """What a model loses without a block, or without the attention or FFN of one; and which go first.
 
-    influence    1 − E[cos(h, h₋)]    h what the block gives, h₋ what it gives without the part; of a whole block h₋
+    influence    1 − E[cos(h, h₋)]    h what the block gives, h₋ what it gives without the unit; of a whole block h₋
                                       is what it reads (ShortGPT's block influence, arXiv:2403.03853)
-    kl           KL(answer ‖ answer without the part), in nats an answer
+    kl           KL(answer ‖ answer without the unit), in nats an answer
 
-The part that loses least goes, and the others are scored again without it (SLEB, arXiv:2402.09025), until enough are
+The unit that loses least goes, and the others are scored again without it (SLEB, arXiv:2402.09025), until enough are
 gone.
 Influence costs about two forwards a round, kl one for every two blocks left.
 """
@@ -31,7 +31,7 @@ from compresskit.surgery.sites import without_cache
 
 
 @dataclass(frozen=True)
-class Part:
+class Unit:
     """A block that can go, or a branch of one.
 
     Attributes:
@@ -45,22 +45,22 @@ class Part:
     linears: tuple[str, ...] = ()
 
 
-Scores = Mapping[Part, float]
+Scores = Mapping[Unit, float]
 
 
 @dataclass(frozen=True)
 class Removal:
-    """A part that goes, and what its loss was when it went."""
+    """A unit that goes, and what its loss was when it went."""
 
-    part: Part
+    unit: Unit
     score: float
 
 
 @contextmanager
-def without(model: nn.Module, part: Part) -> Iterator[None]:
+def without(model: nn.Module, unit: Unit) -> Iterator[None]:
     """Inside, the block hands on what it reads, or the branch adds nothing."""
-    module = model.get_submodule(part.module)
-    with replaced_forwards([module], partial(_give_zeros if part.linears else _hand_on, module.forward)):
+    module = model.get_submodule(unit.module)
+    with replaced_forwards([module], partial(_give_zeros if unit.linears else _hand_on, module.forward)):
         yield
 
 
@@ -80,69 +80,69 @@ def _read(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
 
 
 def choose_removals(
-    model: nn.Module, parts: Sequence[Part], count: int, score: Callable[[Sequence[Part]], Scores], *, label: str
+    model: nn.Module, units: Sequence[Unit], count: int, score: Callable[[Sequence[Unit]], Scores], *, label: str
 ) -> list[Removal]:
-    """The `count` of `parts` to remove, in the order in which they go; equal scores: the first.
+    """The `count` of `units` to remove, in the order in which they go; equal scores: the first.
 
     Args:
         model: unchanged afterwards.
-        score: what each of the parts that are left loses, on the model without those that went.
+        score: what each of the units that are left loses, on the model without those that went.
         label: shown beside the progress bar.
     """
     removals: list[Removal] = []
     with ExitStack() as removed:
         for _ in track(range(count), label):
-            gone = {removal.part for removal in removals}
-            scores = score([part for part in parts if part not in gone])
-            part = min(scores, key=lambda part: scores[part])
-            removals.append(Removal(part, scores[part]))
-            removed.enter_context(without(model, part))
+            gone = {removal.unit for removal in removals}
+            scores = score([unit for unit in units if unit not in gone])
+            unit = min(scores, key=lambda unit: scores[unit])
+            removals.append(Removal(unit, scores[unit]))
+            removed.enter_context(without(model, unit))
     return removals
 
 
 @torch.no_grad()
 def influence(
-    model: PreTrainedModel, blocks: Sequence[str], batches: Iterable[Batch], parts: Sequence[Part]
-) -> dict[Part, float]:
-    """1 − E[cos(h, h₋)] of each part over real tokens (all, where inputs have no mask), in [0, 2]."""
-    sums, counts = dict.fromkeys(parts, 0.0), dict.fromkeys(parts, 0)
+    model: PreTrainedModel, blocks: Sequence[str], batches: Iterable[Batch], units: Sequence[Unit]
+) -> dict[Unit, float]:
+    """1 − E[cos(h, h₋)] of each unit over real tokens (all, where inputs have no mask), in [0, 2]."""
+    sums, counts = dict.fromkeys(units, 0.0), dict.fromkeys(units, 0)
 
-    def look(batch: Batch, here: Sequence[Part], own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        less = {part: _less(model, part, own, args, kwargs) for part in here}
+    def look(batch: Batch, here: Sequence[Unit], own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        less = {unit: _less(model, unit, own, args, kwargs) for unit in here}
         output = own(*args, **kwargs)
-        for part, hidden in less.items():
+        for unit, hidden in less.items():
             cosine = F.cosine_similarity(hidden_of(output).double(), hidden.double(), dim=-1)
             real = cosine[real_tokens(batch, cosine.shape)]
-            sums[part] += float((1 - real).sum())
-            counts[part] += real.numel()
+            sums[unit] += float((1 - real).sum())
+            counts[unit] += real.numel()
         return output
 
     with without_cache(model):
         for batch in batches:
             with ExitStack() as watched:
-                for number in {part.block for part in parts}:
-                    here = [part for part in parts if part.block == number]
+                for number in {unit.block for unit in units}:
+                    here = [unit for unit in units if unit.block == number]
                     block = model.get_submodule(blocks[number])
                     watched.enter_context(replaced_forwards([block], partial(look, batch, here, block.forward)))
                 model(**batch)
-    return {part: sums[part] / counts[part] for part in parts}
+    return {unit: sums[unit] / counts[unit] for unit in units}
 
 
 def _less(
-    model: nn.Module, part: Part, own: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    model: nn.Module, unit: Unit, own: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Tensor:
-    """What a block gives without the part; it may change in place what it reads, so it reads a copy."""
+    """What a block gives without the unit; it may change in place what it reads, so it reads a copy."""
     hidden = _read(args, kwargs).clone()
-    if not part.linears:
+    if not unit.linears:
         return hidden
-    with without(model, part):
+    with without(model, unit):
         if "hidden_states" in kwargs:
             return hidden_of(own(*args, **(kwargs | {"hidden_states": hidden})))  # type: ignore[operator]
         return hidden_of(own(hidden, *args[1:], **kwargs))
 
 
 class Divergences:
-    """Scores by trial: the divergence of the model's answer without a part from its answer when this was made.
+    """Scores by trial: the divergence of the model's answer without a unit from its answer when this was made.
 
     Args:
         model: in eval mode.
@@ -154,12 +154,12 @@ class Divergences:
         self._model, self._blocks, self._batches = model, blocks, batches
         self._answers: Sequence[Tensor] | None = None
 
-    def __call__(self, parts: Sequence[Part]) -> dict[Part, float]:
-        """Nats an answer lost without each part, on the model as it is now."""
+    def __call__(self, units: Sequence[Unit]) -> dict[Unit, float]:
+        """Nats an answer lost without each unit, on the model as it is now."""
         trials = Trials(self._model, self._batches, blocks=self._blocks, answers=self._answers)
         self._answers = trials.answers
-        found: dict[Part, float] = {}
-        for part in parts:
-            with without(self._model, part):
-                found[part] = trials.divergence(part.block)
+        found: dict[Unit, float] = {}
+        for unit in units:
+            with without(self._model, unit):
+                found[unit] = trials.divergence(unit.block)
         return found

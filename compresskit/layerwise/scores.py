@@ -140,7 +140,7 @@ def choose_groups(
 
 
 @dataclass(frozen=True)
-class Removal:
+class RemovalPath:
     """Groups in the order in which they were removed, first (cheapest) to last, and what each one cost.
 
     Attributes:
@@ -160,7 +160,7 @@ def remove_one_by_one(
     *,
     shrinkage: float,
     metric: OutputMetric | None = None,
-) -> Removal:
+) -> RemovalPath:
     """The `count` groups whose removal costs least, one after the other, with everything else refitted after each.
 
     The cost is the rise of E (t − W' x)ᵀ F (t − W' x) + λ tr((W' − W)ᵀ F (W' − W)) at its optimum: for a group S of
@@ -205,7 +205,7 @@ def remove_one_by_one(
         mine, theirs = v[groups], crossed[groups]  # (G, g, g)
         spread -= mine @ mine.mT
         power += mine @ (a.T @ Fa) @ mine.mT - theirs @ mine.mT - mine @ theirs.mT
-    return Removal(order, rises)
+    return RemovalPath(order, rises)
 
 
 def _inverse(C: Tensor, shrinkage: float) -> Tensor:

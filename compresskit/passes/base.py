@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 Trait = Literal["low_rank", "decomposed", "pruned", "quantized"]
-Part = Literal["calibration", "training"]
+TextPart = Literal["calibration", "training"]
 
 
 class Pass(Config, ABC):
@@ -27,7 +27,7 @@ class Pass(Config, ABC):
     adds: ClassVar[frozenset[Trait]] = frozenset()
     refuses: ClassVar[frozenset[Trait]] = frozenset()
     #: The parts of the corpus that this pass cannot do without.
-    needs: ClassVar[frozenset[Part]] = frozenset()
+    needs: ClassVar[frozenset[TextPart]] = frozenset()
     #: Whether it learns from a teacher, and so has an option `teacher`: None, or the name of a model.
     learns: ClassVar[bool] = False
     #: Raised by one whenever the same options would give other weights; part of every step's fingerprint.

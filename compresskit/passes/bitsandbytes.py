@@ -37,7 +37,7 @@ from compresskit.layers.forms import re_expressed, swapped
 from compresskit.layerwise.answer import read_answer
 from compresskit.layerwise.output_pca import relative_error
 from compresskit.layerwise.weights import require_finite
-from compresskit.passes.base import PASSES, Part, Pass, Trait
+from compresskit.passes.base import PASSES, Pass, TextPart, Trait
 from compresskit.passes.quantize_grids import refuse_integers
 from compresskit.student import Student
 from compresskit.surgery.bitsandbytes_edits import (
@@ -76,7 +76,7 @@ class BitsAndBytes(Pass):
 
     adds: ClassVar[frozenset[Trait]] = frozenset({"quantized"})
     refuses: ClassVar[frozenset[Trait]] = frozenset({"quantized"})
-    needs: ClassVar[frozenset[Part]] = frozenset({"calibration"})
+    needs: ClassVar[frozenset[TextPart]] = frozenset({"calibration"})
 
     @model_validator(mode="after")
     def _consistent(self) -> "BitsAndBytes":

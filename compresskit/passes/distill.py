@@ -36,7 +36,7 @@ from compresskit.distill.tracking import tracked
 from compresskit.distill.trainer import train
 from compresskit.errors import CompressKitError, RunFailedError
 from compresskit.models import model_fingerprint, task_of
-from compresskit.passes.base import PASSES, Part, Pass, Trait
+from compresskit.passes.base import PASSES, Pass, TextPart, Trait
 from compresskit.passes.distill_options import AVERAGE, ORIGINAL, DistillOptions
 from compresskit.passes.distill_teachers import (
     Loaded,
@@ -94,7 +94,7 @@ class Distill(DistillOptions, Pass):
     kind: Literal["distill"] = "distill"
     refuses: ClassVar[frozenset[Trait]] = frozenset({"quantized"})
     version: ClassVar[int] = 4
-    needs: ClassVar[frozenset[Part]] = frozenset({"training"})
+    needs: ClassVar[frozenset[TextPart]] = frozenset({"training"})
     inert: ClassVar[frozenset[str]] = frozenset({"checkpoint_minutes", "tracker", "tracker_folder"})
     learns: ClassVar[bool] = True
 

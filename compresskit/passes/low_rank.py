@@ -52,7 +52,7 @@ from compresskit.layerwise.weights import (
     set_factors,
     stacked_weight,
 )
-from compresskit.passes.base import PASSES, Part, Pass, Trait
+from compresskit.passes.base import PASSES, Pass, TextPart, Trait
 from compresskit.student import Student
 from compresskit.surgery.edits import Edit, MakeLowRank
 from compresskit.surgery.sites import Site, find_anatomy, select
@@ -109,7 +109,7 @@ class LowRank(Pass):
     adds: ClassVar[frozenset[Trait]] = frozenset({"low_rank"})
     refuses: ClassVar[frozenset[Trait]] = frozenset({"quantized"})
     version: ClassVar[int] = 5
-    needs: ClassVar[frozenset[Part]] = frozenset({"calibration"})
+    needs: ClassVar[frozenset[TextPart]] = frozenset({"calibration"})
 
     @model_validator(mode="before")
     @classmethod

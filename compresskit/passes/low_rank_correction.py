@@ -26,7 +26,7 @@ from compresskit.layerwise.objective import fit_weight
 from compresskit.layerwise.output_pca import solve_output_pca, squared_error
 from compresskit.layerwise.walk import SiteMoments, Walk
 from compresskit.layerwise.weights import layer_bias, row_indices, stacked_weight
-from compresskit.passes.base import PASSES, Part, Pass
+from compresskit.passes.base import PASSES, Pass, TextPart
 from compresskit.student import Student
 from compresskit.surgery.correction_edits import AddCorrection
 from compresskit.surgery.edits import Edit
@@ -47,7 +47,7 @@ class LowRankCorrection(Pass):
         default=1.0, gt=0, le=1, description="how far the target moves to the original's output (alpha)"
     )
 
-    needs: ClassVar[frozenset[Part]] = frozenset({"calibration"})
+    needs: ClassVar[frozenset[TextPart]] = frozenset({"calibration"})
 
     def plan(self, model: nn.Module) -> list[Edit]:
         """One edit for each input site."""

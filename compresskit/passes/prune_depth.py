@@ -32,10 +32,9 @@ from compresskit.data.sequences import require_tokens
 from compresskit.errors import CompressKitError
 from compresskit.layers.empty_linear import EmptyLinear
 from compresskit.layerwise.chain import check_chain
-from compresskit.layerwise.removal import Divergences, Part, Removal, choose_removals, influence
+from compresskit.layerwise.removal import Divergences, Removal, Unit, choose_removals, influence
 from compresskit.layerwise.survey import first_batches
-from compresskit.passes.base import PASSES, Pass, Trait
-from compresskit.passes.base import Part as CorpusPart
+from compresskit.passes.base import PASSES, Pass, TextPart, Trait
 from compresskit.student import Student
 from compresskit.surgery.depth_edits import DropBlocks, EmptyLinears, find_stack, get_stack
 from compresskit.surgery.edits import Edit, write_ranges
@@ -67,7 +66,7 @@ class PruneDepth(Pass):
 
     version: ClassVar[int] = 2
     adds: ClassVar[frozenset[Trait]] = frozenset({"pruned"})
-    needs: ClassVar[frozenset[CorpusPart]] = frozenset({"calibration"})
+    needs: ClassVar[frozenset[TextPart]] = frozenset({"calibration"})
 
     @model_validator(mode="after")
     def _one_choice(self) -> "PruneDepth":
@@ -83,34 +82,34 @@ class PruneDepth(Pass):
     def plan(self, model: nn.Module) -> list[Edit]:
         """The edits with the first units kept, where which ones stay is for the data to say."""
         assert isinstance(model, PreTrainedModel)
-        stack, parts = self._parts(model)
-        staying = self._staying(model, stack, parts)
+        stack, units = self._units(model)
+        staying = self._staying(model, stack, units)
         if staying is None:
-            count = self._count(len(parts))
-            pinned = self._pinned(model, stack, parts)
-            free = [part.block for part in parts if part.block not in pinned]
+            count = self._count(len(units))
+            pinned = self._pinned(model, stack, units)
+            free = [unit.block for unit in units if unit.block not in pinned]
             staying = sorted({*pinned, *free[: count - len(pinned)]})
-        return self._edits(model, stack, parts, set(staying))
+        return self._edits(model, stack, units, set(staying))
 
     def apply(self, student: Student, *, generator: torch.Generator) -> dict[str, Any]:
         """Choose what goes, and take it out."""
         model = student.model
-        stack, parts = self._parts(model)
-        staying, removals = self._staying(model, stack, parts), []
+        stack, units = self._units(model)
+        staying, removals = self._staying(model, stack, units), []
         if staying is None:
-            removals = self._choose(student, stack, parts)
-            gone = {removal.part.block for removal in removals}
-            staying = [part.block for part in parts if part.block not in gone]
-        edits = self._edits(model, stack, parts, set(staying))
+            removals = self._choose(student, stack, units)
+            gone = {removal.unit.block for removal in removals}
+            staying = [unit.block for unit in units if unit.block not in gone]
+        edits = self._edits(model, stack, units, set(staying))
         if edits and self.unit == "layer":
             _check_chain(student, stack)
         for edit in edits:
             student.edit(edit)
-        left_out = sorted({part.block for part in parts} - set(staying))
-        scores = [{"block": removal.part.block, "score": removal.score} for removal in removals]
+        left_out = sorted({unit.block for unit in units} - set(staying))
+        scores = [{"block": removal.unit.block, "score": removal.score} for removal in removals]
         return {"unit": self.unit, "stay": staying, "removed": left_out, "order": scores}
 
-    def _parts(self, model: PreTrainedModel) -> tuple[str, list[Part]]:
+    def _units(self, model: PreTrainedModel) -> tuple[str, list[Unit]]:
         """The list of blocks, and the units that there are in it.
 
         Raises:
@@ -119,7 +118,7 @@ class PruneDepth(Pass):
         stack = find_stack(model)
         names = [f"{stack}.{number}" for number in range(len(get_stack(model, stack)))]
         if self.unit == "layer":
-            return stack, [Part(number, name) for number, name in enumerate(names)]
+            return stack, [Unit(number, name) for number, name in enumerate(names)]
         anatomy = find_anatomy(model)
         if anatomy.blocks != tuple(names):
             what = f"some elements of {stack} hold no linear layer"
@@ -135,13 +134,13 @@ class PruneDepth(Pass):
         if not found:
             what = f"no block has {_UNITS[self.unit]} that are seen"
             raise CompressKitError(what, where="unit", fix="use unit: layer; `compresskit modules MODEL` shows them")
-        return stack, [Part(*one) for one in found]
+        return stack, [Unit(*one) for one in found]
 
-    def _staying(self, model: PreTrainedModel, stack: str, parts: list[Part]) -> list[int] | None:
+    def _staying(self, model: PreTrainedModel, stack: str, units: list[Unit]) -> list[int] | None:
         """The blocks whose unit stays, where a rule says it, ascending; None where it is for the data to say."""
-        numbers = [part.block for part in parts]
+        numbers = [unit.block for unit in units]
         if self.keep is not None:
-            return numbers if self._count(len(parts)) == len(parts) else None
+            return numbers if self._count(len(units)) == len(units) else None
         staying = numbers[:: self.every] if self.blocks is None else sorted(self.blocks)
         absent = [number for number in staying if number not in numbers]
         if absent:
@@ -168,39 +167,39 @@ class PruneDepth(Pass):
             raise CompressKitError(what, where="keep", fix=f"keep at least {1 / units:.3f}")
         return kept
 
-    def _pinned(self, model: PreTrainedModel, stack: str, parts: list[Part]) -> set[int]:
+    def _pinned(self, model: PreTrainedModel, stack: str, units: list[Unit]) -> set[int]:
         """The blocks that have to stay.
 
         Raises:
             CompressKitError: they are more than `keep` leaves, or all.
         """
         pinned = _pinned(model, stack) if self.unit == "layer" else set()
-        count = self._count(len(parts))
+        count = self._count(len(units))
         if len(pinned) > count:
-            what = f"{count} of {len(parts)} blocks should stay, and others read what {sorted(pinned)} make"
-            least = len(pinned) / len(parts)
+            what = f"{count} of {len(units)} blocks should stay, and others read what {sorted(pinned)} make"
+            least = len(pinned) / len(units)
             fix = f"keep at least {least:.3f}" if least < 1 else "leave prune_depth out"
             raise CompressKitError(what, where="keep", fix=fix)
         return pinned
 
-    def _edits(self, model: PreTrainedModel, stack: str, parts: list[Part], staying: set[int]) -> list[Edit]:
-        gone = [part for part in parts if part.block not in staying]
+    def _edits(self, model: PreTrainedModel, stack: str, units: list[Unit], staying: set[int]) -> list[Edit]:
+        gone = [unit for unit in units if unit.block not in staying]
         if not gone:
             return []
         if self.unit == "layer":
             return [DropBlocks(stack=stack, keep=write_ranges(staying))]
-        return [EmptyLinears(targets=part.linears) for part in gone]
+        return [EmptyLinears(targets=unit.linears) for unit in gone]
 
-    def _choose(self, student: Student, stack: str, parts: list[Part]) -> list[Removal]:
+    def _choose(self, student: Student, stack: str, units: list[Unit]) -> list[Removal]:
         """The units to remove, chosen on calibration text.
 
         Raises:
             CompressKitError: blocks that are no plain chain; more units than may go; a score that is not a number.
         """
         model = student.model
-        pinned = self._pinned(model, stack, parts)
-        free = [part for part in parts if part.block not in pinned]
-        count = len(parts) - self._count(len(parts))
+        pinned = self._pinned(model, stack, units)
+        free = [unit for unit in units if unit.block not in pinned]
+        count = len(units) - self._count(len(units))
         blocks = _check_chain(student, stack)
         batches = _batches(student.corpus.calibration, SCORE_TOKENS[self.score])
         if self.score == "kl":

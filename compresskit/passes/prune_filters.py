@@ -25,7 +25,7 @@ from compresskit.errors import CompressKitError
 from compresskit.layerwise.answer import sampled_gradient
 from compresskit.layerwise.channels import Importance, choose_channels
 from compresskit.models import answer_kind
-from compresskit.passes.base import PASSES, Part, Pass, Trait
+from compresskit.passes.base import PASSES, Pass, TextPart, Trait
 from compresskit.student import Student
 from compresskit.surgery.channel_edits import PruneChannels
 from compresskit.surgery.edits import Edit
@@ -49,7 +49,7 @@ class PruneFilters(Pass):
 
     adds: ClassVar[frozenset[Trait]] = frozenset({"pruned"})
     refuses: ClassVar[frozenset[Trait]] = frozenset({"quantized", "decomposed"})
-    needs: ClassVar[frozenset[Part]] = frozenset({"calibration"})
+    needs: ClassVar[frozenset[TextPart]] = frozenset({"calibration"})
 
     def plan(self, model: nn.Module) -> list[Edit]:
         """The edit with some channels kept: which ones really stay is for the weights to say."""

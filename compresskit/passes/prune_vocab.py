@@ -28,12 +28,12 @@ from compresskit.data import Corpus, DataSource, Sequences, token_rows
 from compresskit.data.prepare import encode, padded_position_table
 from compresskit.data.source import open_source
 from compresskit.errors import CompressKitError
-from compresskit.passes.base import PASSES, Part, Pass, Trait
+from compresskit.passes.base import PASSES, Pass, TextPart, Trait
 from compresskit.processors import Processor
 from compresskit.student import Student
 from compresskit.surgery.edits import Edit, write_ranges
 from compresskit.surgery.vocabulary_edits import PruneVocabulary, config_token_ids, vocabulary_parameters
-from compresskit.vocabulary import Content, choose_tokens, count_tokens, read_content
+from compresskit.vocabulary import Content, choose_tokens, count_tokens, read_content, refuse_prompts
 
 #: Put before a chat template, it keeps the day's date out: what stays must not depend on it.
 _UNDATED = "{%- macro strftime_now(format) -%}{%- endmacro -%}"
@@ -60,7 +60,7 @@ class PruneVocab(Pass):
     version: ClassVar[int] = 2
     adds: ClassVar[frozenset[Trait]] = frozenset({"pruned"})
     refuses: ClassVar[frozenset[Trait]] = frozenset({"decomposed", "quantized"})
-    needs: ClassVar[frozenset[Part]] = frozenset({"calibration"})
+    needs: ClassVar[frozenset[TextPart]] = frozenset({"calibration"})
 
     def plan(self, model: nn.Module) -> list[Edit]:
         """The edit that keeps `keep` of the rows: at most so many, since the text decides which, and how many fewer."""
@@ -81,9 +81,8 @@ class PruneVocab(Pass):
     def check_text(self, processor: Processor, corpus: Corpus) -> None:
         """Refuse a tokenizer that cannot be cut, and text with prompts."""
         read_content(processor)
-        if isinstance(corpus.training, Sequences) and corpus.training.prompts is not None:
-            what = "text with prompts cannot be said in fewer tokens: where a prompt ends would be lost"
-            raise CompressKitError(what, where="data.prompt", fix="leave prompt out, or prune_vocab")
+        if isinstance(corpus.training, Sequences):
+            refuse_prompts(corpus.training)
 
     def _limit(self, rows: int) -> int:
         """The most tokens that stay of a table of so many rows."""

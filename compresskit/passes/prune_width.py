@@ -33,8 +33,7 @@ from compresskit.layerwise.walk import SiteMoments, Walk
 from compresskit.layerwise.weights import dense_weight, layer_bias, set_bias, set_weight
 from compresskit.layerwise.width_survey import take_fisher, take_trials
 from compresskit.layerwise.widths import WidthCurve, allocate_widths
-from compresskit.passes.base import PASSES, Pass, Trait
-from compresskit.passes.base import Part as CorpusPart
+from compresskit.passes.base import PASSES, Pass, TextPart, Trait
 from compresskit.student import Student
 from compresskit.surgery.cuts import AddBias
 from compresskit.surgery.edits import Edit
@@ -84,7 +83,7 @@ class PruneWidth(Pass):
     adds: ClassVar[frozenset[Trait]] = frozenset({"pruned"})
     refuses: ClassVar[frozenset[Trait]] = frozenset({"quantized"})
     version: ClassVar[int] = 3
-    needs: ClassVar[frozenset[CorpusPart]] = frozenset({"calibration"})
+    needs: ClassVar[frozenset[TextPart]] = frozenset({"calibration"})
 
     @field_validator("keep", mode="before", json_schema_input_type=float | Widths)
     @classmethod

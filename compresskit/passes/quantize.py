@@ -33,7 +33,7 @@ from compresskit.layers.operators import BLOCK_SIZES
 from compresskit.layerwise.objective import fit_weight
 from compresskit.layerwise.walk import SiteMoments, Walk
 from compresskit.layerwise.weights import layer_bias, require_finite, stacked_weight
-from compresskit.passes.base import PASSES, Part, Pass, Trait
+from compresskit.passes.base import PASSES, Pass, TextPart, Trait
 from compresskit.passes.quantize_bits import Budget, choose_bits, choose_evenly, held_bytes
 from compresskit.passes.quantize_grids import GroupSize, Override, Plan, Wanted, plan_grids
 from compresskit.passes.quantize_rounding import (
@@ -100,7 +100,7 @@ class Quantize(Pass):
     adds: ClassVar[frozenset[Trait]] = frozenset({"quantized"})
     refuses: ClassVar[frozenset[Trait]] = frozenset({"quantized"})
     version: ClassVar[int] = 3
-    needs: ClassVar[frozenset[Part]] = frozenset({"calibration"})
+    needs: ClassVar[frozenset[TextPart]] = frozenset({"calibration"})
 
     @model_validator(mode="after")
     def _consistent(self) -> "Quantize":

@@ -48,7 +48,7 @@ from compresskit.layerwise.output_pca import solve_output_pca, squared_error
 from compresskit.layerwise.probe import probe
 from compresskit.layerwise.ranks import break_even_rank, factor_weights, rank_for
 from compresskit.layerwise.walk import SiteMoments, held_out
-from compresskit.passes.base import PASSES, Part, Pass, Trait
+from compresskit.passes.base import PASSES, Pass, TextPart, Trait
 from compresskit.passes.tensor_convs import (
     components,
     cp_factors,
@@ -115,7 +115,7 @@ class TensorDecomposition(Pass):
     adds: ClassVar[frozenset[Trait]] = frozenset({"decomposed"})
     refuses: ClassVar[frozenset[Trait]] = frozenset({"quantized"})
     version: ClassVar[int] = 2
-    needs: ClassVar[frozenset[Part]] = frozenset({"calibration"})
+    needs: ClassVar[frozenset[TextPart]] = frozenset({"calibration"})
 
     def plan(self, model: nn.Module) -> list[Edit]:
         """One edit for the token table and one for each convolution."""

@@ -113,9 +113,7 @@ class Translator:
         return replace(corpus, **parts)
 
     def _sequences(self, given: Sequences) -> Sequences:
-        if given.prompts is not None:
-            what = "text with prompts cannot be said in fewer tokens: where a prompt ends would be lost"
-            raise CompressKitError(what, where="data.prompt", fix="leave prompt out")
+        refuse_prompts(given)
         rows = token_rows(given)
         longest = max(map(len, rows), default=0)
         ends = [row[-1:] if row[-1] in self._content.added else [] for row in rows]
@@ -125,6 +123,17 @@ class Translator:
             for row, end in zip(said, ends, strict=True)
         ]
         return Sequences(cut, self._new[given.pad_token_id])
+
+
+def refuse_prompts(text: Sequences) -> None:
+    """Refuse text whose prompts are marked.
+
+    Raises:
+        CompressKitError: said in fewer tokens, it would no longer tell where a prompt ends.
+    """
+    if text.prompts is not None:
+        what = "text with prompts cannot be said in fewer tokens: where a prompt ends would be lost"
+        raise CompressKitError(what, where="data.prompt", fix="leave prompt out, or prune_vocab")
 
 
 def _joined(content: Content, ids: list[int], prefix: str) -> Iterator[str]:

@@ -9,7 +9,7 @@ from families import random_sequences, student_of
 from torch.nn import functional as F
 
 from compresskit.layerwise.answer import divergence, read_answer
-from compresskit.layerwise.removal import Divergences, Part, choose_removals, influence, without
+from compresskit.layerwise.removal import Divergences, Unit, choose_removals, influence, without
 from compresskit.models import answer_kind
 from compresskit.surgery.depth_edits import DropBlocks, EmptyLinears, find_stack
 from compresskit.surgery.sites import find_anatomy
@@ -24,20 +24,20 @@ def blocks_of(model):
 
 def parts_of(model, unit):
     if unit == "layer":
-        return [Part(number, name) for number, name in enumerate(blocks_of(model))]
+        return [Unit(number, name) for number, name in enumerate(blocks_of(model))]
     anatomy = find_anatomy(model)
     if unit == "attention":
-        return [Part(a.block, a.output, (a.query, a.key, a.value, a.output)) for a in anatomy.attentions]
-    return [Part(f.block, f.output, (*f.inputs, f.output)) for f in anatomy.feed_forwards]
+        return [Unit(a.block, a.output, (a.query, a.key, a.value, a.output)) for a in anatomy.attentions]
+    return [Unit(f.block, f.output, (*f.inputs, f.output)) for f in anatomy.feed_forwards]
 
 
-def edited(model, part):
-    """The model with the part taken out for good."""
+def edited(model, unit):
+    """The model with the unit taken out for good."""
     model = copy.deepcopy(model)
-    if part.linears:
-        EmptyLinears(targets=part.linears).apply(model)
+    if unit.linears:
+        EmptyLinears(targets=unit.linears).apply(model)
     else:
-        rest = ",".join(str(number) for number in range(BLOCKS) if number != part.block)
+        rest = ",".join(str(number) for number in range(BLOCKS) if number != unit.block)
         DropBlocks(stack=find_stack(model), keep=rest).apply(model)
     return model
 
@@ -60,8 +60,8 @@ def test_influence_is_one_minus_the_mean_cosine_of_what_a_block_reads_and_gives(
             model(**batch, use_cache=False) if name in ("llama", "gemma3", "gpt2") else model(**batch)
     model = deep(name)
     found = influence(model, blocks_of(model), list(TEXT.batches(5)), parts_of(model, "layer"))
-    for part, score in found.items():
-        a, b = torch.cat(reads[part.block]).double(), torch.cat(gives[part.block]).double()
+    for unit, score in found.items():
+        a, b = torch.cat(reads[unit.block]).double(), torch.cat(gives[unit.block]).double()
         assert score == pytest.approx(float((1 - F.cosine_similarity(a, b, dim=-1)).mean()), abs=1e-6)
 
 
@@ -69,10 +69,10 @@ def test_influence_is_one_minus_the_mean_cosine_of_what_a_block_reads_and_gives(
 @pytest.mark.parametrize("name", ["bert", "llama", "gemma3"])
 def test_influence_of_a_branch_compares_its_block_with_and_without_it(name, unit):
     model = deep(name)
-    part = parts_of(model, unit)[0]
+    unit = parts_of(model, unit)[0]
     batch = next(TEXT.batches(12))
     given = []
-    for one in (model, edited(model, part)):
+    for one in (model, edited(model, unit)):
         handle = one.get_submodule(blocks_of(one)[0]).register_forward_hook(lambda _m, _a, out: given.append(out))
         with torch.no_grad():
             one(**batch)
@@ -80,7 +80,7 @@ def test_influence_of_a_branch_compares_its_block_with_and_without_it(name, unit
     real = batch["attention_mask"].bool()
     with_it, less = (out if isinstance(out, torch.Tensor) else out[0] for out in given)
     expected = float((1 - F.cosine_similarity(with_it[real].double(), less[real].double(), dim=-1)).mean())
-    assert influence(model, blocks_of(model), [batch], [part])[part] == pytest.approx(expected, abs=1e-6)
+    assert influence(model, blocks_of(model), [batch], [unit])[unit] == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("unit", ["layer", "attention", "ffn"])
@@ -91,8 +91,8 @@ def test_a_trial_is_the_divergence_of_the_model_with_the_part_taken_out(name, un
     found = Divergences(model, blocks_of(model), [batch])(parts_of(model, unit))
     with torch.no_grad():
         whole = read_answer(model, batch)
-        for part, score in found.items():
-            expected = divergence(whole, read_answer(edited(model, part), batch), kind=answer_kind(model))
+        for unit, score in found.items():
+            expected = divergence(whole, read_answer(edited(model, unit), batch), kind=answer_kind(model))
             assert score == pytest.approx(expected, rel=1e-4)
 
 
@@ -102,21 +102,21 @@ def test_after_each_removal_the_others_are_scored_without_it_and_nothing_is_left
     blocks, batches = blocks_of(model), list(TEXT.batches(6))
     before = {name: vars(module).copy() for name, module in model.named_modules()}
 
-    def score(parts):
-        return trials(parts) if kind == "kl" else influence(model, blocks, batches, parts)
+    def score(units):
+        return trials(units) if kind == "kl" else influence(model, blocks, batches, units)
 
     trials = Divergences(model, blocks, batches)
-    parts = parts_of(model, "layer")
-    removals = choose_removals(model, parts, 2, score, label="t")
+    units = parts_of(model, "layer")
+    removals = choose_removals(model, units, 2, score, label="t")
     first, second = removals
     assert {name: vars(module) for name, module in model.named_modules()} == before
     trials = Divergences(model, blocks, batches)
-    scores = score(parts)
-    assert first.score == min(scores.values()) == scores[first.part]
-    with without(model, first.part):
-        again = score([part for part in parts if part != first.part])
-    assert second.score == min(again.values()) == again[second.part]
-    assert kind == "influence" or again != {part: scores[part] for part in again}
+    scores = score(units)
+    assert first.score == min(scores.values()) == scores[first.unit]
+    with without(model, first.unit):
+        again = score([unit for unit in units if unit != first.unit])
+    assert second.score == min(again.values()) == again[second.unit]
+    assert kind == "influence" or again != {unit: scores[unit] for unit in again}
 
 
 def test_dead_blocks_go_first_and_lose_nothing():
@@ -128,22 +128,22 @@ def test_dead_blocks_go_first_and_lose_nothing():
             block.mlp.down_proj.weight.zero_()
     trials = Divergences(model, blocks_of(model), list(TEXT.batches(6)))
     removals = choose_removals(model, parts_of(model, "layer"), 3, trials, label="t")
-    assert [removal.part.block for removal in removals][:2] == [1, 3]
+    assert [removal.unit.block for removal in removals][:2] == [1, 3]
     assert [removal.score for removal in removals[:2]] == [0.0, 0.0]
     assert removals[2].score > 0.01
 
 
 def test_padding_does_not_count():
     model = deep("bert")
-    parts = parts_of(model, "layer")
-    together = influence(model, blocks_of(model), list(TEXT.batches(12)), parts)
-    alone = influence(model, blocks_of(model), list(TEXT.batches(1)), parts)
+    units = parts_of(model, "layer")
+    together = influence(model, blocks_of(model), list(TEXT.batches(12)), units)
+    alone = influence(model, blocks_of(model), list(TEXT.batches(1)), units)
     assert list(together.values()) == pytest.approx(list(alone.values()), abs=1e-5)
 
 
 def test_pixels_have_no_padding():
     student = student_of(deep("vit"))
     batches = list(student.corpus.calibration.batches(8))
-    parts = parts_of(student.model, "layer")
-    scores = influence(student.model, blocks_of(student.model), batches, parts)
+    units = parts_of(student.model, "layer")
+    scores = influence(student.model, blocks_of(student.model), batches, units)
     assert all(0 < score < 2 for score in scores.values())

@@ -168,7 +168,7 @@ def test_what_is_left_of_a_kind_of_branch_can_be_narrowed(name, unit, width, tmp
 def test_what_goes_first_is_what_its_score_says():
     original = deep("llama")
     blocks = [f"model.layers.{number}" for number in range(4)]
-    parts = [removal.Part(number, name) for number, name in enumerate(blocks)]
+    parts = [removal.Unit(number, name) for number, name in enumerate(blocks)]
     batches = prune_depth._batches(student_of(original).corpus.calibration, 4096)
     truths = {
         "influence": removal.influence(original, blocks, batches, parts),

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from compresskit.errors import CompressKitError
-from compresskit.layerwise.removal import Part, without
+from compresskit.layerwise.removal import Unit, without
 from compresskit.layerwise.repair import relative_error, repair_columns
 from compresskit.layerwise.walk import SiteMoments, Walk
 from compresskit.layerwise.weights import dense_weight, layer_bias, set_weight
@@ -256,7 +256,7 @@ def test_of_real_models_too_dropped_blocks_are_blocks_that_hand_on_what_they_rea
     with ExitStack() as removed, torch.no_grad():
         whole = model(**words)[0]
         for number in gone:
-            removed.enter_context(without(model, Part(number, f"{stack}.{number}")))
+            removed.enter_context(without(model, Unit(number, f"{stack}.{number}")))
         truth = model(**words)[0]
     kept = [number for number in range(len(model.get_submodule(stack))) if number not in gone]
     DropBlocks(stack=stack, keep=write_ranges(kept)).apply(model)

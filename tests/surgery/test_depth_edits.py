@@ -15,7 +15,7 @@ from transformers import AlbertConfig, AutoModel, AutoModelForCausalLM, BartConf
 from compresskit.errors import CompressKitError
 from compresskit.export.files import save_graph
 from compresskit.export.trace import trace
-from compresskit.layerwise.removal import Part, without
+from compresskit.layerwise.removal import Unit, without
 from compresskit.passes.prune_width import PruneWidth
 from compresskit.student import load_student_model, needs_plugin, save_student
 from compresskit.surgery.cuts import PruneNeurons
@@ -47,7 +47,7 @@ def test_dropped_blocks_equal_blocks_that_hand_on_what_they_read(name, keep):
     whole = answer(masked)
     with ExitStack() as removed:
         for number in set(range(BLOCKS)) - set(kept):
-            removed.enter_context(without(masked, Part(number, f"{stack}.{number}")))
+            removed.enter_context(without(masked, Unit(number, f"{stack}.{number}")))
         expected = answer(masked)
     assert len(get_stack(model, stack)) == len(kept)
     assert model.config.num_hidden_layers == len(kept)
