@@ -78,11 +78,27 @@ def compress(
         "data": data,
         "seed": seed,
         "evaluate": evaluate,
-        "passes": _taught_by(passes, teacher),
+        "passes": _taught_by(_checked(passes), teacher),
         "export": tuple(export),
     }
     recipe = parse_recipe({key: value for key, value in said.items() if value is not None}, name="compress")
     return run(recipe, output, fresh=fresh, progress=progress)
+
+
+def _checked(passes: Any) -> Sequence[Pass]:
+    """Refuse what is no list of passes.
+
+    Raises:
+        CompressKitError: one pass alone, a class, a dict.
+    """
+    fix = "give a list of passes, such as [PruneWidth(keep=0.8)]"
+    if not isinstance(passes, list | tuple):
+        raise CompressKitError(f"passes is a {type(passes).__name__}, not a list", where="passes", fix=fix)
+    for index, one in enumerate(passes):
+        if not isinstance(one, Pass):
+            what = f"the class {one.__name__}" if isinstance(one, type) else f"a {type(one).__name__}"
+            raise CompressKitError(f"{what} is no pass", where=f"passes[{index}]", fix=fix)
+    return passes
 
 
 def _taught_by(passes: Sequence[Pass], teacher: str | None) -> tuple[Pass, ...]:

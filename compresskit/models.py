@@ -27,6 +27,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
+    AutoModelForTextEncoding,
     AutoModelForTokenClassification,
     AutoTokenizer,
     PretrainedConfig,
@@ -133,7 +134,13 @@ def _task_class(task: str, config: PretrainedConfig) -> Any:
         raise CompressKitError(
             what, where="model", fix='add to config.json "pad_token_id": the id of the padding token'
         )
-    return TASKS[task]
+    return AutoModelForTextEncoding if task == "feature-extraction" and _is_encoder_alone(config) else TASKS[task]
+
+
+def _is_encoder_alone(config: PretrainedConfig) -> bool:
+    """Whether a checkpoint holds the encoder of a model that has a decoder too (T5's), and no more."""
+    known = type(config) in AutoModelForTextEncoding._model_mapping
+    return known and any(name.endswith("EncoderModel") for name in config.architectures or ())
 
 
 @contextmanager
@@ -352,7 +359,7 @@ def model_fingerprint(model: PreTrainedModel) -> str:
 
 def task_of(model: PreTrainedModel) -> str:
     """The task that a model's class is for: a key of `TASKS`."""
-    for task, auto in TASKS.items():
+    for task, auto in (*TASKS.items(), ("feature-extraction", AutoModelForTextEncoding)):
         mapping = auto._model_mapping
         if type(model.config) in mapping and isinstance(model, mapping[type(model.config)]):
             return task

@@ -94,6 +94,9 @@ def _translate(detail: dict[str, Any], root: type[BaseModel], value: Any) -> _Co
     elif kind in ("value_error", "assertion_error"):
         what, _, fix = str(context["error"]).rpartition("; ")
         what, fix = (what, fix) if what else (fix, None)
+    elif kind == "too_short":
+        least = context["min_length"]
+        what, fix = f"has {context['actual_length']} entries", f"give {least} or more"
     elif _noun(kind) is not None:
         noun, example = _noun(kind) or ("", "")
         what, fix = (

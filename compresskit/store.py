@@ -123,7 +123,8 @@ class Store:
         if known.get("fingerprint") == identity["fingerprint"]:
             return
         differing = [key for key in identity if key != "fingerprint" and known.get(key) != identity[key]]
-        told = ", ".join(f"{key} {known.get(key)!r} there, {identity[key]!r} here" for key in differing)
+        said = [key for key in differing if key != "source"]  # a digest tells a reader nothing
+        told = ", ".join(f"{key} {known.get(key)!r} there, {identity[key]!r} here" for key in said)
         raise CompressKitError(
             f"{self.folder} holds another run ({told or 'its model or text has changed since'})",
             where="--output",

@@ -249,6 +249,21 @@ def test_a_steps_fingerprint_knows_its_teachers_files(make: Any, tiny_bert_folde
     assert [a == b for a, b in zip(after, before, strict=True)] == [True, True, False, False]
 
 
+@pytest.mark.parametrize(
+    ("passes", "said"),
+    [
+        (Distill(), "passes is a Distill, not a list"),
+        (None, "passes is a NoneType, not a list"),
+        ([Distill(), Distill], r"passes\[1\]: the class Distill is no pass"),
+        ([{"kind": "distill"}], r"passes\[0\]: a dict is no pass"),
+    ],
+)
+def test_what_is_no_list_of_passes_is_one_clear_message(passes: Any, said: str, tmp_path: Path) -> None:
+    with pytest.raises(CompressKitError, match=said) as caught:
+        compresskit.compress("any", passes=passes, output=tmp_path)
+    assert "list of passes" in str(caught.value.fix)
+
+
 def test_a_teacher_without_a_pass_that_learns_is_an_error(tiny_bert_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CompressKitError, match="no pass learns from a teacher"):
         compresskit.compress(tiny_bert_folder, passes=[Shake()], teacher="other", output=tmp_path)

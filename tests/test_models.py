@@ -10,9 +10,18 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from families import OTHERS, random_model
 from safetensors.torch import load_file
 from tiny_tokenizer import make_tokenizer
-from transformers import AutoModel, BertConfig, BertModel, RobertaConfig, RobertaForMaskedLM
+from transformers import (
+    AutoModel,
+    AutoModelForTextEncoding,
+    BertConfig,
+    BertModel,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    T5EncoderModel,
+)
 
 import compresskit
 from compresskit import run
@@ -26,9 +35,11 @@ from compresskit.models import (
     load_model,
     load_tokenizer,
     safetensors_source,
+    task_of,
 )
 from compresskit.recipe import parse_recipe
 from compresskit.surgery.edits import get_module
+from compresskit.surgery.sites import find_anatomy
 
 
 @pytest.fixture
@@ -282,6 +293,18 @@ def test_the_task_is_read_from_the_config(tiny_bert_folder: Path, tiny_llama_fol
     change_config(folder, architectures=["BertForMultipleChoice"])
     with pytest.raises(CompressKitError, match=r"its config\.json names BertForMultipleChoice"):
         guess_task(find_model(folder))
+
+
+def test_the_encoder_of_an_encoder_decoder_is_a_feature_extractor_of_its_own(tmp_path: Path) -> None:
+    model = random_model(AutoModelForTextEncoding, OTHERS["t5"])
+    model.save_pretrained(tmp_path)
+    source = find_model(tmp_path)
+    assert guess_task(source) == "feature-extraction"
+    read, empty = load_model(source, "feature-extraction"), load_empty(source, "feature-extraction")
+    assert type(read) is type(empty) is T5EncoderModel
+    assert all(torch.equal(a, b) for a, b in zip(read.parameters(), model.parameters(), strict=True))
+    assert len(find_anatomy(empty).feed_forwards) == 2
+    assert task_of(read) == "feature-extraction"
 
 
 @pytest.mark.parametrize("read", [load_model, check_weights])

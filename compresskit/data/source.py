@@ -156,13 +156,24 @@ def _open_files(source: DataSource) -> Opened:
     return Opened(_digest(file.read_bytes() for file in files), origin, read)
 
 
+@contextmanager
+def called(key: str) -> Iterator[None]:
+    """Mistakes in a source are said of the recipe's `data`; inside, of another key that holds one."""
+    try:
+        yield
+    except CompressKitError as error:
+        if error.where and error.where.startswith("data."):
+            error.where = key + error.where.removeprefix("data")
+        raise
+
+
 def expand(path: str) -> list[Path]:
     """The files behind one path or glob, sorted by name."""
     place = Path(path).expanduser()
     if place.is_file():
         return [place]
     if place.is_dir():
-        raise CompressKitError(f"{path!r} is a folder", where="data.path", fix=f"name its files: '{place}/*.jsonl'")
+        raise CompressKitError(f"{path!r} is a folder", where="data.path", fix=f"name its files: '{place}/*'")
     found = sorted(Path(name) for name in glob.glob(str(place), recursive=True) if Path(name).is_file())
     if not found:
         near = did_you_mean(place.name, (p.name for p in place.parent.iterdir())) if place.parent.is_dir() else None

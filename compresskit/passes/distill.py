@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskit.cache import cache_folder
 from compresskit.data import Corpus, DataSource, Sequences, prepare_corpus
-from compresskit.data.source import open_source
+from compresskit.data.source import called, open_source
 from compresskit.distill.cached import CachedTeacher, CacheIdentity, write_cache
 from compresskit.distill.checkpoint import forget_old_states, forget_state
 from compresskit.distill.goals import Blocks
@@ -106,7 +106,8 @@ class Distill(DistillOptions, Pass):
             raise CompressKitError(what, where=self.kind, fix="leave distill out")
         self.check(model, [shape_of(name, model, task_of(model)) for name in self.names])
         if self.other_text is not None:
-            open_source(self.other_text)
+            with called("other_text"):
+                open_source(self.other_text)
         return []
 
     def check_text(self, processor: Processor, corpus: Corpus) -> None:
@@ -247,9 +248,7 @@ class Distill(DistillOptions, Pass):
             return None
         tokenizer = copy.deepcopy(student.tokenizer)  # tokenising leaves its mark in a tokenizer
         assert isinstance(tokenizer, PreTrainedTokenizerBase)
-        try:
+        with called("other_text"):
             corpus = prepare_corpus(self.other_text, tokenizer, pack=student.task == "text-generation", seed=0)
-        except CompressKitError as error:
-            raise error.at("other_text") from None
         assert isinstance(corpus.evaluation, Sequences)
         return corpus.evaluation

@@ -144,7 +144,8 @@ class PruneDepth(Pass):
         staying = numbers[:: self.every] if self.blocks is None else sorted(self.blocks)
         absent = [number for number in staying if number not in numbers]
         if absent:
-            what = f"{absent[0]} is none of the {len(numbers)} blocks that have one"
+            kind = "blocks" if self.unit == "layer" else f"blocks with {_UNITS[self.unit]} that are seen"
+            what = f"{absent[0]} is none of the {len(numbers)} {kind}"
             raise CompressKitError(what, where="blocks", fix=f"use numbers from {numbers[0]} to {numbers[-1]}")
         lost = sorted(_pinned(model, stack) - set(staying)) if self.unit == "layer" else []
         if lost:

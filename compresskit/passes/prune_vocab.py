@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskit.data import Corpus, DataSource, Sequences, token_rows
 from compresskit.data.prepare import encode, padded_position_table
-from compresskit.data.source import open_source
+from compresskit.data.source import called, open_source
 from compresskit.errors import CompressKitError
 from compresskit.passes.base import PASSES, Pass, TextPart, Trait
 from compresskit.processors import Processor
@@ -67,8 +67,12 @@ class PruneVocab(Pass):
         assert isinstance(model, PreTrainedModel)
         names = vocabulary_parameters(model)
         if self.corpus is not None:
-            open_source(self.corpus)
+            with called("corpus"):
+                open_source(self.corpus)
         rows = model.get_parameter(names[0]).shape[0]
+        if self._limit(rows) == 0:
+            what = f"{self.keep} of {rows} tokens, in multiples of {self.round_to}, leaves none"
+            raise CompressKitError(what, where="keep", fix="use a larger keep or a smaller round_to")
         named = sorted(_ids_of_configs(model) & set(range(rows)))
         others = [index for index in range(rows) if index not in named]
         kept = [*named, *others][: max(self._limit(rows), len(named))]
@@ -83,6 +87,9 @@ class PruneVocab(Pass):
         read_content(processor)
         if isinstance(corpus.training, Sequences):
             refuse_prompts(corpus.training)
+        if self.corpus is not None:
+            with called("corpus"):
+                open_source(self.corpus).read(False)
 
     def _limit(self, rows: int) -> int:
         """The most tokens that stay of a table of so many rows."""

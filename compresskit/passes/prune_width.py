@@ -13,7 +13,7 @@ Not for attentions with fused projections other than GPT-2's: they are not seen 
 Departures: least squares pulled towards the old weight by a shrinkage chosen on held-out tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import gcd
 from typing import Any, ClassVar, Literal
 
@@ -22,7 +22,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from compresskit.config import Config
-from compresskit.errors import CompressKitError
+from compresskit.errors import CompressKitError, ManyErrors
 from compresskit.layers.empty_linear import EmptyLinear
 from compresskit.layers.int8_linear import Int8Linear
 from compresskit.layers.quant_linear import QuantLinear
@@ -88,7 +88,11 @@ class PruneWidth(Pass):
     @field_validator("keep", mode="before", json_schema_input_type=float | Widths)
     @classmethod
     def _number_is_ffn(cls, keep: Any) -> Any:
-        return {"ffn": keep} if isinstance(keep, int | float) and not isinstance(keep, bool) else keep
+        if isinstance(keep, int | float) and not isinstance(keep, bool):
+            return {"ffn": keep}
+        if not isinstance(keep, Widths | Mapping):
+            raise ValueError(f"expected a number or a mapping, got {keep!r}; write 0.5, or {{ffn: 0.5, heads: 0.5}}")
+        return keep
 
     @model_validator(mode="after")
     def _consistent(self) -> "PruneWidth":
@@ -141,15 +145,16 @@ class PruneWidth(Pass):
         self._check_measurable(model)
         emptied = {index for index, name in enumerate(anatomy.blocks) if _lacks_branch(model.get_submodule(name))}
         ffn, heads = ({part.block for part in found} for found in (anatomy.feed_forwards, anatomy.attentions))
+        unseen: list[CompressKitError] = []
         for share, seen, other, what in ((self.keep.ffn, ffn, heads, "ffn"), (self.keep.heads, heads, ffn, "heads")):
             excused = emptied & other  # the branch that prune_depth took is the one that is not seen
             if share < 1 and (not seen or len(seen | excused) != len(anatomy.blocks)):
                 part = "an FFN" if what == "ffn" else "attention with heads"
-                raise CompressKitError(
-                    f"{part} is seen in {len(seen)} of {len(anatomy.blocks)} blocks",
-                    where=f"keep.{what}",
-                    fix=f"leave {what} out; `compresskit modules MODEL` shows what is seen",
-                )
+                fact = f"{part} is seen in {len(seen)} of {len(anatomy.blocks)} blocks"
+                fix = f"leave {what} out; `compresskit modules MODEL` shows what is seen"
+                unseen.append(CompressKitError(fact, where=f"keep.{what}", fix=fix))
+        if unseen:
+            raise unseen[0] if len(unseen) == 1 else ManyErrors(unseen)
 
     def _check_measurable(self, model: nn.Module) -> None:
         """Refuse measurements of the answer to text where the model reads something else."""

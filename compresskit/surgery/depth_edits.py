@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -16,6 +17,7 @@ from compresskit.errors import CompressKitError
 from compresskit.layers.empty_linear import EmptyLinear
 from compresskit.layers.linear import LinearLike, layer_widths
 from compresskit.surgery.edits import EDITS, Cutting, Edit, get_module, read_ranges, set_module
+from compresskit.surgery.sites import CANNOT_RUN
 
 #: How modules call their block's number.
 _NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number", "layer_num", "block_idx")
@@ -39,10 +41,13 @@ def find_stack(model: PreTrainedModel) -> str:
     stacks = [name for name in lists if len(get_stack(model, name)) == count]
     if model.config.is_encoder_decoder or len(stacks) != 1:
         seen = ", ".join(f"{name} of {len(get_stack(model, name))}" for name in lists) or "none"
-        what = f"no one list holds the {count} blocks that the config counts (lists: {seen})"
+        counted = "whose blocks the config counts" if count is None else f"of the {count} blocks that the config counts"
+        what = f"there is no one list {counted} (lists: {seen})"
         if model.config.is_encoder_decoder:
             what = "the model has encoder and decoder, and only one stack of blocks is understood"
         fix = "use an encoder or decoder with a list of blocks of its own, neither shared nor in stages"
+        if count is None and any(isinstance(module, nn.Conv2d) for module in model.modules()):
+            fix = "use prune_filters, which is for convolutional networks"
         raise CompressKitError(what, where=type(model).__name__, fix=fix)
     for name, module in get_stack(model, stacks[0]).named_modules():
         if getattr(module, "is_kv_shared_layer", False):
@@ -140,8 +145,11 @@ def cut_config(original: PreTrainedModel, edits: Iterable[DropBlocks]) -> Pretra
         kept = read_ranges(edit.keep, limit=len(blocks))
         cut_depth(config.get_text_config(), kept, of=len(blocks))
         stacks[edit.stack] = [blocks[index] for index in kept]
-    with torch.device("meta"):
-        built = type(original)._from_config(type(config).from_dict(config.to_dict()))
+    try:
+        with torch.device("meta"):
+            built = type(original)._from_config(type(config).from_dict(config.to_dict()))
+    except (StrictDataclassError, *CANNOT_RUN):  # the config says the number of blocks elsewhere too
+        return None
     for name, blocks in stacks.items():
         ours, theirs = get_stack(original, name), get_stack(built, name)
         if len(theirs) != len(blocks) or any(

@@ -180,8 +180,22 @@ def run_once(model: PreTrainedModel) -> None:
     Raises:
         One of CANNOT_RUN: it needs values that the meta device has not, other inputs, or other shapes than it has.
     """
-    with model.device:  # a decoder without a cache looks for packed sequences, which meta cannot
+    with model.device, _padding_unasked(model):  # a decoder without a cache looks for packed sequences: meta cannot
         model(**blank_inputs(model))
+
+
+@contextmanager
+def _padding_unasked(model: PreTrainedModel) -> Iterator[None]:
+    """Keep transformers from asking ids for padding, to warn of it: the meta device has no values."""
+    asking = "warn_if_padding_and_no_attention_mask"
+    parts = [part for part in model.modules() if hasattr(part, asking)]
+    for part in parts:
+        setattr(part, asking, lambda *args, **kwargs: None)
+    try:
+        yield
+    finally:
+        for part in parts:
+            delattr(part, asking)
 
 
 def obstacle(model: PreTrainedModel) -> str | None:

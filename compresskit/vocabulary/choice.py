@@ -48,7 +48,8 @@ def choose_tokens(
         raise CompressKitError(what, where="corpus", fix="give more text" + (", or lower min_count" * (min_count > 1)))
     if len(kept) > limit:
         what = f"{limit} tokens are fewer than the {len(kept)} that the tokenizer cannot do without"
-        fix = f"use keep: {-(-(len(kept) + round_to) * 1000 // len(counts)) / 1000} or more"
+        least = -(-(len(kept) + round_to) * 1000 // len(counts)) / 1000
+        fix = f"use keep: {least} or more" if least < 1 else "use keep: 1, or a smaller round_to"
         raise CompressKitError(what, where="keep", fix=fix)
     _fill(kept, sorted(used, key=lambda index: (-int(counts[index]), index)), needs, limit)
     full = min(limit, len(known), -(-len(kept) // round_to) * round_to)

@@ -5,13 +5,14 @@ import importlib.util
 
 import pytest
 import torch
-from deep_models import CONFIGS, MODERNBERT, deep
+from deep_models import CONFIGS, MODERNBERT, RESNET, deep
 from families import DECODERS, ENCODER_SHAPE, answer, random_model, student_of, tiny
 from pydantic import ValidationError
 from transformers import (
     AlbertConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     Qwen2MoeConfig,
     SwinConfig,
     T5Config,
@@ -32,7 +33,7 @@ from compresskit.layerwise.probe import probe
 from compresskit.layerwise.walk import Walk
 from compresskit.passes import prune_depth
 from compresskit.student import load_student_model, needs_plugin, save_student
-from compresskit.surgery.depth_edits import DropBlocks, cut_depth
+from compresskit.surgery.depth_edits import DropBlocks, cut_config, cut_depth, find_stack
 from compresskit.surgery.edits import read_ranges
 from compresskit.surgery.sites import find_anatomy
 
@@ -221,7 +222,8 @@ def test_options_that_say_nothing_or_too_much_are_refused(options, match):
         ({"keep": 0.1}, "0.1 of 4 blocks leaves none"),
         ({"keep": 0.95}, "0.95 of 4 blocks cuts none"),
         ({"keep": 0.1, "unit": "ffn"}, "0.1 of 4 FFNs leaves none"),
-        ({"blocks": [0, 4]}, "4 is none of the 4 blocks"),
+        ({"blocks": [0, 4]}, r"4 is none of the 4 blocks\n"),
+        ({"blocks": [0, 4], "unit": "ffn"}, "4 is none of the 4 blocks with FFNs that are seen"),
         ({"blocks": [0, 1, 2, 3]}, "all 4 blocks stay"),
     ],
 )
@@ -235,7 +237,7 @@ def test_what_leaves_nothing_cuts_nothing_or_is_not_there_is_refused(options, ma
     ("config", "match"),
     [
         (AlbertConfig(vocab_size=96, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, embedding_size=16,
-                      intermediate_size=64), "no one list holds the 4 blocks"),
+                      intermediate_size=64), "no one list of the 4 blocks"),
         (T5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4), "encoder and decoder"),
     ],
     ids=["albert", "t5"],
@@ -250,6 +252,22 @@ def test_stages_of_different_shapes_are_refused():
     model = random_model(CONFIGS["vit"][0], SwinConfig(**shape, num_labels=3))
     with pytest.raises(CompressKitError, match=r"walked block by block|parameters that no other|no one list"):
         prune(keep=0.5).apply(student_of(model), generator=torch.Generator())
+
+
+def test_stages_whose_number_a_config_tells_in_two_places_are_refused_from_shapes_alone():
+    shape = {"image_size": 32, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4}
+    with torch.device("meta"):
+        model = CONFIGS["vit"][0].from_config(SwinConfig(**shape, out_features=["stage1", "stage2"], num_labels=3))
+    stack = find_stack(model)
+    assert cut_config(model, [DropBlocks(stack=stack, keep="0")]) is None
+
+
+def test_a_convolutional_network_is_sent_to_the_pass_for_it():
+    with torch.device("meta"):
+        model = AutoModelForImageClassification.from_config(RESNET)
+    with pytest.raises(CompressKitError, match="no one list whose blocks the config counts") as caught:
+        prune(keep=0.5).plan(model)
+    assert "prune_filters" in str(caught.value.fix)
 
 
 @pytest.mark.parametrize("unit", ["attention", "ffn"])

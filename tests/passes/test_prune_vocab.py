@@ -253,6 +253,17 @@ def test_a_share_that_is_too_small_and_a_text_that_uses_nothing_are_refused(fold
         run(recipe_of(folders["bert"], texts, PruneVocab(min_count=100000), evaluate="never"), tmp_path / "b")
 
 
+def test_what_leaves_no_token_and_an_empty_corpus_are_refused_before_a_weight_is_read(folders, texts, tmp_path):
+    with pytest.raises(CompressKitError, match=r"0\.5 of 96 tokens, in multiples of 128, leaves none") as caught:
+        PruneVocab(keep=0.5, round_to=128).plan(tiny_student("bert").model)
+    assert caught.value.fix
+    (tmp_path / "empty.txt").touch()
+    for name, said in (("empty.txt", "empty"), ("nope.txt", r"corpus\.path: no file")):
+        corpus = DataSource(source="text", path=(str(tmp_path / name),))
+        with pytest.raises(CompressKitError, match=rf"passes\[0\] \(prune_vocab\)[\s\S]*{said}"):
+            prepare(recipe_of(folders["bert"], texts, PruneVocab(corpus=corpus)))
+
+
 def test_a_tokenizer_with_more_tokens_than_the_model_has_rows_is_refused():
     student = tiny_student("bert")
     student.tokenizer.add_tokens(["<extra>"])  # type: ignore[union-attr]

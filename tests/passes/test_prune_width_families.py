@@ -20,10 +20,11 @@ from transformers import (
     GraniteConfig,
     HeliumConfig,
     Lfm2Config,
+    Phi3Config,
     Qwen2Config,
 )
 
-from compresskit.errors import CompressKitError
+from compresskit.errors import CompressKitError, ManyErrors
 from compresskit.layerwise.removal import Unit, without
 from compresskit.layerwise.repair import relative_error, repair_columns
 from compresskit.layerwise.walk import SiteMoments, Walk
@@ -302,6 +303,14 @@ def test_encoder_decoders_are_refused_by_name():
     with pytest.raises(CompressKitError, match="encoder and decoder: what cross-attention reads") as caught:
         PruneWidth.model_validate({"keep": 0.5}).plan(model)
     assert "T5" in str(caught.value.fix)
+
+
+def test_all_that_is_not_seen_is_told_at_once():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(Phi3Config(**_GROUPED))  # fuses both
+    with pytest.raises(ManyErrors) as caught:
+        PruneWidth.model_validate({"keep": {"ffn": 0.5, "heads": 0.5}}).plan(model)
+    assert [error.where for error in caught.value.errors] == ["keep.ffn", "keep.heads"]
 
 
 def test_sensitivities_of_images_are_refused_from_shapes_alone():

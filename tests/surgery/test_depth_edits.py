@@ -196,7 +196,7 @@ def test_blocks_that_there_are_not_cannot_be_kept():
     ("config", "match"),
     [
         (AlbertConfig(vocab_size=96, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, embedding_size=16,
-                      intermediate_size=64), "no one list holds the 4 blocks"),
+                      intermediate_size=64), "no one list of the 4 blocks"),
         (T5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4), "encoder and decoder"),
         (BartConfig(vocab_size=96, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
                     decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64), "encoder and decoder"),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import FAMILIES, tiny
+from families import FAMILIES, OTHERS, tiny
 from transformers import AutoModel, AutoModelForCausalLM
 
 from compresskit.errors import CompressKitError
@@ -31,6 +31,15 @@ def test_anatomy_on_the_meta_device_is_that_of_the_model_with_weights(family):
     with torch.device("meta"):
         empty = (AutoModelForCausalLM if hasattr(model, "lm_head") else AutoModel).from_config(FAMILIES[family])
     assert find_anatomy(empty) == find_anatomy(model)
+
+
+def test_a_padding_token_does_not_keep_a_model_without_values_from_being_seen():
+    config = OTHERS["gpt2"]
+    assert config.pad_token_id == 0
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config)
+    assert find_anatomy(empty) == find_anatomy(tiny("gpt2"))
+    assert "warn_if_padding_and_no_attention_mask" not in vars(empty.transformer)
 
 
 def test_attention_and_ffn_outputs_write_the_stream_and_the_rest_does_not():
