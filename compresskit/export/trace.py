@@ -68,15 +68,19 @@ def _node_attention(
     attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
+    softcap: float | None = None,
+    position_bias: Tensor | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """Attention of (batch, heads, length, width) states as one operator; result (batch, length, heads, width)."""
     batch, heads, length, width = query.shape
-    mask = [] if attention_mask is None else [attention_mask]
+    if position_bias is not None and attention_mask is not None:  # T5; the operator adds a float mask to its scores
+        attention_mask = torch.where(attention_mask, position_bias, torch.finfo(torch.float32).min)
+    mask = [one for one in (attention_mask, position_bias) if one is not None][:1]
     output = torch.onnx.ops.symbolic(
         "Attention",
         [*map(merged_heads, (query, key, value)), *mask],
-        {"q_num_heads": heads, "kv_num_heads": key.shape[1]} | attention_attributes(query, scaling),
+        {"q_num_heads": heads, "kv_num_heads": key.shape[1]} | attention_attributes(query, scaling, softcap),
         dtype=torch.float32,
         shape=(batch, length, heads * width),
         version=ATTENTION_OPSET,

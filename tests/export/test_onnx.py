@@ -23,13 +23,16 @@ from changed_students import (
     random_corpus,
     run_readme,
 )
+from families import random_model
 from onnx import numpy_helper
 from tiny_tokenizer import make_tokenizer
 from transformers import (
     AutoConfig,
+    AutoModelForTextEncoding,
     AutoTokenizer,
     ModernBertConfig,
     ModernBertModel,
+    T5Config,
 )
 
 from compresskit.errors import RunFailedError
@@ -200,6 +203,18 @@ def test_an_encoder_of_windows_and_rotary_positions_runs_in_integers(tmp_path: P
     assert entry["parity"]["relative_error"] <= 1e-5
     _assert_all_shapes_agree(student, tmp_path / "onnx" / MODEL_FILE, "last_hidden_state")
     _assert_integers_are_the_students(student, tmp_path / "onnx" / MODEL_FILE)
+
+
+def test_a_position_bias_is_part_of_the_attention_that_integers_go_through(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    shape = {"vocab_size": len(tokenizer), "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    model = random_model(AutoModelForTextEncoding, T5Config(**shape, pad_token_id=0))
+    student = Student(model, copy.deepcopy(model), tokenizer, "feature-extraction", random_corpus(len(tokenizer)))
+    quantize_linears(student, linears(student), bits=8, group_size=0, act="int8")
+    entry = OnnxExport(**FAST).write(student, tmp_path / "onnx")  # type: ignore[arg-type]
+    assert entry["operators"]["Attention"] == 2
+    assert entry["parity"]["relative_error"] <= 1e-5
+    _assert_all_shapes_agree(student, tmp_path / "onnx" / MODEL_FILE, "last_hidden_state")
 
 
 @pytest.mark.parametrize("change", ["float", "low_rank_weights_and_tied_head", *SLOW])
