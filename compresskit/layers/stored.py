@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from compresskit.layers.stand_in import InsertedLayer
 
+_LARGEST_STEP = torch.finfo(torch.bfloat16).eps
+
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
     """The float32 tensors of the state dict that are weights, by all their names: no scales of inserted layers."""
@@ -47,8 +49,8 @@ def round_weights(model: nn.Module, dtype: torch.dtype, *, finer: Callable[[str]
         finer: of a weight's name, whether more digits than `dtype` has are to stay.
 
     Returns:
-        The weights that stay as they are because `dtype` cannot hold them: rounding would move one by more than the
-        type's step at the tensor's largest value.
+        The weights that stay as they are because `dtype` cannot hold them: rounding would move a value by more than
+        1/128 of the tensor's largest, which is bfloat16's step.
     """
     if dtype == torch.float32:
         return []
@@ -57,7 +59,7 @@ def round_weights(model: nn.Module, dtype: torch.dtype, *, finer: Callable[[str]
         if not weight.numel() or holds(dtype, weight) or finer(name):
             continue
         rounded = weight.to(dtype).float()
-        if (rounded - weight).abs().max() <= torch.finfo(dtype).eps * weight.abs().max():
+        if (rounded - weight).abs().max() <= _LARGEST_STEP * weight.abs().max():
             weight.copy_(rounded)
         else:
             kept.append(name)
