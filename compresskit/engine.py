@@ -321,7 +321,10 @@ def prove_reloads(student: Student, folder: Path) -> None:
     differing = sorted(
         name
         for name in ours.keys() | theirs.keys()
-        if name not in ours or name not in theirs or not torch.equal(ours[name], theirs[name])
+        if name not in ours
+        or name not in theirs
+        or ours[name].dtype != theirs[name].dtype
+        or not torch.equal(ours[name], theirs[name])
     )
     if differing:
         raise RunFailedError(f"the saved student, loaded again, has another {differing[0]}", fix=fix)

@@ -315,9 +315,11 @@ def _read_model(source: ModelSource, task: str, *, device: str) -> PreTrainedMod
             **options,
         )
     _refuse_misfits(source, task, info)
-    # Weights from a file lie mapped at odd addresses, where library kernels may add up in another order.
+    # Weights from a file lie mapped at odd addresses, where library kernels may add up in another order; those beside
+    # bitsandbytes' layers come in the type of the file, whatever was asked for.
     for tensor in [*model.parameters(), *model.buffers()]:
-        tensor.data = tensor.data.clone()
+        half = tensor.dtype in (torch.bfloat16, torch.float16)
+        tensor.data = tensor.data.float() if half else tensor.data.clone()
     note_float_types(model, types)
     return model.eval()
 
