@@ -30,7 +30,7 @@ from compresskit.layers.low_rank_embedding import LowRankEmbedding
 from compresskit.layers.pivoted_linear import PivotedLinear
 from compresskit.layers.quant_embedding import QuantEmbedding
 from compresskit.layers.quant_linear import QuantLinear
-from compresskit.layers.stand_in import InsertedLayer
+from compresskit.layers.stand_in import TypedLayer
 from compresskit.layers.stored import round_weights
 from compresskit.layers.tensor_train import TensorTrainEmbedding
 from compresskit.models import TASKS, find_float_types, find_model, load_empty
@@ -130,7 +130,7 @@ def test_every_layer_runs_in_the_float_type_that_the_original_loads_in(kind: str
     assert size_bytes == state_dict_bytes(student.model, dtype) < state_dict_bytes(student.model)
     loaded = TASKS[student.task].from_pretrained(tmp_path)
     assert loaded.dtype == dtype
-    beside = {name for name, module in loaded.named_modules() if isinstance(module, InsertedLayer)}
+    beside = {name for name, module in loaded.named_modules() if isinstance(module, TypedLayer)}
     for name in beside:
         for own, buffer in loaded.get_submodule(name).named_buffers(recurse=False):
             assert torch.equal(buffer, student.model.get_submodule(name).get_buffer(own)), "no scale is rounded"

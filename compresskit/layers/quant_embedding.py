@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from compresskit.layers import grid
 from compresskit.layers.operators import check_group_size, emitting, gather_block_quantized
-from compresskit.layers.stand_in import InsertedLayer
+from compresskit.layers.stand_in import TypedLayer
 
 
-class QuantEmbedding(InsertedLayer):
+class QuantEmbedding(TypedLayer):
     """A lookup table of integers.
 
     Args:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 
-class InsertedLayer(nn.Module):
-    """A layer whose buffers say how its weights are held (codes, scales), and are no weights themselves.
+class TypedLayer(nn.Module):
+    """A layer that knows its model's float type, and whose buffers (codes, scales) say how weights are held.
 
     Attributes:
         dtype: the float type of the model around it: torch's default where the layer is built, which `from_pretrained`
@@ -29,7 +29,7 @@ class InsertedLayer(nn.Module):
         return super()._apply(fn, recurse)
 
 
-class LinearStandIn(InsertedLayer):
+class LinearStandIn(TypedLayer):
     """A layer in the place of an `nn.Linear`, whose matrix is stored in another form."""
 
     @property

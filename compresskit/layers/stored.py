@@ -2,7 +2,7 @@
 
     memory  float32  ──  round_weights  ──  float32, values that bfloat16 holds  ──  file  bfloat16  ──  the same values
 
-Weights are; what inserted layers keep beside their integers (scales) is not: it stays float32, as operators read it.
+Weights are; what layers keep beside their integers (scales) is not: it stays float32, as operators read it.
 A tensor that the type cannot hold, because a value is past its range or all are near its smallest (float16), stays
 float32, and so does each that the original itself holds in more digits (a router in float32 in a bfloat16 file).
 """
@@ -12,17 +12,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from compresskit.layers.stand_in import InsertedLayer
+from compresskit.layers.stand_in import TypedLayer
 
 _LARGEST_STEP = torch.finfo(torch.bfloat16).eps
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """The float32 tensors of the state dict that are weights, by all their names: no scales of inserted layers."""
+    """The float32 tensors of the state dict that are weights, by all their names: no scales."""
     beside = {
         f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, InsertedLayer)
+        if isinstance(module, TypedLayer)
         for name, _ in module.named_buffers(recurse=False)
     }
     state = model.state_dict(keep_vars=True)
