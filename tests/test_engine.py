@@ -407,8 +407,8 @@ def test_a_checkpoint_that_lost_weights_on_the_way_is_refused(
 
     original_weights = student_room.student_weights
 
-    def spoil(model: Any) -> dict[str, torch.Tensor]:
-        found = {name: tensor.clone() for name, tensor in original_weights(model).items()}
+    def spoil(model: Any, stored: torch.dtype) -> dict[str, torch.Tensor]:
+        found = {name: tensor.clone() for name, tensor in original_weights(model, stored).items()}
         found["embeddings.word_embeddings.weight"][-1] += 1
         return found
 
