@@ -33,7 +33,7 @@ from compresskit.layers.quant_linear import QuantLinear
 from compresskit.layers.stand_in import TypedLayer
 from compresskit.layers.stored import round_weights
 from compresskit.layers.tensor_train import TensorTrainEmbedding
-from compresskit.models import TASKS, find_float_types, find_model, load_empty
+from compresskit.models import TASKS, find_float_types, find_model, load_empty, load_model
 from compresskit.passes import PASSES, Quantize
 from compresskit.recipe import Recipe, parse_recipe
 from compresskit.student import Student, needs_plugin, save_student
@@ -159,7 +159,8 @@ def test_a_student_can_be_cast_scales_and_all(kind: str) -> None:
     family, passes, _ = KINDS[kind]
     model = changed(torch.float32, family, *passes).model
     truth = answer(model)
-    found = answer(model.to(torch.bfloat16))
+    nn.Module.to(model, torch.bfloat16)
+    found = answer(model)
     assert found.dtype == torch.bfloat16
     assert apart(found, truth) < 0.06
 
@@ -235,7 +236,7 @@ def test_rounding_leaves_what_is_not_finite_for_the_engine_to_refuse() -> None:
 
 
 def _saved_in(folder: Path, dtype: torch.dtype, target: Path) -> Path:
-    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(dtype).save_pretrained(target)
+    AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).save_pretrained(target)
     AutoTokenizer.from_pretrained(folder).save_pretrained(target)
     return target
 
@@ -253,7 +254,7 @@ def test_a_student_loads_as_its_original_whose_config_may_differ_from_its_files(
     assert find_float_types(find_model(folder)) == FloatTypes(stored, usual.dtype)
     model = load_empty(find_model(folder), "text-generation")
     assert model.dtype == torch.float32, "planned as it will lie in memory"
-    student = student_of(compresskit.models.load_model(find_model(folder), "text-generation"))
+    student = student_of(load_model(find_model(folder), "text-generation"))
     save_student(student, tmp_path / "student")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     assert loaded.dtype == usual.dtype
