@@ -11,13 +11,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from compresskit.data import Corpus, DataSource, prepare_examples
 from compresskit.engine import LOG, Progress, run
 from compresskit.errors import CompressKitError, ManyErrors
-from compresskit.evaluate import Fidelity, state_dict_bytes
+from compresskit.evaluate import Fidelity
 from compresskit.evaluate import evaluate as evaluate_model
 from compresskit.export import Exporter
 from compresskit.export.folder import MANIFEST_FILE, load_exported_tokenizer, read_exported
 from compresskit.export.runtime import default_threads
 from compresskit.export.scored import exported_figures, fixed_length
-from compresskit.models import find_model, guess_task, load_config, load_model, stored_dtype
+from compresskit.models import find_model, guess_task, load_config, load_model
 from compresskit.passes import Pass
 from compresskit.processors import Processor, load_processor
 from compresskit.recipe import parse_recipe
@@ -196,9 +196,8 @@ def measure(
         model, edits = load_student_model(student, task)
         made = Student(model, teacher, processor, task, corpus).with_edits(edits)
         name, own = "student", evaluate_model(model, fidelity, made.tokenizer, held_out=made.held_out)
-    figures = {"original": evaluate_model(teacher, fidelity, processor), name: own}
-    figures["original"]["size_bytes"] = state_dict_bytes(teacher, stored_dtype(source))
-    return figures
+        own["size_bytes"] = sum(path.stat().st_size for path in student.glob("*.safetensors"))
+    return {"original": evaluate_model(teacher, fidelity, processor), name: own}
 
 
 def _reading(

@@ -120,8 +120,9 @@ class _Run:
 
     def _require_space(self, done: int) -> None:
         """Steps to come, the student's own folder, and for each export the student and the float baseline."""
-        sizes = [step.size_bytes for step in self.job.forecast.steps]
-        exports = len(self.job.recipe.export) * (sizes[0] + 2 * sizes[-1])
+        steps = self.job.forecast.steps
+        sizes = [step.size_bytes for step in steps]
+        exports = len(self.job.recipe.export) * (steps[0].memory_bytes + 2 * steps[-1].memory_bytes)
         self.store.need(sum(sizes[max(done, 1) :]) + sizes[-1] + exports)
 
     def _measure_kept(self, index: int, step: Step) -> Step:
@@ -164,6 +165,8 @@ class _Run:
             if one:
                 with seeded(self.job.recipe.seed, index) as generator:
                     notes = one.apply(self.student, generator=generator)
+                kept = self.student.round_to_stored()
+                notes |= {"kept_float32": kept} if kept else {}
             elapsed_s = time.perf_counter() - begun
             self.student.model.eval()
             verify(self.student, self.job.source, is_original=one is None)
@@ -171,7 +174,7 @@ class _Run:
                 "kind": kind,
                 "options": one.model_dump(mode="json", serialize_as_any=True, exclude={"kind"}) if one else {},
                 "params": count_parameters(self.student.model),
-                "size_bytes": state_dict_bytes(self.student.model) if one else self.job.forecast.steps[0].size_bytes,
+                "size_bytes": state_dict_bytes(self.student.model, self.student.float_types.stored),
                 "metrics": self._figures(self.student) if self._measures(index) else {},
                 "elapsed_s": round(elapsed_s, 3),
                 "versions": computing_versions(),
@@ -318,7 +321,10 @@ def prove_reloads(student: Student, folder: Path) -> None:
     differing = sorted(
         name
         for name in ours.keys() | theirs.keys()
-        if name not in ours or name not in theirs or not torch.equal(ours[name], theirs[name])
+        if name not in ours
+        or name not in theirs
+        or ours[name].dtype != theirs[name].dtype
+        or not torch.equal(ours[name], theirs[name])
     )
     if differing:
         raise RunFailedError(f"the saved student, loaded again, has another {differing[0]}", fix=fix)

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from compresskit.errors import CompressKitError, ManyErrors
 from compresskit.evaluate import count_parameters, state_dict_bytes
-from compresskit.models import ModelSource, load_empty, stored_dtype
+from compresskit.float_types import float_types
+from compresskit.models import ModelSource, load_empty
 from compresskit.passes import Pass
 from compresskit.recipe import Recipe
 from compresskit.surgery.cuts import PruneFusedHeads, PruneHeads, PruneNeurons
@@ -28,11 +29,17 @@ FLOAT_BYTES = 4
 
 @dataclass(frozen=True)
 class Expected:
-    """A model after a pass (or the original), as its shapes say."""
+    """A model after a pass (or the original), as its shapes say.
+
+    Attributes:
+        size_bytes: of the file, all weights in the float type that most of the original's have.
+        memory_bytes: as a run holds it, weights that are no integers in float32.
+    """
 
     kind: str
     params: int
     size_bytes: int
+    memory_bytes: int
     edits: tuple[Edit, ...] = ()
 
 
@@ -64,8 +71,7 @@ def foretell(recipe: Recipe, source: ModelSource, task: str) -> Forecast:
         ManyErrors: every pass, and every export, whose options do not fit the model it would meet.
     """
     model = load_empty(source, task)
-    in_memory = state_dict_bytes(model)
-    steps = [Expected("original", count_parameters(model), state_dict_bytes(model, stored_dtype(source)))]
+    steps = [_expected("original", model)]
     weights = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)}
     activations = _activation_bytes(recipe, model)
     mistakes: list[CompressKitError] = []
@@ -76,7 +82,7 @@ def foretell(recipe: Recipe, source: ModelSource, task: str) -> Forecast:
         except CompressKitError as error:
             mistakes += _each(error, f"passes[{index}] ({one.kind})")
             continue
-        steps.append(Expected(one.kind, count_parameters(model), state_dict_bytes(model), tuple(edits)))
+        steps.append(_expected(one.kind, model, edits))
     for index, exporter in enumerate(recipe.export if not mistakes else ()):
         try:
             exporter.check(model, task)
@@ -85,15 +91,20 @@ def foretell(recipe: Recipe, source: ModelSource, task: str) -> Forecast:
     if mistakes:
         raise ManyErrors(mistakes)
     edits = [edit for step in steps for edit in step.edits]
-    largest = max(in_memory, *(step.size_bytes for step in steps))
+    largest = max(step.memory_bytes for step in steps)
     return Forecast(
         steps=tuple(steps),
-        memory_bytes=in_memory + largest + max(largest, activations),
+        memory_bytes=steps[0].memory_bytes + largest + max(largest, activations),
         is_stock=all(one.plans_shapes() for one in recipe.passes)
         and (not edits or stock_config(load_empty(source, task), edits) is not None),
         warnings=(*_overlaps(steps, weights), *_late_strength(recipe.passes, steps)),
         export_bytes=tuple(exporter.predict_bytes(model, task) for exporter in recipe.export),
     )
+
+
+def _expected(kind: str, model: PreTrainedModel, edits: Sequence[Edit] = ()) -> Expected:
+    size_bytes = state_dict_bytes(model, float_types(model).stored)
+    return Expected(kind, count_parameters(model), size_bytes, state_dict_bytes(model), tuple(edits))
 
 
 def _replay_and_run(edits: Sequence[Edit], model: PreTrainedModel, kind: str) -> None:

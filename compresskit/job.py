@@ -8,9 +8,18 @@ from compresskit.data.source import open_source
 from compresskit.environment import exporting_versions
 from compresskit.errors import CompressKitError, ManyErrors
 from compresskit.evaluate.quality import LEAST_COMPARED
+from compresskit.float_types import FloatTypes
 from compresskit.forecast import Forecast, foretell
 from compresskit.layerwise.walk import LEAST_CALIBRATION
-from compresskit.models import ModelSource, check_weights, find_model, guess_task, load_config, load_empty
+from compresskit.models import (
+    ModelSource,
+    check_weights,
+    find_float_types,
+    find_model,
+    guess_task,
+    load_config,
+    load_empty,
+)
 from compresskit.processors import Processor, load_processor
 from compresskit.recipe import Recipe
 from compresskit.sentence import SentenceEmbedding, read_sentence_embedding
@@ -123,8 +132,11 @@ def take_prints(job: Job) -> Prints:
         ]
         for one in recipe.passes
     ]
-    steps = (start, *chain(start, recipe.passes, read))
+    types = find_float_types(job.source)
+    # Students of an original in float32 are what they were before they were stored in their original's float type.
+    first = start if types == FloatTypes() else digest([start, str(types)])
+    steps = (start, *chain(first, recipe.passes, read))
     written = [[one.version, one.model_dump(mode="json", serialize_as_any=True)] for one in recipe.export]
-    result = digest([steps[-1], written, recipe.evaluate, exporting_versions() if written else {}])
+    result = digest([(first, *steps[1:])[-1], written, recipe.evaluate, exporting_versions() if written else {}])
     said = recipe.model_dump(mode="json", include={"model", "gguf_file", "data", "seed"})
     return Prints(steps, result, {**said, "task": job.task, "source": job.source.fingerprint, "fingerprint": start})

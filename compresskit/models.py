@@ -8,8 +8,6 @@ import hashlib
 import importlib.util
 import inspect
 import json
-import math
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,6 +37,7 @@ from transformers.utils.quantization_config import GgufConfig
 from compresskit.cache import cache_folder, writing_to_cache
 from compresskit.config import did_you_mean
 from compresskit.errors import CompressKitError
+from compresskit.float_types import FloatTypes, note_float_types, read_float_types
 from compresskit.model_folder import (
     BITSANDBYTES_METHOD,
     STUDENT_METHOD,
@@ -232,8 +231,11 @@ def load_empty(source: ModelSource, task: str) -> PreTrainedModel:
         )
     auto = _task_class(task, config)
     options = _pooler_option(source, auto, config)
+    types = find_float_types(source, config)
     with explained(source, "config.json", "restore the model's own config.json"), torch.device("meta"):
-        return auto.from_config(config, trust_remote_code=False, **options).eval()
+        model = auto.from_config(config, dtype=torch.float32, trust_remote_code=False, **options).eval()
+    note_float_types(model, types)
+    return model
 
 
 def load_shapes(source: ModelSource, task: str) -> PreTrainedModel:
@@ -247,21 +249,18 @@ def load_shapes(source: ModelSource, task: str) -> PreTrainedModel:
     return load_empty(source, task)
 
 
-def stored_dtype(source: ModelSource) -> torch.dtype:
-    """The floating type of most weights in a model's files: float32, bfloat16 or float16.
+def find_float_types(source: ModelSource, config: PretrainedConfig | None = None) -> FloatTypes:
+    """In which float types a model is stored and loads; a GGUF file counts as float32, which it is converted to.
+
+    Args:
+        config: the model's, where it has been read.
 
     Raises:
-        CompressKitError: weights whose header cannot be read.
+        CompressKitError: a config, or weights whose header, cannot be read.
     """
-    elements: Counter[str] = Counter()
+    config = config or load_config(source)
     with explained(source, "the model", _WEIGHTS_FIX):
-        for path in safetensors_source(source).folder.glob("*.safetensors"):
-            with safe_open(path, framework="pt") as stored:
-                for name in stored.keys():  # noqa: SIM118 - no mapping
-                    part = stored.get_slice(name)
-                    elements[part.get_dtype()] += math.prod(part.get_shape())
-    halves = {"BF16": torch.bfloat16, "F16": torch.float16}
-    return halves.get(max(elements, key=elements.__getitem__, default=""), torch.float32)
+        return read_float_types(safetensors_source(source).folder, config)
 
 
 def _pooler_option(source: ModelSource, auto: Any, config: PretrainedConfig) -> dict[str, bool]:
@@ -308,7 +307,7 @@ def _read_model(source: ModelSource, task: str, *, device: str) -> PreTrainedMod
     config = load_config(source)
     auto = _task_class(task, config)
     options = _pooler_option(source, auto, config)
-    folder = safetensors_source(source).folder
+    folder, types = safetensors_source(source).folder, find_float_types(source, config)
     # bitsandbytes' loader would take a GPU where there is one.
     named = device != "cpu" or quant_method(getattr(config, "quantization_config", None)) == BITSANDBYTES_METHOD
     with explained(source, "the model", _WEIGHTS_FIX):
@@ -323,9 +322,12 @@ def _read_model(source: ModelSource, task: str, *, device: str) -> PreTrainedMod
             **options,
         )
     _refuse_misfits(source, task, info)
-    # Weights from a file lie mapped at odd addresses, where library kernels may add up in another order.
+    # Weights from a file lie mapped at odd addresses, where library kernels may add up in another order; those beside
+    # bitsandbytes' layers come in the type of the file, whatever was asked for.
     for tensor in [*model.parameters(), *model.buffers()]:
-        tensor.data = tensor.data.clone()
+        half = tensor.dtype in (torch.bfloat16, torch.float16)
+        tensor.data = tensor.data.float() if half else tensor.data.clone()
+    note_float_types(model, types)
     return model.eval()
 
 

@@ -1,15 +1,22 @@
-"""The student: a model on its way from the original, with everything a pass needs beside it; saving and loading it."""
+"""The student: a model on its way from the original, with everything a pass needs beside it; saving and loading it.
+
+In memory it is float32. Its weights are stored in the original's float type, and rounded to it before anything is
+measured (`round_to_stored`), so what is measured, exported and stored is one model.
+"""
 
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskit.data import Corpus, Sequences, token_rows
 from compresskit.errors import CompressKitError
+from compresskit.float_types import FloatTypes, float_types
+from compresskit.layers.stored import holds, round_weights, stored_form, weights_of
 from compresskit.model_folder import BITSANDBYTES_METHOD, STUDENT_METHOD, quant_method
 from compresskit.models import ModelSource, load_model
 from compresskit.processors import Processor
@@ -17,6 +24,7 @@ from compresskit.sentence import MEAN_POOLED, SentenceEmbedding
 from compresskit.surgery.bitsandbytes_edits import adopt_stock_layers, stock_quantization, stock_weights
 from compresskit.surgery.edits import Edit
 from compresskit.surgery.plugin import config_with_edits, edits_of
+from compresskit.surgery.provenance import Provenance
 from compresskit.surgery.vocabulary_edits import PruneVocabulary, narrowed
 from compresskit.vocabulary import Translator, cut_tokenizer
 
@@ -104,6 +112,24 @@ class Student:
         assert isinstance(sequences, Sequences)
         return HeldOut(sequences, self.whole.narrowed, self.whole.growth)
 
+    @property
+    def float_types(self) -> FloatTypes:
+        """The original's: those of the student's checkpoint too."""
+        return float_types(self.original)
+
+    def round_to_stored(self) -> list[str]:
+        """Round the model's weights to what its checkpoint holds; the names of those that stay float32 for their size.
+
+        A weight that the original holds in more digits than most of its weights keeps them.
+        """
+        stored, provenance, originals = self.float_types.stored, Provenance(self.edits), self.original.state_dict()
+
+        def finer(name: str) -> bool:
+            original = originals.get(provenance.original_name(name))
+            return original is not None and not holds(stored, original)
+
+        return round_weights(self.model, stored, finer=finer)
+
     def edit(self, edit: Edit) -> None:
         """Apply an edit to the model and record it."""
         edit.apply(self.model)
@@ -138,28 +164,41 @@ class Student:
         self.tokenizer, self.corpus = smaller, translator.corpus(self.corpus)
 
 
-def student_weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The tensors to store, by name; a tensor that the model ties to another is stored once, under the other's name."""
+def student_weights(model: PreTrainedModel, stored: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """The tensors to store, by name; a tensor that the model ties to another is stored once, under the other's name.
+
+    Args:
+        model: float32 or quantised.
+        stored: the float type for weights that it holds without loss.
+    """
     tied = model.all_tied_weights_keys
-    weights = model.state_dict()
+    state, weights = model.state_dict(), weights_of(model)
     return {
-        name: tensor.detach().contiguous()
-        for name, tensor in weights.items()
-        if name not in tied or tensor.data_ptr() != weights[tied[name]].data_ptr()
+        name: (stored_form(tensor, stored) if name in weights else tensor).detach().contiguous()
+        for name, tensor in state.items()
+        if name not in tied or tensor.data_ptr() != state[tied[name]].data_ptr()
     }
 
 
-def save_student(student: Student, folder: Path) -> None:
-    """Write a checkpoint: `from_pretrained(folder)` gives the same outputs.
+def _loaded_dtype(student: Student) -> torch.dtype:
+    """What from_pretrained makes of a student unless told otherwise: what it makes of the original, where that fits."""
+    loaded = student.float_types.loaded
+    fits = all(tensor.to(loaded).isfinite().all() for tensor in weights_of(student.model).values())
+    return loaded if fits else torch.float32
 
-    Weights as safetensors, config with edits, tokenizer, and what sentence-transformers reads beside them.
+
+def save_student(student: Student, folder: Path) -> None:
+    """Write a checkpoint: `from_pretrained(folder, dtype=torch.float32)` gives the same outputs.
+
+    Weights as safetensors, config with edits, tokenizer, and what sentence-transformers reads beside them. A weight is
+    stored in the original's float type where that loses nothing; without `dtype` it loads as the original does.
 
     Args:
-        student: its `original` gives the config that the edits start from.
+        student: its `original` gives the config that the edits start from, and the float types.
         folder: made if absent; files of these names are overwritten.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    weights = student_weights(student.model)
+    weights = student_weights(student.model, student.float_types.stored)
     config = config_with_edits(student.original, student.edits)
     if quant_method(getattr(config, "quantization_config", None)) != STUDENT_METHOD:
         weights = stock_weights(student.model, weights)
@@ -168,6 +207,7 @@ def save_student(student: Student, folder: Path) -> None:
             config.quantization_config = quantization
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config.architectures = [type(student.model).__name__]
+    config.dtype = _loaded_dtype(student)
     config.save_pretrained(folder)
     if student.model.can_generate() and student.model.generation_config is not None:
         student.model.generation_config.save_pretrained(folder)

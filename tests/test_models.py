@@ -26,8 +26,10 @@ from transformers import (
 import compresskit
 from compresskit import run
 from compresskit.errors import CompressKitError
+from compresskit.float_types import FloatTypes
 from compresskit.models import (
     check_weights,
+    find_float_types,
     find_model,
     guess_task,
     load_config,
@@ -432,6 +434,7 @@ def test_each_gguf_file_of_a_folder_is_a_model_of_its_own(tmp_path: Path) -> Non
     assert safetensors_source(a).folder != safetensors_source(b).folder
     tables = [load_model(one, "text-generation").get_input_embeddings().weight for one in (a, b)]
     assert not torch.equal(*tables)
+    assert find_float_types(a) == FloatTypes(torch.float32, torch.float32)
 
 
 def test_only_the_chosen_weights_are_part_of_a_fingerprint(folder: Path) -> None:

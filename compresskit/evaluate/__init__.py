@@ -6,6 +6,7 @@ from compresskit.data import Sequences, token_positions
 from compresskit.evaluate.latency import batch_latency, measure_latency, model_latency
 from compresskit.evaluate.quality import Fidelity
 from compresskit.evaluate.size import count_parameters, state_dict_bytes
+from compresskit.float_types import float_types
 from compresskit.processors import Processor
 from compresskit.student import HeldOut
 
@@ -40,10 +41,11 @@ def evaluate(
         held_out: the held-out text as `model` reads it, where that is not how the original does.
 
     Returns:
-        `params` (weights), `size_bytes` (as safetensors), `p50_ms` and `p95_ms` (one forward in torch), and the
+        `params` (weights), `size_bytes` (as its files hold it), `p50_ms` and `p95_ms` (one forward in torch), and the
         figures of `fidelity.measure`.
     """
-    figures: dict[str, int | float] = {"params": count_parameters(model), "size_bytes": state_dict_bytes(model)}
+    size_bytes = state_dict_bytes(model, float_types(model).stored)
+    figures: dict[str, int | float] = {"params": count_parameters(model), "size_bytes": size_bytes}
     if rounds and not isinstance(fidelity.sequences, Sequences):
         figures |= batch_latency(model, next(fidelity.sequences.batches(batch)), rounds=rounds)
     elif rounds:

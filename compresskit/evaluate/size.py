@@ -5,6 +5,8 @@ import json
 import torch
 from torch import Tensor, nn
 
+from compresskit.layers.stored import holds, weights_of
+
 #: safetensors' names of dtypes, in the order in which its files hold them (widest first).
 _DTYPES = {
     torch.int64: "I64",
@@ -50,20 +52,21 @@ def _storage_key(tensor: Tensor) -> tuple[int, int, int]:
 
 
 def state_dict_bytes(model: nn.Module, stored: torch.dtype = torch.float32) -> int:
-    """The size in bytes of the safetensors file that `save_pretrained` writes, shared tensors once.
+    """The size in bytes of the safetensors file that a model is stored in, shared tensors once.
 
     Args:
         model: float32 or quantised.
-        stored: what float32 is stored as.
+        stored: the float type of weights that it holds without loss; on the meta device, of all.
 
     Computed from names, shapes and dtypes alone (also on the meta device): 8 bytes, a JSON header padded to a multiple
     of 8, and the tensors. A model that transformers splits into several files has a header in each; not counted here.
     """
+    weights = weights_of(model)
     unique: dict[tuple[int, int, int], tuple[str, Tensor]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.numel():
-            kept = tensor.to("meta", stored) if tensor.dtype == torch.float32 else tensor
-            unique.setdefault(_storage_key(tensor), (name, kept))
+            dtype = stored if name in weights and holds(stored, tensor) else tensor.dtype
+            unique.setdefault(_storage_key(tensor), (name, tensor.to("meta", dtype)))
     order = list(_DTYPES)
     held = sorted(unique.values(), key=lambda entry: (order.index(entry[1].dtype), entry[0]))
     header: dict[str, object] = {"__metadata__": _METADATA}

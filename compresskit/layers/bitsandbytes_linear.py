@@ -82,7 +82,8 @@ class Bnb4Linear(LinearStandIn):
         dtype = torch.uint8 if double_quant else torch.float32
         self.register_buffer("absmax", torch.zeros(blocks, dtype=dtype, device=device))
         for name, shape in nested.items():
-            self.register_buffer(name, torch.zeros(shape, device=device) if double_quant else None)
+            held = torch.zeros(shape, dtype=torch.float32, device=device) if double_quant else None
+            self.register_buffer(name, held)
         self.bias = nn.Parameter(torch.zeros(out_features, device=device)) if bias else None
 
     def scales(self) -> Tensor:
@@ -109,11 +110,12 @@ class Bnb4Linear(LinearStandIn):
         return plain.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Decode and multiply in float32, shape (…, out_features)."""
+        """Decode in float32 and multiply in the type of `x`, shape (…, out_features)."""
         if emitting():
             y = matmul_bnb4(x, self.codes, self.scales(), form=self.form, block=BLOCK, out_features=self.out_features)
             return y if self.bias is None else y + self.bias
-        return F.linear(x, self.dequantize(), self.bias)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.dequantize().to(x.dtype), bias)
 
     def extra_repr(self) -> str:
         """Shape and format."""
@@ -146,7 +148,7 @@ class Bnb8Linear(LinearStandIn):
         super().__init__()
         self.in_features, self.out_features, self.threshold = in_features, out_features, threshold
         self.register_buffer("codes", torch.zeros(out_features, in_features, dtype=torch.int8, device=device))
-        self.register_buffer("scales", torch.zeros(out_features, device=device))
+        self.register_buffer("scales", torch.zeros(out_features, dtype=torch.float32, device=device))
         self.bias = nn.Parameter(torch.zeros(out_features, device=device)) if bias else None
 
     def dequantize(self) -> Tensor:
@@ -163,17 +165,18 @@ class Bnb8Linear(LinearStandIn):
         return new.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The integer product, and the outliers' columns in float32, shape (…, out_features)."""
-        rows = x.reshape(-1, self.in_features)
+        """The integer product, and the outliers' columns in float32, shape (…, out_features), in the type of `x`."""
+        rows = x.reshape(-1, self.in_features).float()
         steps, row_scales, outliers = round_rows(rows, self.threshold)
         product = multiply_exactly(steps, self.codes.T.float())
-        y = product * (row_scales[:, None] * self.scales) * _PRODUCT_SCALE
+        scales = self.scales.float()
+        y = product * (row_scales[:, None] * scales) * _PRODUCT_SCALE
         if self.bias is not None:
             y += self.bias
         if len(outliers):
-            weight = self.codes[:, outliers].contiguous() * self.scales[:, None] * _WEIGHT_SCALE
+            weight = self.codes[:, outliers].contiguous() * scales[:, None] * _WEIGHT_SCALE
             y = y.addmm(rows[:, outliers].contiguous(), weight.T)
-        return y.view(*x.shape[:-1], self.out_features)
+        return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def extra_repr(self) -> str:
         """Shape and threshold."""

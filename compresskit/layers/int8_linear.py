@@ -91,8 +91,9 @@ class Int8Linear(LinearStandIn):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.register_buffer("codes", torch.zeros(in_features, out_features, dtype=torch.int8, device=device))
-        self.register_buffer("scales", torch.zeros(out_features, device=device))
-        self.register_buffer("smooth", torch.ones(in_features, device=device) if smooth else None)
+        self.register_buffer("scales", torch.zeros(out_features, dtype=torch.float32, device=device))
+        factors = torch.ones(in_features, dtype=torch.float32, device=device) if smooth else None
+        self.register_buffer("smooth", factors)
         self.bias = nn.Parameter(torch.zeros(out_features, device=device)) if bias else None
 
     def set_codes(self, values: grid.Codes) -> None:
@@ -110,14 +111,13 @@ class Int8Linear(LinearStandIn):
         return weight if self.smooth is None else weight * self.smooth
 
     def forward(self, x: Tensor) -> Tensor:
-        """The integer product in float32, shape (…, out_features)."""
-        if self.smooth is not None:
-            x = x * self.smooth
+        """The integer product, rounded once to the type of `x`, shape (…, out_features)."""
+        scaled = x if self.smooth is None else x * self.smooth
         if emitting():
-            return dynamic_matmul(x, self.codes, self.scales, self.bias)
-        quantized, scale, zero = quantize_dynamic(x)
+            return dynamic_matmul(scaled, self.codes, self.scales, self.bias)
+        quantized, scale, zero = quantize_dynamic(scaled.float())
         y = multiply_exactly(quantized.sub_(zero), self.codes.float()).mul_(scale * self.scales)
-        return y if self.bias is None else y.add_(self.bias)
+        return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
 
     def extra_repr(self) -> str:
         """The shape, as nn.Linear prints it."""

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from compresskit.layers import grid
 from compresskit.layers.operators import check_group_size, emitting, gather_block_quantized
+from compresskit.layers.stand_in import TypedLayer
 
 
-class QuantEmbedding(nn.Module):
+class QuantEmbedding(TypedLayer):
     """A lookup table of integers.
 
     Args:
@@ -59,7 +60,7 @@ class QuantEmbedding(nn.Module):
         self.groups = grid.count_groups(embedding_dim, group_size)
         width = grid.packed_columns(embedding_dim, bits)
         self.register_buffer("codes", torch.zeros(num_embeddings, width, dtype=torch.uint8, device=device))
-        self.register_buffer("scales", torch.zeros(num_embeddings, self.groups, device=device))
+        self.register_buffer("scales", torch.zeros(num_embeddings, self.groups, dtype=torch.float32, device=device))
         with_zeros, width = grid.has_zeros(bits, symmetric), grid.packed_columns(self.groups, bits)
         zeros = torch.zeros(num_embeddings, width, dtype=torch.uint8, device=device) if with_zeros else None
         self.register_buffer("zeros", zeros)
@@ -85,9 +86,10 @@ class QuantEmbedding(nn.Module):
         return self._decode(self.codes, self.scales, self.zeros)
 
     def forward(self, indices: Tensor) -> Tensor:
-        """The rows `indices` times the multiplier, shape (*indices, dim) float32."""
+        """The rows `indices` times the multiplier, shape (*indices, dim), in the model's float type."""
         rows = self._look_up(indices)
-        return rows if self.multiplier == 1 else rows * self.multiplier
+        rows = rows if self.multiplier == 1 else rows * self.multiplier
+        return rows if emitting() else rows.to(self.dtype)
 
     def _look_up(self, indices: Tensor) -> Tensor:
         if emitting():

@@ -3,7 +3,7 @@
     before  y = W x + b                          W (out, in) float32                32 bits a weight
     after   y = ((codes − zeros) · scales) x + b codes in 3, 4 or 8 bits, packed    as many bits and 4 bytes a group
 
-It saves bytes and memory traffic; the products stay float32, so a fast encoder wants `Int8Linear` instead (8 bit
+It saves bytes and memory traffic; the products stay float, so a fast encoder wants `Int8Linear` instead (8 bit
 weights alone gave 1.2 times the speed of float on a 64-token input). In ONNX it is `com.microsoft::MatMulNBits`
 with these very tensors; it has no 3 bits, so these integers take up 4 there (`widened`). A row with one scale (group
 size 0) is written as blocks that repeat that scale, because the operator has no larger block than 256. Columns that no
@@ -163,11 +163,12 @@ class QuantLinear(LinearStandIn):
         return grid.decode(rows.codes, rows.scales, rows.zeros, bits=self.bits, group_size=self.group_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Dequantise and multiply, shape (…, out_features)."""
+        """Dequantise in float32 and multiply in the type of `x`, shape (…, out_features)."""
         if emitting():
             codes, scales, zeros = self.tensors()
             return matmul_nbits(x, codes, scales, zeros, self.bias, bits=self.bits, in_features=self.in_features)
-        return F.linear(x, self.dequantize(), self.bias)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.dequantize().to(x.dtype), bias)
 
     def extra_repr(self) -> str:
         """Shape and grid."""

@@ -71,6 +71,8 @@ class Pass(Config, ABC):
     def apply(self, student: Student, *, generator: torch.Generator) -> dict[str, Any]:
         """Change `student.model` through `student.edit`, and return what happened, as data for the report.
 
+        Weights are float32 here; the engine rounds them to the original's float type afterwards, before it measures.
+
         Args:
             student: the model so far, with its original, tokenizer and corpus.
             generator: the only source of randomness, seeded by the engine from (seed, position of the pass).

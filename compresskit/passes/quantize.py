@@ -29,6 +29,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from compresskit.evaluate import state_dict_bytes
+from compresskit.float_types import FloatTypes, float_types
 from compresskit.layers.operators import BLOCK_SIZES
 from compresskit.layerwise.objective import fit_weight
 from compresskit.layerwise.walk import SiteMoments, Walk
@@ -142,7 +143,8 @@ class Quantize(Pass):
         plan = plan_grids(model, self._wanted())  # type: ignore[arg-type]
         if self.bits != "auto":
             return plan.edits()
-        chosen = choose_evenly(model, self._open_sites(plan), self.widths, self._budget(model, plan))
+        budget = self._budget(model, plan, float_types(model))
+        chosen = choose_evenly(model, self._open_sites(plan), self.widths, budget)
         return plan_grids(model, replace(self._wanted(), chosen=chosen)).edits()  # type: ignore[arg-type]
 
     def _open_sites(self, plan: Plan) -> dict[Site, tuple[QuantizeLinears, ...]]:
@@ -157,20 +159,21 @@ class Quantize(Pass):
                 found[replace(site, linears=names)] = tuple(left)
         return found
 
-    def _budget(self, model: nn.Module, plan: Plan) -> Budget:
+    def _budget(self, model: nn.Module, plan: Plan, types: FloatTypes) -> Budget:
         """What is left of the student's bytes for the open sites, once all else is held; or the mean bits."""
         if self.budget_bytes is None:
             return Budget(mean_bits=self.mean_bits)
         # File headers differ with the width (4 bits have zero points to name): the longest counts.
-        rest = max(self._rest_bytes(model, plan, bits) for bits in self.widths)
+        rest = max(self._rest_bytes(model, plan, bits, types) for bits in self.widths)
         return Budget(size_bytes=self.budget_bytes - rest)
 
-    def _rest_bytes(self, model: nn.Module, plan: Plan, bits: int) -> int:
+    def _rest_bytes(self, model: nn.Module, plan: Plan, bits: int, types: FloatTypes) -> int:
         """Bytes of the student but for the linears of the open sites, which hold `bits`."""
         sites, student = self._open_sites(plan), copy.deepcopy(model)
         chosen = {name: bits for site in sites for name in site.linears}
         replay(plan_grids(model, replace(self._wanted(), chosen=chosen)).edits(), student)  # type: ignore[arg-type]
-        return state_dict_bytes(student) - sum(held_bytes(model, e, bits) for edits in sites.values() for e in edits)
+        held = sum(held_bytes(model, e, bits) for edits in sites.values() for e in edits)
+        return state_dict_bytes(student, types.stored) - held
 
     def apply(self, student: Student, *, generator: torch.Generator) -> dict[str, Any]:
         """Round tables, then walk the blocks on what the tables became, then round what stands outside."""
@@ -178,7 +181,7 @@ class Quantize(Pass):
         require_finite(student.model, _names(plan))
         table: dict[str, dict[str, float | int]] = {}
         if self.bits == "auto":
-            budget = self._budget(student.model, plan)
+            budget = self._budget(student.model, plan, student.float_types)
             chosen, table = choose_bits(student, self._open_sites(plan), self.widths, budget)
             plan = plan_grids(student.model, replace(self._wanted(), chosen=chosen))
         layers: dict[str, dict[str, Any]] = {}

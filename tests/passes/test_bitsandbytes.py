@@ -15,9 +15,11 @@ import pytest
 import torch
 from families import answer, student_of, task_of, tiny
 from onnx import numpy_helper
+from safetensors import safe_open
 from tiny_tokenizer import make_tokenizer
 from torch import nn
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
 
 from compresskit.data import DataSource, prepare_corpus
 from compresskit.engine import prove_reloads
@@ -25,6 +27,7 @@ from compresskit.errors import CompressKitError
 from compresskit.evaluate import state_dict_bytes
 from compresskit.export import OnnxExport
 from compresskit.export.folder import MODEL_FILE
+from compresskit.float_types import FloatTypes, note_float_types
 from compresskit.layers.bitsandbytes_linear import Bnb4Linear, Bnb8Linear, code_table
 from compresskit.layers.quant_linear import QuantLinear
 from compresskit.models import find_model, load_empty, load_model, load_tokenizer
@@ -225,6 +228,32 @@ def test_4_bits_have_no_standard_form(tmp_path: Path) -> None:
     student, _ = held("bert")
     with pytest.raises(CompressKitError, match=r"MatMulBnb4.*\n.*say target: ort.*bitsandbytes"):
         OnnxExport(**FAST, target="standard").write(student, tmp_path / "onnx")
+
+
+@pytest.mark.parametrize("options", [{"double_quant": True}, {"format": "int8"}], ids=str)
+def test_of_an_original_in_bfloat16_all_but_the_codes_is_stored_and_loaded_so(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    student = wide("llama")
+    for weight in student.original.parameters():
+        weight.data = weight.data.bfloat16().float()
+    student.model.load_state_dict(student.original.state_dict())
+    note_float_types(student.original, FloatTypes(torch.bfloat16, torch.bfloat16))
+    BitsAndBytes(**options).apply(student, generator=torch.Generator())
+    assert student.round_to_stored() == []
+    student.model.eval()
+    save_student(student, tmp_path)
+    prove_reloads(student, tmp_path)
+    assert loads_with(tmp_path) == "transformers and bitsandbytes"
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as stored:
+        types = {stored.get_slice(name).get_dtype() for name in stored.keys()}  # noqa: SIM118 - no mapping
+        assert stored.get_slice("model.embed_tokens.weight").get_dtype() == "BF16"
+    assert types <= {"BF16", "F32", "U8", "I8"}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu")
+    assert loaded.dtype == torch.bfloat16
+    found, truth = answer(loaded), answer(student.model)
+    assert found.dtype == torch.bfloat16
+    assert float((found.float() - truth).norm() / truth.norm()) < 0.05
 
 
 def test_after_factors_the_plug_in_reloads_it(tmp_path: Path) -> None:
