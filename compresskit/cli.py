@@ -71,8 +71,14 @@ def check(recipe: RecipePath, settings: Settings = None) -> None:
     forecast = job.forecast
     original = forecast.steps[0]
     rows: list[Row] = [
-        (step.kind, f"{step.params:,}", f"{step.size_bytes:,}", f"{step.size_bytes / original.size_bytes:.1%}")
+        (
+            step.kind,
+            f"{most}{step.params:,}",
+            f"{most}{step.size_bytes:,}",
+            f"{step.size_bytes / original.size_bytes:.1%}",
+        )
         for step in forecast.steps
+        for most in ["≤ " if step.at_most else ""]
     ]
     _print_listing(Listing("", ("after", "parameters", "bytes", "of the original"), rows))
     for exporter, predicted in zip(job.recipe.export, forecast.export_bytes, strict=True):

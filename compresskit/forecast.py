@@ -3,6 +3,7 @@
 empty original (meta device) ── plan of pass 0, replay ── plan of pass 1, replay ── …      parameters, bytes, edits
 """
 
+import copy
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,12 +35,14 @@ class Expected:
     Attributes:
         size_bytes: of the file, all weights in the float type that most of the original's have.
         memory_bytes: as a run holds it, weights that are no integers in float32.
+        at_most: whether the data may make it smaller.
     """
 
     kind: str
     params: int
     size_bytes: int
     memory_bytes: int
+    at_most: bool = False
     edits: tuple[Edit, ...] = ()
 
 
@@ -82,7 +85,7 @@ def foretell(recipe: Recipe, source: ModelSource, task: str) -> Forecast:
         except CompressKitError as error:
             mistakes += _each(error, f"passes[{index}] ({one.kind})")
             continue
-        steps.append(_expected(one.kind, model, edits))
+        steps.append(_expected(one.kind, model, edits, at_most=steps[-1].at_most or one.plans_at_most))
     for index, exporter in enumerate(recipe.export if not mistakes else ()):
         try:
             exporter.check(model, task)
@@ -97,14 +100,14 @@ def foretell(recipe: Recipe, source: ModelSource, task: str) -> Forecast:
         memory_bytes=steps[0].memory_bytes + largest + max(largest, activations),
         is_stock=all(one.plans_shapes() for one in recipe.passes)
         and (not edits or stock_config(load_empty(source, task), edits) is not None),
-        warnings=(*_overlaps(steps, weights), *_late_strength(recipe.passes, steps)),
+        warnings=(*_idle(recipe.passes, steps), *_overlaps(steps, weights), *_late_strength(recipe.passes, steps)),
         export_bytes=tuple(exporter.predict_bytes(model, task) for exporter in recipe.export),
     )
 
 
-def _expected(kind: str, model: PreTrainedModel, edits: Sequence[Edit] = ()) -> Expected:
+def _expected(kind: str, model: PreTrainedModel, edits: Sequence[Edit] = (), *, at_most: bool = False) -> Expected:
     size_bytes = state_dict_bytes(model, float_types(model).stored)
-    return Expected(kind, count_parameters(model), size_bytes, state_dict_bytes(model), tuple(edits))
+    return Expected(kind, count_parameters(model), size_bytes, state_dict_bytes(model), at_most, tuple(edits))
 
 
 def _replay_and_run(edits: Sequence[Edit], model: PreTrainedModel, kind: str) -> None:
@@ -113,27 +116,30 @@ def _replay_and_run(edits: Sequence[Edit], model: PreTrainedModel, kind: str) ->
     Raises:
         CompressKitError: it ran before them and does not after them.
     """
-    cut = {
-        word
-        for word, edit_kind in (
-            ("heads", PruneHeads | PruneFusedHeads),
-            ("neurons", PruneNeurons),
-            ("blocks", DropBlocks),
-        )
-        for e in edits
-        if isinstance(e, edit_kind)
-    }
+
+    sorts = {"heads": PruneHeads | PruneFusedHeads, "neurons": PruneNeurons, "blocks": DropBlocks}
+    cuts = {width: [edit for edit in edits if isinstance(edit, sort)] for width, sort in sorts.items()}
+    cuts = {width: found for width, found in cuts.items() if found}
     # Some models cannot run without values (they ask a tensor for a number): of these nothing can be said.
-    ran = bool(cut) and obstacle(model) is None
+    before = copy.deepcopy(model) if cuts and obstacle(model) is None else None
     replay(list(edits), model)
-    found = obstacle(model) if ran else None
-    if found:
-        widths = " or ".join(sorted(cut))
-        names = " or ".join({"heads": "heads", "neurons": "ffn"}[word] for word in sorted(cut - {"blocks"}))
-        raise CompressKitError(
-            f"a part of {type(model).__name__} depends on the number of {widths} that {kind} changes ({found})",
-            fix=f"leave {names} out of keep" if names else f"leave {kind} out",
-        )
+    found = obstacle(model) if before is not None else None
+    if before is None or found is None:
+        return
+    alone = next((width for width, some in cuts.items() if not _runs_after(before, some)), None)
+    widths = sorted(cuts) if alone is None else [alone]
+    names = [{"heads": "heads", "neurons": "ffn"}[width] for width in widths if width != "blocks"]
+    part = f"a part of {type(model).__name__}"
+    raise CompressKitError(
+        f"{part} depends on the number of {' or '.join(widths)} that {kind} changes ({found})",
+        fix=f"leave {' or '.join(names)} out of keep" if names else f"leave {kind} out",
+    )
+
+
+def _runs_after(model: PreTrainedModel, edits: list[Edit]) -> bool:
+    changed = copy.deepcopy(model)
+    replay(edits, changed)
+    return obstacle(changed) is None
 
 
 def _each(error: CompressKitError, where: str) -> list[CompressKitError]:
@@ -148,6 +154,15 @@ def _activation_bytes(recipe: Recipe, model: PreTrainedModel) -> int:
         return 0  # convolutions are fitted example by example
     width: int = model.config.get_text_config().hidden_size
     return 2 * recipe.data.calibration * recipe.data.max_length * width * FLOAT_BYTES
+
+
+def _idle(passes: Sequence[Pass], steps: Sequence[Expected]) -> list[str]:
+    """Passes that should change shapes and, with these options, change nothing."""
+    return [
+        f"passes[{index}] ({one.kind}) changes nothing with these options"
+        for index, (one, step) in enumerate(zip(passes, steps[1:], strict=True))
+        if one.adds and not step.edits
+    ]
 
 
 def _touched(steps: Sequence[Expected], weights: set[str]) -> list[set[str]]:

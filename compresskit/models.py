@@ -130,9 +130,8 @@ def _task_class(task: str, config: PretrainedConfig) -> Any:
         raise CompressKitError(what, where="task", fix=f"use {', '.join(able) or 'another model'}")
     if task == "text-classification" and config.get_text_config().pad_token_id is None:
         what = f"{task} finds the last word of a padded text by pad_token_id, and config.json has none"
-        raise CompressKitError(
-            what, where="model", fix='add to config.json "pad_token_id": the id of the padding token'
-        )
+        fix = 'add to config.json "pad_token_id": the id of the padding token'
+        raise CompressKitError(what, where="model", fix=fix)
     return AutoModelForTextEncoding if task == "feature-extraction" and _is_encoder_alone(config) else TASKS[task]
 
 
@@ -179,9 +178,8 @@ def guess_task(source: ModelSource) -> str:
         if names and names[0].endswith(suffix):
             return task
     said = f"its config.json names {names[0]}" if names else "its config.json names no architecture"
-    raise CompressKitError(
-        f"what the model does is not clear: {said}", where="task", fix=f"say one of {', '.join(TASKS)}"
-    )
+    what = f"what the model does is not clear: {said}"
+    raise CompressKitError(what, where="task", fix=f"say one of {', '.join(TASKS)}")
 
 
 def safetensors_source(source: ModelSource) -> ModelSource:
@@ -361,8 +359,9 @@ def model_fingerprint(model: PreTrainedModel) -> str:
 
 def task_of(model: PreTrainedModel) -> str:
     """The task that a model's class is for: a key of `TASKS`."""
-    for task, auto in (*TASKS.items(), ("feature-extraction", AutoModelForTextEncoding)):
-        mapping = auto._model_mapping
+    autos = (*TASKS.items(), ("feature-extraction", AutoModelForTextEncoding))
+    for task, auto in autos:
+        mapping: Any = auto._model_mapping
         if type(model.config) in mapping and isinstance(model, mapping[type(model.config)]):
             return task
     raise CompressKitError(f"no task is known for {type(model).__name__}", fix=f"use one of: {', '.join(TASKS)}")

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 from families import ENCODER_SHAPE, tiny
-from transformers import AutoModel, BertConfig, DebertaV2Config, MPNetConfig, PretrainedConfig
+from transformers import AutoModel, BertConfig, BertModel, MPNetConfig, PretrainedConfig
 
 from compresskit.errors import ManyErrors
 from compresskit.forecast import Forecast, _replay_and_run, foretell
@@ -21,7 +21,7 @@ def _foretell(folder: Path, config: PretrainedConfig, *passes: dict[str, Any]) -
 
 
 @pytest.mark.parametrize(
-    ("keep", "said"), [({"heads": 0.5}, "number of heads that"), ({"heads": 0.5, "ffn": 0.5}, "heads or neurons")]
+    ("keep", "said"), [({"heads": 0.5}, "number of heads that"), ({"heads": 0.5, "ffn": 0.5}, "number of heads that")]
 )
 def test_a_width_that_another_part_relies_on_is_found_from_shapes_alone(
     tmp_path: Path, keep: dict[str, float], said: str
@@ -34,7 +34,19 @@ def test_a_width_that_another_part_relies_on_is_found_from_shapes_alone(
     assert error.where == "passes[1] (prune_width)"
     assert error.what.startswith("a part of MPNetModel depends on the number of heads")
     assert said in error.what
-    assert "leave heads" in str(error.fix)
+    assert error.fix == "leave heads out of keep"
+
+
+def test_a_pass_that_changes_nothing_is_told(tmp_path: Path) -> None:
+    passes = [{"kind": "prune_width", "keep": keep} for keep in (1, 0.5)]
+    forecast = _foretell(tmp_path, BertConfig(**ENCODER_SHAPE), *passes)
+    assert forecast.warnings == ("passes[0] (prune_width) changes nothing with these options",)
+
+
+def test_bytes_that_the_text_may_lessen_are_an_upper_bound_from_there_on(tmp_path: Path) -> None:
+    passes = [{"kind": "prune_width", "keep": 0.5}, {"kind": "prune_vocab"}, {"kind": "quantize", "group_size": 16}]
+    forecast = _foretell(tmp_path, BertConfig(**ENCODER_SHAPE), *passes)
+    assert [step.at_most for step in forecast.steps] == [False, False, True, True]
 
 
 def test_the_heads_of_t5_are_what_its_position_bias_relies_on_and_its_neurons_are_not(tmp_path: Path) -> None:
@@ -68,13 +80,17 @@ def test_widths_that_nothing_relies_on_pass_the_same_check(tmp_path: Path) -> No
 
 
 def test_a_model_that_cannot_run_without_values_is_not_judged() -> None:
+    class Asking(BertModel):
+        def forward(self, input_ids: torch.Tensor, **more: Any) -> Any:
+            return super().forward(input_ids[:, : int(input_ids.max()) + 2], **more)
+
     with torch.device("meta"):
-        deberta = AutoModel.from_config(DebertaV2Config(**ENCODER_SHAPE, relative_attention=True)).eval()
+        bert = Asking(BertConfig(**ENCODER_SHAPE)).eval()
     block = "encoder.layer.0"
     edit = PruneNeurons(inputs=(f"{block}.intermediate.dense",), output=f"{block}.output.dense", keep="0-31")
-    assert "meta tensors" in str(obstacle(deberta))
-    _replay_and_run([edit], deberta, "prune_width")
-    assert deberta.get_submodule(f"{block}.output.dense").in_features == 32
+    assert "meta tensors" in str(obstacle(bert))
+    _replay_and_run([edit], bert, "prune_width")
+    assert bert.get_submodule(f"{block}.output.dense").in_features == 32
 
 
 @pytest.mark.parametrize(("keep", "columns"), [({"ffn": 0.375}, 24), ({"heads": 0.75}, 24)])

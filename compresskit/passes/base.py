@@ -32,6 +32,8 @@ class Pass(Config, ABC):
     learns: ClassVar[bool] = False
     #: Raised by one whenever the same options would give other weights; part of every step's fingerprint.
     version: ClassVar[int] = 1
+    #: Whether `plan` says how much stays at most, and the data may leave less.
+    plans_at_most: ClassVar[bool] = False
     #: Options that change what is told or kept on the way, and not the student.
     inert: ClassVar[frozenset[str]] = frozenset()
 

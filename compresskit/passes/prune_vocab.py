@@ -61,6 +61,7 @@ class PruneVocab(Pass):
     adds: ClassVar[frozenset[Trait]] = frozenset({"pruned"})
     refuses: ClassVar[frozenset[Trait]] = frozenset({"decomposed", "quantized"})
     needs: ClassVar[frozenset[TextPart]] = frozenset({"calibration"})
+    plans_at_most: ClassVar[bool] = True
 
     def plan(self, model: nn.Module) -> list[Edit]:
         """The edit that keeps `keep` of the rows: at most so many, since the text decides which, and how many fewer."""
