@@ -107,18 +107,18 @@ def find_scales(
         raise ValueError(f"column_weight has shape {tuple(column_weight.shape)}, expected ({columns},)")
     with_zeros = has_zeros(bits, symmetric)
     importance = torch.ones(columns) if column_weight is None else _scaled_to_one(column_weight)
-    importance = grouped(importance.to(weight.device)[None], groups, group_size)
+    importance = _grouped(importance.to(weight.device)[None], groups, group_size)
     scales = torch.empty(rows, groups, dtype=torch.float32, device=weight.device)
     zeros = torch.empty(rows, groups, dtype=torch.uint8, device=weight.device)
     step = max(1, _CHUNK_ELEMENTS // columns)
     for start in range(0, rows, step):
-        chunk = grouped(weight[start : start + step].detach().float(), groups, group_size)
+        chunk = _grouped(weight[start : start + step].detach().float(), groups, group_size)
         part = _search(chunk, importance, bits, with_zeros, clip_points)
         scales[start : start + step], zeros[start : start + step] = part
     return scales, zeros if with_zeros else None
 
 
-def grouped(matrix: Tensor, groups: int, group_size: int) -> Tensor:
+def _grouped(matrix: Tensor, groups: int, group_size: int) -> Tensor:
     """(…, I) as (…, G, S), a short last group filled up with zeros."""
     size = group_size or -(-matrix.shape[-1] // groups)
     missing = groups * size - matrix.shape[-1]
@@ -184,7 +184,7 @@ def encode(weight: Tensor, scales: Tensor, zeros: Tensor | None, *, bits: int, g
     step = max(1, _CHUNK_ELEMENTS // columns)
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        steps = grouped(weight[part].detach().double(), groups, group_size) / scales[part].double()[..., None]
+        steps = _grouped(weight[part].detach().double(), groups, group_size) / scales[part].double()[..., None]
         zero = torch.full_like(scales[part], 2 ** (bits - 1)) if zeros is None else zeros[part]
         found = round_codes(steps, zero.double()[..., None], bits=bits, symmetric=zeros is None)
         codes[part] = found.flatten(-2)[:, :columns].to(torch.uint8)
@@ -218,9 +218,9 @@ def decode(codes: Tensor, scales: Tensor, zeros: Tensor | None, *, bits: int, gr
     The difference is an exact integer and the product is rounded once, which is also what ONNX Runtime's operators do.
     """
     columns = codes.shape[-1]
-    split = grouped(codes, scales.shape[-1], group_size).float()
+    grouped = _grouped(codes, scales.shape[-1], group_size).float()
     zero = 2.0 ** (bits - 1) if zeros is None else zeros.float()[..., None]
-    return ((split - zero) * scales[..., None]).flatten(-2)[..., :columns]
+    return ((grouped - zero) * scales[..., None]).flatten(-2)[..., :columns]
 
 
 def pack(codes: Tensor, *, bits: int) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from compresskit.layers.grid import Codes, decode, find_scales, quantize_weight
-from compresskit.layerwise.gptq import DAMPING, Compensation, improve, plan_compensation, refit_scales, round_with
+from compresskit.layerwise.gptq import DAMPING, Compensation, improve, plan_compensation, round_with
 from compresskit.layerwise.moments import Moments, ridged
 from compresskit.layerwise.objective import shrunk_weight
 
@@ -174,8 +174,9 @@ def test_scales_are_found_again_where_the_codes_give_the_weight():
     target = decode(exact.codes, exact.scales, exact.zeros, bits=4, group_size=16)
     wrong = exact.scales * (0.7 + 0.6 * torch.rand(exact.scales.shape, generator=torch.Generator().manual_seed(0)))
     values = Codes(exact.codes, wrong, exact.zeros)
-    found = refit_scales(plan_compensation(moment).moment, target.double(), values, bits=4, group_size=16)
-    torch.testing.assert_close(found, exact.scales, rtol=1e-4, atol=0)
+    found = improve(plan_compensation(moment), target, values, bits=4, group_size=16, sweeps=1)
+    torch.testing.assert_close(found.scales, exact.scales, rtol=1e-4, atol=0)
+    assert torch.equal(found.codes, exact.codes)
 
 
 def test_best_codes_stay_and_single_wrong_ones_are_mended():
@@ -184,12 +185,23 @@ def test_best_codes_stay_and_single_wrong_ones_are_mended():
     target = decode(exact.codes, exact.scales, exact.zeros, bits=4, group_size=16)
     wrong = exact.codes.clone()
     wrong[:, 7] = 15 - wrong[:, 7]
-    mended = improve(plan, target, Codes(wrong, exact.scales, exact.zeros), bits=4, group_size=16)
+    mended = improve(plan, target, Codes(wrong, exact.scales, exact.zeros), bits=4, group_size=16, sweeps=4)
     before = _error(target.double(), Codes(wrong, exact.scales, exact.zeros), plan.moment, 4, 16)
     assert _error(target.double(), mended, plan.moment, 4, 16) < 0.05 * before
     kept = improve(plan, target, exact, bits=4, group_size=16)
     assert torch.equal(kept.codes, exact.codes)
     torch.testing.assert_close(kept.scales, exact.scales, rtol=1e-5, atol=0)
+
+
+def test_rows_in_parts_change_nothing(monkeypatch):
+    weight, moment = _problem(6)
+    plan = plan_compensation(moment)
+    codes = _quantized(weight, plan, bits=4, group_size=16)
+    whole = improve(plan, weight, codes, bits=4, group_size=16)
+    monkeypatch.setattr("compresskit.layerwise.gptq._NUMBERS", 5 * 48)
+    parts = improve(plan, weight, codes, bits=4, group_size=16)
+    assert torch.equal(whole.codes, parts.codes)
+    torch.testing.assert_close(whole.scales, parts.scales)
 
 
 def test_groups_without_a_code_dead_inputs_and_rows_of_zeros_keep_their_scales():
