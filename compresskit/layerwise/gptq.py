@@ -30,7 +30,7 @@ DAMPING = 0.01
 #: Columns whose errors are gathered before they are moved onto all later ones in one product.
 _BLOCK = 128
 #: Turns of scales and codes.
-SWEEPS = 2
+SWEEPS = 3
 #: Numbers of a kind, of rows that are worked on together.
 _NUMBERS = 1 << 22
 
