@@ -37,7 +37,7 @@ from bench_setup import (
 )
 from torch import Tensor, nn
 
-from compresskit.data import token_rows
+from compresskit.data import Sequences, token_rows
 from compresskit.layers.quant_linear import QuantLinear
 from compresskit.passes.prune_width import PruneWidth
 from compresskit.passes.quantize import Quantize
@@ -128,8 +128,9 @@ def round_by_auto_round(
     The model stays float32 (by default it is cast to bfloat16). Rows are padded to one token more than the longest,
     because the last token of each is masked out.
     """
-    auto_round, pad = importlib.import_module("auto_round"), student.tokenizer.pad_token_id
-    rows = token_rows(student.corpus.calibration)
+    auto_round, sequences = importlib.import_module("auto_round"), student.corpus.calibration
+    assert isinstance(sequences, Sequences)
+    rows, pad = sequences.rows, sequences.pad_token_id
     length = max(map(len, rows)) + 1
     tuning = {"iters": options.auto_round_iters, "lr": options.auto_round_lr, "batch_size": min(8, len(rows))}
     copied = copy.deepcopy(student.model)
