@@ -13,6 +13,7 @@ error as they come; the JSON object with all of them ends the run. Linux only.
 """
 
 import argparse
+import copy
 import importlib
 import importlib.util
 import itertools
@@ -36,7 +37,7 @@ from bench_setup import (
 )
 from torch import Tensor, nn
 
-from compresskit.data import token_rows
+from compresskit.data import Sequences, token_rows
 from compresskit.layers.quant_linear import QuantLinear
 from compresskit.passes.prune_width import PruneWidth
 from compresskit.passes.quantize import Quantize
@@ -86,13 +87,16 @@ def _onnxruntime(algorithm: str) -> Peer:
 
 
 def hqq(weight: Tensor, bits: int, group: int) -> tuple[Tensor, int]:
-    """The package hqq, its scales and zeros counted in float16 as it stores them."""
+    """The package hqq, with scales and zeros in float16 as it holds them by default; 3 bits it packs ten to 32."""
     core = importlib.import_module("hqq.core.quantize")
     packed, meta = core.Quantizer.quantize(
         weight.float(), nbits=bits, group_size=group, axis=1, device="cpu", compute_dtype=torch.float32
     )
-    rounded = core.Quantizer.dequantize(packed, meta).view(weight.shape).float()
-    return rounded, weight.numel() * bits // 8 + 4 * weight.numel() // group
+    for name in ("scale", "zero"):
+        meta[name] = meta[name].half()
+    held = (packed, meta["scale"], meta["zero"])
+    rounded = core.Quantizer.dequantize(packed, meta | {name: meta[name].float() for name in ("scale", "zero")})
+    return rounded.view(weight.shape).float(), sum(one.numel() * one.element_size() for one in held)
 
 
 #: name: (function, module that it needs, widths that it has)
@@ -116,25 +120,45 @@ def round_by_peer(student: Student, peer: Peer, bits: int, group: int) -> int:
     return held
 
 
-def round_by_auto_round(student: Student, options: argparse.Namespace, bits: int, group: int) -> int:
-    """The model that auto-round makes, with its own defaults, of the same calibration windows."""
-    auto_round = importlib.import_module("auto_round")
-    rows = [torch.tensor(row) for row in token_rows(student.corpus.calibration)]
+def round_by_auto_round(
+    student: Student, options: argparse.Namespace, bits: int, group: int, seed: int
+) -> tuple[dict[str, Any], int]:
+    """Each block linear gets the weight that auto-round finds on the same calibration rows; its options and bytes.
+
+    The model stays float32 (by default it is cast to bfloat16). Rows are padded to one token more than the longest,
+    because the last token of each is masked out.
+    """
+    auto_round, sequences = importlib.import_module("auto_round"), student.corpus.calibration
+    assert isinstance(sequences, Sequences)
+    rows, pad = sequences.rows, sequences.pad_token_id
+    length = max(map(len, rows)) + 1
+    tuning = {"iters": options.auto_round_iters, "lr": options.auto_round_lr, "batch_size": min(8, len(rows))}
+    copied = copy.deepcopy(student.model)
+    names = find_anatomy(student.model).linears()
     work = auto_round.AutoRound(
-        student.model,
+        copied,
         student.tokenizer,
         bits=bits,
         group_size=group,
         sym=False,
-        dataset=[{"input_ids": row[None]} for row in rows],
+        dataset=[torch.tensor([[*row, *[pad] * (length - len(row))]]) for row in rows],
         nsamples=len(rows),
-        seqlen=options.calibration_tokens,
+        seqlen=length,
         device_map="cpu",
+        seed=seed,
+        amp=False,
+        enable_torch_compile=False,
+        **tuning,
     )
-    student.model, _ = work.quantize()
-    layers: list[Any] = [student.model.get_submodule(name) for name in find_anatomy(student.model).linears()]
-    weights = sum(layer.weight.numel() for layer in layers)
-    return weights * bits // 8 + weights // group * (2 + bits // 8)
+    tuned, _ = work.quantize()
+    weights = 0
+    for name in names:
+        layer, rounded = student.model.get_submodule(name), tuned.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        assert not torch.equal(layer.weight, rounded.weight), f"auto-round left {name} as it was"
+        layer.weight.data = rounded.weight.detach().to(layer.weight.dtype)
+        weights += layer.weight.numel()
+    return tuning, weights * bits // 8 + weights // group * 2 + weights // group * bits // 8
 
 
 def quantise(
@@ -144,7 +168,8 @@ def quantise(
     if method in PEERS:
         return {"options": {}, "size_bytes": round_by_peer(student, PEERS[method][0], bits, group)}
     if method == "auto-round":
-        return {"options": {}, "size_bytes": round_by_auto_round(student, options, bits, group)}
+        tuning, held = round_by_auto_round(student, options, bits, group, seed)
+        return {"options": tuning, "size_bytes": held}
     name, anchor = OURS[method]
     step = Quantize.model_validate(
         {"bits": bits, "group_size": group, "method": name, "anchor": anchor, "embeddings": None}
@@ -204,17 +229,20 @@ def main() -> None:
     parser = bench_parser(__doc__, quick="4 bits, five methods, one seed, few tokens, two blocks")
     add_model_options(parser)
     names = [*OURS, *PEERS, "auto-round"]
-    parser.add_argument("--methods", nargs="+", choices=names, default=names)
+    parser.add_argument("--methods", nargs="+", choices=names)
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 4, 3])
     parser.add_argument("--groups", type=int, nargs="+", default=[64])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--ffn-keep", type=float, default=1.0, help="share of FFN neurons that a first pass keeps")
+    parser.add_argument("--auto-round-iters", type=int, default=200, help="its default; its light recipe has 50")
+    parser.add_argument("--auto-round-lr", type=float, help="by default 1 / iterations; its light recipe has 0.005")
     add_calibration_options(parser)
     add_score_options(parser)
     options = read_options(parser)
     if options.quick:
-        options.methods, options.bits, options.seeds = ["rtn-0", "gptq-0", "gptq-1", "ort", "hqq-ort"], [4], [0]
-        options.blocks = 2
+        options.methods = options.methods or ["rtn-0", "gptq-0", "gptq-1", "ort", "hqq-ort"]
+        options.bits, options.seeds, options.blocks = [4], [0], 2
+    options.methods = options.methods or names
     logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(logging.WARNING)
     print_rows(bench(options))
 

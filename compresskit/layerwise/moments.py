@@ -70,7 +70,7 @@ class Moments:
         b = torch.zeros(W.shape[0], dtype=W.dtype) if bias is None else bias.double()
         Wx = W @ self.x
         tx = W @ self.xx + torch.outer(b, self.x)
-        tt = float((tx @ W.T).trace() + b @ Wx + self.count * (b @ b))
+        tt = float((tx * W).sum() + b @ Wx + self.count * (b @ b))
         return Moments(self.count, self.x, Wx + self.count * b, self.xx, tx, tt, self.peak)
 
     def without_bias(self, bias: Tensor) -> "Moments":

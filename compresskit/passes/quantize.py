@@ -100,7 +100,7 @@ class Quantize(Pass):
 
     adds: ClassVar[frozenset[Trait]] = frozenset({"quantized"})
     refuses: ClassVar[frozenset[Trait]] = frozenset({"quantized"})
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     needs: ClassVar[frozenset[TextPart]] = frozenset({"calibration"})
 
     @model_validator(mode="after")

@@ -15,7 +15,7 @@ from compresskit.layers.grid import Codes, encode, find_scales
 from compresskit.layers.int8_linear import Int8Linear
 from compresskit.layers.quant_embedding import QuantEmbedding
 from compresskit.layers.quant_linear import QuantLinear
-from compresskit.layerwise.gptq import Compensation, column_importance, plan_compensation, round_with
+from compresskit.layerwise.gptq import Compensation, column_importance, improve, plan_compensation, round_with
 from compresskit.layerwise.moments import MeanMoments
 from compresskit.layerwise.objective import folded_bias
 from compresskit.layerwise.output_pca import relative_error
@@ -95,16 +95,17 @@ def _round_layer(
     weight, grid = ready.target[rows], {"bits": edit.bits, "group_size": edit.group_size}
     scales, zeros = find_scales(weight, symmetric=edit.symmetric, column_weight=ready.importance, **grid)
 
-    def lost(codes: Tensor) -> float:
-        layer.set_codes(Codes(codes, scales, zeros))
+    def lost(codes: Codes) -> float:
+        layer.set_codes(codes)
         return relative_error(
             problem.target[rows], layer.dequantize(), None if problem.mean is None else problem.mean.C
         )
 
-    nearest = lost(encode(weight, scales, zeros, **grid))
+    nearest = lost(Codes(encode(weight, scales, zeros, **grid), scales, zeros))
     if ready.compensation is None:
         return {"bits": edit.bits, "method": "rtn", "relative_error": nearest}
-    own = lost(round_with(ready.compensation, weight, scales, zeros, **grid))
+    codes = Codes(round_with(ready.compensation, weight, scales, zeros, **grid), scales, zeros)
+    own = lost(improve(ready.compensation, weight, codes, **grid))
     return {"bits": edit.bits, "method": "gptq", "relative_error": own, "rtn_error": nearest}
 
 

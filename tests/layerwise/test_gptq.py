@@ -1,5 +1,6 @@
 """GPTQ against rounding to nearest, brute force, and a target that earlier layers have moved."""
 
+import itertools
 from itertools import product
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from compresskit.layers.grid import Codes, decode, find_scales, quantize_weight
-from compresskit.layerwise.gptq import DAMPING, Compensation, plan_compensation, round_with
+from compresskit.layerwise.gptq import DAMPING, Compensation, improve, plan_compensation, round_with
 from compresskit.layerwise.moments import Moments, ridged
 from compresskit.layerwise.objective import shrunk_weight
 
@@ -146,3 +147,72 @@ def test_rounding_the_anchored_target_is_nearer_to_what_the_layer_should_give():
         return float((x @ weight.T - moved @ Q.T).norm())
 
     assert lost(shrunk_weight(weight, mean, 1e-3)) < 0.5 * lost(weight)
+
+
+@pytest.mark.parametrize(("bits", "size", "symmetric"), [*GRIDS, (4, 64, None), (3, 32, True)])
+def test_no_turn_of_scales_and_codes_raises_the_error_and_integers_stay_legal(bits, size, symmetric):
+    for seed in range(5):
+        weight, moment = _problem(seed)
+        grid = {"bits": bits, "group_size": size}
+        plan = plan_compensation(moment)
+        codes = _quantized(weight, plan, symmetric=symmetric, **grid)
+        errors = [_error(weight, codes, plan.moment, bits, size)]
+        for _ in range(3):
+            codes = improve(plan, weight, codes, sweeps=1, **grid)
+            errors.append(_error(weight, codes, plan.moment, bits, size))
+            assert int(codes.codes.max()) < 2**bits
+            assert int(codes.codes.min()) >= (bits == 8 and codes.zeros is None)
+        # Scales are stored in float32, which may cost their rounding.
+        assert all(later <= earlier * (1 + 1e-6) for earlier, later in itertools.pairwise(errors))
+        assert errors[-1] < errors[0]
+
+
+def test_scales_are_found_again_where_the_codes_give_the_weight():
+    """A weight on a grid, its codes known and its scales wrong by up to a third: least squares finds them."""
+    weight, moment = _problem(3)
+    exact = quantize_weight(weight, bits=4, group_size=16)
+    target = decode(exact.codes, exact.scales, exact.zeros, bits=4, group_size=16)
+    wrong = exact.scales * (0.7 + 0.6 * torch.rand(exact.scales.shape, generator=torch.Generator().manual_seed(0)))
+    values = Codes(exact.codes, wrong, exact.zeros)
+    found = improve(plan_compensation(moment), target, values, bits=4, group_size=16, sweeps=1)
+    torch.testing.assert_close(found.scales, exact.scales, rtol=1e-4, atol=0)
+    assert torch.equal(found.codes, exact.codes)
+
+
+def test_best_codes_stay_and_single_wrong_ones_are_mended():
+    weight, moment = _problem(4)
+    plan, exact = plan_compensation(moment), quantize_weight(weight, bits=4, group_size=16)
+    target = decode(exact.codes, exact.scales, exact.zeros, bits=4, group_size=16)
+    wrong = exact.codes.clone()
+    wrong[:, 7] = 15 - wrong[:, 7]
+    mended = improve(plan, target, Codes(wrong, exact.scales, exact.zeros), bits=4, group_size=16, sweeps=4)
+    before = _error(target.double(), Codes(wrong, exact.scales, exact.zeros), plan.moment, 4, 16)
+    assert _error(target.double(), mended, plan.moment, 4, 16) < 0.05 * before
+    kept = improve(plan, target, exact, bits=4, group_size=16)
+    assert torch.equal(kept.codes, exact.codes)
+    torch.testing.assert_close(kept.scales, exact.scales, rtol=1e-5, atol=0)
+
+
+def test_rows_in_parts_change_nothing(monkeypatch):
+    weight, moment = _problem(6)
+    plan = plan_compensation(moment)
+    codes = _quantized(weight, plan, bits=4, group_size=16)
+    whole = improve(plan, weight, codes, bits=4, group_size=16)
+    monkeypatch.setattr("compresskit.layerwise.gptq._NUMBERS", 5 * 48)
+    parts = improve(plan, weight, codes, bits=4, group_size=16)
+    assert torch.equal(whole.codes, parts.codes)
+    torch.testing.assert_close(whole.scales, parts.scales)
+
+
+def test_groups_without_a_code_dead_inputs_and_rows_of_zeros_keep_their_scales():
+    weight, moment = _problem(5)
+    weight[3], weight[:, 16:32], moment[5], moment[:, 5] = 0, 0, 0, 0
+    plan = plan_compensation(moment)
+    codes = _quantized(weight, plan, bits=4, group_size=16)
+    better = improve(plan, weight, codes, bits=4, group_size=16)
+    assert torch.isfinite(better.scales).all()
+    assert torch.equal(better.scales[3], codes.scales[3])
+    assert torch.equal(better.scales[:, 1], codes.scales[:, 1])
+    rounded = decode(better.codes, better.scales, better.zeros, bits=4, group_size=16)
+    assert (rounded[3] == 0).all()
+    assert (rounded[:, 16:32] == 0).all()

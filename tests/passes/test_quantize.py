@@ -25,6 +25,7 @@ from compresskit.student import load_student_model, save_student
         ({"bits": 4, "group_size": 16, "embeddings": 4, "symmetric": True, "method": "gptq"}, 0.4),
         ({"bits": 8, "group_size": "channel", "symmetric": False}, 0.02),
         ({"bits": 8, "group_size": "channel", "act": "int8"}, 0.06),
+        ({"bits": 8, "group_size": "channel", "act": "int8", "method": "gptq"}, 0.06),
     ],
 )
 def test_the_student_stays_close_and_no_float_matrix_is_left(family, options, bound):
