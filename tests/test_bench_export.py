@@ -23,8 +23,13 @@ def bench(peers):
         yield module
 
 
-def test_a_peer_that_is_not_installed_is_a_row_that_says_so(bench, monkeypatch, tmp_path):
-    run = bench.Run(bench.quick_run(tmp_path), tmp_path / "baselines")
+@pytest.fixture(scope="module")
+def run(bench, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    return bench.Run(bench.quick_run(folder), folder / "baselines")
+
+
+def test_a_peer_that_is_not_installed_is_a_row_that_says_so(bench, run, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     rows = list(bench.measure(run, 1, 3, openvino=True, spin=False))
     assert [row["method"] for row in rows] == ["float", "stock-int8", "student", "openvino-int8", "openvino-int4"]
@@ -34,6 +39,17 @@ def test_a_peer_that_is_not_installed_is_a_row_that_says_so(bench, monkeypatch, 
         assert "refused" not in row
     for row in rows[3:]:
         assert row["refused"] == "not installed: openvino, nncf"
+
+
+@pytest.mark.filterwarnings("default")
+def test_openvino_reads_the_original_in_integers(bench, run):
+    pytest.importorskip("nncf")
+    rows = {row["method"]: row for row in bench.measure(run, 1, 3, openvino=True, spin=True)}
+    assert list(rows) == ["float", "stock-int8", "student", "openvino-int8", "openvino-int4"]
+    for method in ("openvino-int8", "openvino-int4"):
+        assert rows[method]["size_bytes"] < 0.5 * rows["float"]["size_bytes"]
+        assert rows[method]["perplexity"] == pytest.approx(rows["float"]["perplexity"], rel=0.1)
+        assert rows[method]["latency"].keys() == rows["float"]["latency"].keys()
 
 
 def test_encoders_are_compared_with_static_int8_alone(peers):

@@ -8,10 +8,12 @@ Files are those that `openvino.save_model` writes, which halves what stays float
 latency in one stream, with its own choice of arithmetic. A decoder's keys and values go in and out, as they do in ONNX.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import json
 import logging
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +25,7 @@ from compresskit.cache import writing_to_cache
 from compresskit.data import Batch
 from compresskit.export.files import save_graph
 from compresskit.export.onnx import complete_batch, sample_batch
-from compresskit.export.trace import OUTPUTS, cached_form, trace, trace_cached
+from compresskit.export.trace import OUTPUTS, trace, trace_cached
 from compresskit.models import model_fingerprint
 from compresskit.student import Student
 from compresskit.whole import whole_folder
@@ -111,7 +113,12 @@ def openvino_files(student: Student, cache: Path) -> dict[str, Path]:
     if folder.is_dir():
         return files
     logging.getLogger("nncf").setLevel(logging.ERROR)
-    with writing_to_cache(folder), whole_folder(folder, replace=False) as scratch:
+    # NNCF's progress goes where the bench's rows go.
+    with (
+        contextlib.redirect_stdout(sys.stderr),
+        writing_to_cache(folder),
+        whole_folder(folder, replace=False) as scratch,
+    ):
         source = _write_float(student, scratch / "float.onnx")
         for method, path in files.items():
             model = openvino.convert_model(str(source))
@@ -132,7 +139,8 @@ def _write_float(student: Student, path: Path) -> Path:
     """The original's plain graph, without ONNX Runtime's fusions."""
     batch, original = sample_batch(student), student.original
     if student.task == "text-generation":
-        graph = trace_cached(original, batch, form=cached_form(original), fuse=False)
+        # NNCF does not read what OpenVINO makes of GroupQueryAttention.
+        graph = trace_cached(original, batch, form="attention", fuse=False)
     else:
         graph = trace(original, batch, output=OUTPUTS[student.task], fuse=False)
     save_graph(graph, path)
