@@ -10,6 +10,7 @@ latency in one stream, with its own choice of arithmetic. A decoder's keys and v
 
 import contextlib
 import hashlib
+import importlib
 import importlib.util
 import json
 import logging
@@ -65,8 +66,7 @@ class OpenVinoSession:
     """
 
     def __init__(self, path: Path, *, threads: int) -> None:
-        import openvino
-
+        openvino = importlib.import_module("openvino")
         options = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": threads}
         compiled = openvino.Core().compile_model(str(path), "CPU", options)
         self._request = compiled.create_infer_request()
@@ -101,9 +101,7 @@ def openvino_files(student: Student, cache: Path) -> dict[str, Path]:
         student: whose original and calibration text are used.
         cache: keyed inside by the model, the text and the versions that made the files.
     """
-    import nncf
-    import openvino
-
+    nncf, openvino = importlib.import_module("nncf"), importlib.import_module("openvino")
     versions = (_VERSION, openvino.__version__, nncf.__version__)
     texts = _calibration(student)
     digest = hashlib.sha256(b"".join(one["input_ids"].numpy().tobytes() for one in texts)).hexdigest()
@@ -149,8 +147,7 @@ def _write_float(student: Student, path: Path) -> Path:
 
 def _compress(model: Any, method: str, task: str, texts: Sequence[Batch]) -> Any:
     """The model in integers, by NNCF."""
-    import nncf
-
+    nncf = importlib.import_module("nncf")
     if method == INT4:
         return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT4_ASYM, group_size=_GROUP_SIZE)
     if task == "text-generation":
