@@ -4,10 +4,11 @@
     python tools/bench_export.py --run runs/quickstart
 
 For each run with an `onnx` folder: that file, the original as float ONNX with ONNX Runtime's fusions, and the
-original in onnxruntime's stock dynamic int8. A row tells `size_bytes`; `load_s` and `peak_rss_bytes` of a process of
-its own that does nothing but open the file and run it once; the figures of the run's held-out text against the
-original in torch; and by shape `p50_ms`, `p95_ms` and `speed` (the float file's time over this one's), all files in
-turn, where 1x1+64 is a token after 64 others. `parity` is what the export proved. Rows appear on standard error as
+original in onnxruntime's stock dynamic int8; with --openvino also the original as OpenVINO runs it in integers
+(`methods_openvino`; `pip install 'compresskit[bench]'`). A row tells `size_bytes`; `load_s` and `peak_rss_bytes` of a
+process of its own that does nothing but open the file and run it once; the figures of the run's held-out text against
+the original in torch; and by shape `p50_ms`, `p95_ms` and `speed` (the float file's time over this one's), all files
+in turn, where 1x1+64 is a token after 64 others. `parity` is what the export proved. Rows appear on standard error as
 they come; the JSON object with all of them ends the run. Linux only.
 """
 
@@ -21,7 +22,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import onnxruntime as ort
 from bench_setup import bench_parser, print_rows
+from methods_openvino import OpenVinoSession, missing_packages, openvino_bytes, openvino_files, openvino_methods
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -56,28 +59,45 @@ from compresskit.student import Student, load_student_model
 _ALONE = """
 import json, sys, time
 from pathlib import Path
-import numpy as np, onnxruntime as ort
-options = ort.SessionOptions()
-options.intra_op_num_threads = int(sys.argv[3])
+import numpy as np
+{imports}
+path, feeds, threads = sys.argv[1], sys.argv[2], int(sys.argv[3])
 begin = time.perf_counter()
-session = ort.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+{opening}
 opened = time.perf_counter() - begin
-with np.load(sys.argv[2]) as feed:
-    session.run(None, dict(feed))
+with np.load(feeds) as feed:
+    run(dict(feed))
 # ru_maxrss would be that of the process that started this one, where it is larger.
 status = Path("/proc/self/status").read_text().splitlines()
 peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
-print(json.dumps({"load_s": round(opened, 3), "peak_rss_bytes": peak}))
+print(json.dumps({{"load_s": round(opened, 3), "peak_rss_bytes": peak}}))
 """
+_ALONE_ORT = _ALONE.format(
+    imports="import onnxruntime",
+    opening="""
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = threads
+session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+run = lambda feed: session.run(None, feed)
+""",
+)
+_ALONE_OPENVINO = _ALONE.format(
+    imports="import openvino",
+    opening="""
+options = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": threads}
+run = openvino.Core().compile_model(path, "CPU", options).create_infer_request().infer
+""",
+)
 
 
 def open_alone(path: Path, feed: Mapping[str, np.ndarray], threads: int) -> dict[str, float]:
     """`load_s` and `peak_rss_bytes` of a process that opens the file and runs it once."""
+    script = _ALONE_OPENVINO if path.suffix == ".xml" else _ALONE_ORT
     with tempfile.NamedTemporaryFile(suffix=".npz") as file:
         arrays: Any = dict(feed)
         np.savez(file, **arrays)
         file.flush()
-        command = [sys.executable, "-c", _ALONE, str(path), file.name, str(threads)]
+        command = [sys.executable, "-c", script, str(path), file.name, str(threads)]
         return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
@@ -116,10 +136,13 @@ class Run:
             keeps_past=self.keeps_past,
         )
 
-    def files(self) -> dict[str, Path]:
+        self._cache = cache
+
+    def files(self, *, openvino: bool = False) -> dict[str, Path]:
         """The files to compare by name, the float one first."""
         student = self.folder / "onnx" / MODEL_FILE
-        return {"float": self.baseline.float_model, "stock-int8": self.baseline.int8_model, "student": student}
+        files = {"float": self.baseline.float_model, "stock-int8": self.baseline.int8_model, "student": student}
+        return files | openvino_files(self.student, self._cache) if openvino else files
 
     def cases(self, sizes: Sizes) -> dict[str, Any]:
         """Inputs to time, by shape: those that a file of these sizes takes."""
@@ -131,15 +154,24 @@ class Run:
         return complete_batch(self.student, next(self.student.corpus.evaluation.batches(1)))
 
 
-def measure(run: Run, threads: int, rounds: int) -> Iterator[dict[str, Any]]:
+def _open(path: Path, threads: int, *, spin: bool) -> ort.InferenceSession:
+    """A session; of OpenVINO's files one that is asked like ONNX Runtime's."""
+    if path.suffix == ".xml":
+        return cast(ort.InferenceSession, OpenVinoSession(path, threads=threads))
+    return open_session(path, threads=threads, spin=spin)
+
+
+def measure(run: Run, threads: int, rounds: int, *, openvino: bool, spin: bool) -> Iterator[dict[str, Any]]:
     """A row for each file of a run."""
-    files = run.files()
-    sessions = {name: open_session(path, threads=threads) for name, path in files.items()}
+    shared: dict[str, Any] = {"run": str(run.folder), "model": run.model}
+    missing = missing_packages() if openvino else []
+    files = run.files(openvino=openvino and not missing)
+    sessions = {name: _open(path, threads, spin=spin) for name, path in files.items()}
     times = compare_latency(sessions, run.cases(session_sizes(sessions["student"])), rounds=rounds)
     for name, path in files.items():
         held_out = run.student.held_out if name == "student" else None
-        row: dict[str, Any] = {"run": str(run.folder), "model": run.model, "method": name, "threads": threads}
-        row["size_bytes"] = model_bytes(path)
+        row: dict[str, Any] = shared | {"method": name, "threads": threads, "spin": spin}
+        row["size_bytes"] = openvino_bytes(path) if path.suffix == ".xml" else model_bytes(path)
         row |= open_alone(path, session_feeds(sessions[name], run.first())[0], threads)
         row |= run.fidelity.measure(cast(PreTrainedModel, SessionModel(sessions[name])), held_out)
         row["latency"] = {
@@ -149,6 +181,8 @@ def measure(run: Run, threads: int, rounds: int) -> Iterator[dict[str, Any]]:
         if name == "student":
             row["parity"] = run.manifest["parity"]
         yield row
+    for name in openvino_methods(run.task) if missing else ():
+        yield shared | {"method": name, "refused": f"not installed: {', '.join(missing)}"}
 
 
 def quick_run(folder: Path) -> Path:
@@ -193,13 +227,15 @@ def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             run = Run(folder, cache)
             if not isinstance(run.student.corpus.evaluation, Sequences):
                 raise SystemExit(f"{folder} is not of text")
-            yield from measure(run, options.threads, options.rounds)
+            yield from measure(run, options.threads, options.rounds, openvino=options.openvino, spin=options.spin)
 
 
 def main() -> None:
     parser = bench_parser(__doc__, quick="a random decoder of one block, made on the spot")
     parser.add_argument("--run", action="append", metavar="DIR", help="a run's output with an onnx folder; repeatable")
+    parser.add_argument("--openvino", action="store_true", help="the original in OpenVINO's integers too")
     parser.add_argument("--threads", type=int, default=default_threads(), help="of ONNX Runtime")
+    parser.add_argument("--spin", action="store_true", help="threads of ONNX Runtime wait awake within a run")
     parser.add_argument("--rounds", type=int, default=25, help="timed runs of each file at each shape")
     options = parser.parse_args()
     if options.quick:

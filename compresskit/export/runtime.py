@@ -38,12 +38,16 @@ def default_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def open_session(model: Path, *, threads: int, exact: bool = False, level: str = "all") -> ort.InferenceSession:
+def open_session(
+    model: Path, *, threads: int, exact: bool = False, level: str = "all", spin: bool = False
+) -> ort.InferenceSession:
     """A CPU session with a fixed number of threads that sleep when idle.
 
     Args:
         exact: products that ONNX Runtime makes of DequantizeLinear and MatMul keep their input in float32.
         level: what ONNX Runtime may rewrite as it loads the file, one of `LEVELS`.
+        spin: between the nodes of one run threads wait awake, ONNX Runtime's own default: faster where nothing else
+            runs.
     """
     options = ort.SessionOptions()
     options.graph_optimization_level = LEVELS[level]
@@ -51,7 +55,8 @@ def open_session(model: Path, *, threads: int, exact: bool = False, level: str =
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     # Spinning workers of one session would take the cores from the next one, and from themselves on a busy machine.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    name = "session.force_spinning_stop" if spin else "session.intra_op.allow_spinning"
+    options.add_session_config_entry(name, "1" if spin else "0")
     if exact:
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
     return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])

@@ -5,15 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.utils._pytree as pytree
 from changed_students import FAST, make_student
 from tokenizers import Tokenizer
+from transformers.exporters.metadata import ExportMetadata
+from transformers.exporters.runners.runner_onnx import OnnxModelRunner
 
 from compresskit import cli
 from compresskit.errors import CompressKitError
 from compresskit.evaluate import Fidelity
 from compresskit.export import OnnxExport
-from compresskit.export.folder import MANIFEST_FILE, read_exported, write_manifest
+from compresskit.export.folder import MANIFEST_FILE, MODEL_FILE, read_exported, write_manifest
 from compresskit.export.generate import _pieces, end_tokens, generate
+from compresskit.export.runtime import open_session
 from compresskit.export.scored import exported_figures
 from compresskit.student import Student
 
@@ -57,6 +62,34 @@ def test_the_command_writes_what_the_students_generate_says(
     expected = student.tokenizer.decode(said[0], skip_special_tokens=True)
     assert expected.startswith("a small model ")
     assert capsys.readouterr().out == f"{expected}\n"
+
+
+def test_transformers_own_runner_generates_the_students_tokens(exported: tuple[Student, Path]) -> None:
+    """It takes the graph by the names of its inputs; what it asks for beyond is how the outputs are nested."""
+    student, folder = exported
+    session = open_session(folder / MODEL_FILE, threads=1)
+    keys = [value for value in session.get_inputs() if value.name.endswith(".key")]
+    pair = {"key": 0, "value": 0}
+    _, nesting = pytree.tree_flatten({"logits": 0, "present": {str(layer): pair for layer in range(len(keys))}})
+    metadata = ExportMetadata(export_dtype="float32", out_spec=pytree.treespec_dumps(nesting))
+    runner = OnnxModelRunner(metadata, session)
+    ids = student.tokenizer("a small model", return_tensors="pt")["input_ids"]
+    said = ids
+    past = {
+        str(layer): {name: torch.zeros(1, value.shape[1], 0, value.shape[3]) for name in pair}
+        for layer, value in enumerate(keys)
+    }
+    for new in range(9):
+        start, total = (0 if new == 0 else said.shape[1] - 1), said.shape[1]
+        answer = runner(
+            input_ids=said[:, start:],
+            attention_mask=torch.ones_like(said),
+            position_ids=torch.arange(start, total)[None],
+            past_key_values=past,
+        )
+        said, past = torch.cat([said, answer["logits"][:, -1].argmax(-1)[:, None]], dim=1), answer["present"]
+    expected = student.model.generate(ids, max_new_tokens=9, do_sample=False, eos_token_id=None)  # type: ignore[operator]
+    assert said.tolist() == expected.tolist()
 
 
 class _Bytes:
