@@ -9,7 +9,7 @@ the integers have a form that ONNX can say. Where C is diagonal nothing can be m
 
 Then scales and codes take turns (`improve`): the best scales for the codes, by least squares; and the codes of each
 column in turn, rounded to what is best beside all others (coordinate descent, as in QuantEase, arXiv:2309.01885). No
-turn raises the error, and all together cost less than the moments.
+turn raises the error; each takes about twice as long as the first rounding.
 
 Departures from the paper: M may be the anchored target (then Q also repairs what earlier layers lost); the groups'
 ranges come from a clip search weighted by diag(C); everything is float64. Not worth its time at 8 bits.
