@@ -75,7 +75,7 @@ def check(recipe: RecipePath, settings: Settings = None) -> None:
             step.kind,
             f"{most}{step.params:,}",
             f"{most}{step.size_bytes:,}",
-            f"{step.size_bytes / original.size_bytes:.1%}",
+            f"{most}{step.size_bytes / original.size_bytes:.1%}",
         )
         for step in forecast.steps
         for most in ["≤ " if step.at_most else ""]

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 _HALVES = {"BF16": torch.bfloat16, "F16": torch.float16}
+_CODES = ("U8", "I8")
 _FLOATS = ("F64", "F32", *_HALVES)
 _NOTE: Final = "compresskit_float_types"
 
@@ -35,12 +36,17 @@ def read_float_types(folder: Path, config: PretrainedConfig) -> FloatTypes:
     Raises:
         SafetensorError: a header that cannot be read.
     """
-    elements: Counter[str] = Counter()
+    found: list[tuple[str, str, int]] = []  # layer, type, elements
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as stored:
             for name in stored.keys():  # noqa: SIM118 - no mapping
                 part = stored.get_slice(name)
-                elements[part.get_dtype()] += math.prod(part.get_shape())
+                found.append((name.rpartition(".")[0], part.get_dtype(), math.prod(part.get_shape())))
+    # What stands beside integers (scales, maxima) is float32 whatever the weights are.
+    coded = {layer for layer, dtype, _ in found if dtype in _CODES}
+    elements: Counter[str] = Counter()
+    for layer, dtype, count in found:
+        elements[dtype] += 0 if layer in coded else count
     most = max(_FLOATS, key=elements.__getitem__)
     kept = _HALVES.get(most, torch.float32) if elements[most] else torch.float32
     said = config.dtype

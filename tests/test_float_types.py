@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -347,3 +348,14 @@ def test_a_budget_in_bytes_counts_what_stays_float_as_it_is_stored(tmp_path: Pat
     student.round_to_stored()
     save_student(student, tmp_path)
     assert 0.9 * budget < (tmp_path / "model.safetensors").stat().st_size <= budget
+
+
+def test_scales_beside_integers_do_not_outvote_the_weights_of_a_student(tmp_path: Path) -> None:
+    student = student_of(tiny("llama"))
+    note_float_types(student.original, FloatTypes(torch.bfloat16, torch.bfloat16))
+    Quantize(bits=4, group_size=16, embeddings=4).apply(student, generator=torch.Generator())
+    student.round_to_stored()
+    save_student(student, tmp_path)
+    held = Counter(one.dtype for one in load_file(tmp_path / "model.safetensors").values() for _ in range(one.numel()))
+    assert held[torch.float32] > held[torch.bfloat16] > 0
+    assert find_float_types(find_model(tmp_path)).stored == torch.bfloat16

@@ -18,9 +18,12 @@ from transformers import (
     AutoModelForTextEncoding,
     BertConfig,
     BertModel,
+    PretrainedConfig,
     RobertaConfig,
     RobertaForMaskedLM,
     T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 import compresskit
@@ -40,8 +43,11 @@ from compresskit.models import (
     task_of,
 )
 from compresskit.recipe import parse_recipe
+from compresskit.surgery.depth_edits import find_stack
 from compresskit.surgery.edits import get_module
 from compresskit.surgery.sites import find_anatomy
+
+_T5 = {"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "pad_token_id": 0}
 
 
 @pytest.fixture
@@ -297,15 +303,19 @@ def test_the_task_is_read_from_the_config(tiny_bert_folder: Path, tiny_llama_fol
         guess_task(find_model(folder))
 
 
-def test_the_encoder_of_an_encoder_decoder_is_a_feature_extractor_of_its_own(tmp_path: Path) -> None:
-    model = random_model(AutoModelForTextEncoding, OTHERS["t5"])
+@pytest.mark.parametrize(("config", "kind"), [(OTHERS["t5"], T5EncoderModel), (UMT5Config(**_T5), UMT5EncoderModel)])
+def test_the_encoder_of_an_encoder_decoder_is_a_feature_extractor_of_its_own(
+    config: PretrainedConfig, kind: type, tmp_path: Path
+) -> None:
+    model = random_model(AutoModelForTextEncoding, config)
     model.save_pretrained(tmp_path)
     source = find_model(tmp_path)
     assert guess_task(source) == "feature-extraction"
     read, empty = load_model(source, "feature-extraction"), load_empty(source, "feature-extraction")
-    assert type(read) is type(empty) is T5EncoderModel
+    assert type(read) is type(empty) is kind
     assert all(torch.equal(a, b) for a, b in zip(read.parameters(), model.parameters(), strict=True))
     assert len(find_anatomy(empty).feed_forwards) == 2
+    assert find_stack(empty) == "encoder.block"
     assert task_of(read) == "feature-extraction"
 
 

@@ -44,6 +44,14 @@ def test_shipped_recipes_parse_and_open_with_purpose_command_and_result(path):
         assert said in header, f"the header does not say {said!r}"
 
 
+@pytest.mark.parametrize("name", ["README.md", "CHANGELOG.md", "docs/measurements.md"])
+def test_texts_link_to_what_is_there_and_hold_no_placeholder(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert not re.findall(r"(?m)^[A-Z]{4,}$|TODO|FIXME|TBD", text)
+    linked = re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
+    assert all((ROOT / name).parent.joinpath(path).exists() for path in linked)
+
+
 def test_there_are_recipes_and_the_files_that_the_readme_names():
     assert RECIPES
     for name in ("tools/quickstart", "tools/test", "tools/recipe_schema.py", "recipes/quickstart.yaml", ".ci/run"):

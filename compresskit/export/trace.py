@@ -75,7 +75,11 @@ def _node_attention(
     """Attention of (batch, heads, length, width) states as one operator; result (batch, length, heads, width)."""
     batch, heads, length, width = query.shape
     if position_bias is not None and attention_mask is not None:  # T5; the operator adds a float mask to its scores
-        attention_mask = torch.where(attention_mask, position_bias, torch.finfo(torch.float32).min)
+        hidden = torch.finfo(torch.float32).min
+        spelt_out = attention_mask.is_floating_point()
+        attention_mask = (
+            position_bias + attention_mask if spelt_out else torch.where(attention_mask, position_bias, hidden)
+        )
     mask = [one for one in (attention_mask, position_bias) if one is not None][:1]
     output = torch.onnx.ops.symbolic(
         "Attention",

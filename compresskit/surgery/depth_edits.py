@@ -17,7 +17,7 @@ from compresskit.errors import CompressKitError
 from compresskit.layers.empty_linear import EmptyLinear
 from compresskit.layers.linear import LinearLike, layer_widths
 from compresskit.surgery.edits import EDITS, Cutting, Edit, get_module, read_ranges, set_module
-from compresskit.surgery.sites import CANNOT_RUN
+from compresskit.surgery.sites import CANNOT_RUN, has_two_stacks
 
 #: How modules call their block's number.
 _NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number", "layer_num", "block_idx")
@@ -39,11 +39,11 @@ def find_stack(model: PreTrainedModel) -> str:
         if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
             lists.append(name)
     stacks = [name for name in lists if len(get_stack(model, name)) == count]
-    if model.config.is_encoder_decoder or len(stacks) != 1:
+    if has_two_stacks(model) or len(stacks) != 1:
         seen = ", ".join(f"{name} of {len(get_stack(model, name))}" for name in lists) or "none"
         counted = "whose blocks the config counts" if count is None else f"of the {count} blocks that the config counts"
         what = f"there is no one list {counted} (lists: {seen})"
-        if model.config.is_encoder_decoder:
+        if has_two_stacks(model):
             what = "the model has encoder and decoder, and only one stack of blocks is understood"
         fix = "use an encoder or decoder with a list of blocks of its own, neither shared nor in stages"
         if count is None and any(isinstance(module, nn.Conv2d) for module in model.modules()):

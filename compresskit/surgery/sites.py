@@ -123,11 +123,11 @@ def find_anatomy(model: PreTrainedModel, *, factors: bool = False) -> Anatomy:
     if not blocks:
         what = "no repeated blocks with linear layers"
         raise CompressKitError(what, where=where, fix="use an encoder or decoder made of nn.Linear")
-    if model.config.is_encoder_decoder:
+    if has_two_stacks(model):
         raise CompressKitError(
             "the model has encoder and decoder: what cross-attention reads is no plain chain of blocks",
             where=where,
-            fix="use an encoder or a decoder alone (of T5, task: token-classification is its encoder)",
+            fix="use an encoder or a decoder alone (of T5 a T5EncoderModel, or task: token-classification)",
         )
     if model.main_input_name not in ("input_ids", "pixel_values"):
         raise CompressKitError(
@@ -188,7 +188,7 @@ def run_once(model: PreTrainedModel) -> None:
 def _padding_unasked(model: PreTrainedModel) -> Iterator[None]:
     """Keep transformers from asking ids for padding, to warn of it: the meta device has no values."""
     asking = "warn_if_padding_and_no_attention_mask"
-    parts = [part for part in model.modules() if hasattr(part, asking)]
+    parts = [part for part in model.modules() if hasattr(part, asking) and asking not in vars(part)]
     for part in parts:
         setattr(part, asking, lambda *args, **kwargs: None)
     try:
@@ -196,6 +196,11 @@ def _padding_unasked(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for part in parts:
             delattr(part, asking)
+
+
+def has_two_stacks(model: PreTrainedModel) -> bool:
+    """Whether a model has an encoder and a decoder; an encoder saved alone may keep a config that speaks of both."""
+    return model.config.is_encoder_decoder and not type(model).__name__.endswith("EncoderModel")
 
 
 def obstacle(model: PreTrainedModel) -> str | None:

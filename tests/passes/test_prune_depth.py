@@ -169,17 +169,17 @@ def test_what_is_left_of_a_kind_of_branch_can_be_narrowed(name, unit, width, tmp
 def test_what_goes_first_is_what_its_score_says():
     original = deep("llama")
     blocks = [f"model.layers.{number}" for number in range(4)]
-    parts = [removal.Unit(number, name) for number, name in enumerate(blocks)]
+    units = [removal.Unit(number, name) for number, name in enumerate(blocks)]
     batches = prune_depth._batches(student_of(original).corpus.calibration, 4096)
     truths = {
-        "influence": removal.influence(original, blocks, batches, parts),
-        "kl": removal.Divergences(original, blocks, batches)(parts),
+        "influence": removal.influence(original, blocks, batches, units),
+        "kl": removal.Divergences(original, blocks, batches)(units),
     }
     for score, truth in truths.items():
         notes = prune(keep=0.75, score=score).apply(student_of(original), generator=torch.Generator())
         (first,) = notes["order"]
         assert first["score"] == pytest.approx(min(truth.values()), rel=1e-6)
-        assert truth[parts[first["block"]]] == min(truth.values())
+        assert truth[units[first["block"]]] == min(truth.values())
     assert min(truths["kl"].values()) != pytest.approx(min(truths["influence"].values()), rel=1e-2)
 
 

@@ -11,6 +11,7 @@ from compresskit.errors import CompressKitError
 from compresskit.layers.int8_linear import Int8Linear
 from compresskit.layers.quant_embedding import QuantEmbedding
 from compresskit.layers.quant_linear import QuantLinear
+from compresskit.passes import quantize_rounding
 from compresskit.passes.low_rank import LowRank
 from compresskit.passes.quantize import Quantize, smoothing_factors
 from compresskit.student import load_student_model, save_student
@@ -344,6 +345,14 @@ def test_quantising_twice_is_refused():
     Quantize(bits=8, group_size=16, targets="*query").apply(student, generator=torch.Generator())
     with pytest.raises(CompressKitError, match="holds integers already"):
         Quantize(bits=4, group_size=16, targets="*key").apply(student, generator=torch.Generator())
+
+
+def test_gptq_sets_scales_and_codes_anew_in_turns(monkeypatch):
+    with_turns = _lost("bert", bits=3, group_size=16, method="gptq")
+    monkeypatch.setattr(quantize_rounding, "improve", lambda compensation, target, start, **grid: start)
+    without = _lost("bert", bits=3, group_size=16, method="gptq")
+    errors = [one[1]["mean_error"]["gptq"] for one in (with_turns, without)]
+    assert errors[0] < errors[1]
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
