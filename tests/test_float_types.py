@@ -351,10 +351,7 @@ def test_a_budget_in_bytes_counts_what_stays_float_as_it_is_stored(tmp_path: Pat
 
 
 def test_scales_beside_integers_do_not_outvote_the_weights_of_a_student(tmp_path: Path) -> None:
-    student = student_of(tiny("llama"))
-    note_float_types(student.original, FloatTypes(torch.bfloat16, torch.bfloat16))
-    Quantize(bits=4, group_size=16, embeddings=4).apply(student, generator=torch.Generator())
-    student.round_to_stored()
+    student = changed(torch.bfloat16, "llama", {"kind": "quantize", **GROUPS, "embeddings": 4})
     save_student(student, tmp_path)
     held = Counter(one.dtype for one in load_file(tmp_path / "model.safetensors").values() for _ in range(one.numel()))
     assert held[torch.float32] > held[torch.bfloat16] > 0
