@@ -116,7 +116,6 @@ def _replay_and_run(edits: Sequence[Edit], model: PreTrainedModel, kind: str) ->
     Raises:
         CompressKitError: it ran before them and does not after them.
     """
-
     sorts = {"heads": PruneHeads | PruneFusedHeads, "neurons": PruneNeurons, "blocks": DropBlocks}
     cuts = {width: [edit for edit in edits if isinstance(edit, sort)] for width, sort in sorts.items()}
     cuts = {width: found for width, found in cuts.items() if found}

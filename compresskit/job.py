@@ -135,8 +135,9 @@ def take_prints(job: Job) -> Prints:
     types = find_float_types(job.source)
     # Students of an original in float32 are what they were before they were stored in their original's float type.
     first = start if types == FloatTypes() else digest([start, str(types)])
-    steps = (start, *chain(first, recipe.passes, read))
+    chained = (first, *chain(first, recipe.passes, read))
+    steps = (start, *chained[1:])
     written = [[one.version, one.model_dump(mode="json", serialize_as_any=True)] for one in recipe.export]
-    result = digest([(first, *steps[1:])[-1], written, recipe.evaluate, exporting_versions() if written else {}])
+    result = digest([chained[-1], written, recipe.evaluate, exporting_versions() if written else {}])
     said = recipe.model_dump(mode="json", include={"model", "gguf_file", "data", "seed"})
     return Prints(steps, result, {**said, "task": job.task, "source": job.source.fingerprint, "fingerprint": start})

@@ -147,6 +147,7 @@ def _open_hub(source: DataSource) -> Opened:
 
 def _open_files(source: DataSource) -> Opened:
     files = [file for path in source.path for file in expand(path)]
+    _refuse_empty(files)
     origin = f"{source.source}: {', '.join(file.name for file in files[:3])}{' …' if len(files) > 3 else ''}"
 
     def read(documents: bool) -> Sequence[Text]:
@@ -183,7 +184,6 @@ def expand(path: str) -> list[Path]:
 
 
 def _read_table(source: DataSource, files: list[Path]) -> Sequence[Text]:
-    _refuse_empty(files)
     # The library's own cache would hold a second copy and knows files by their time stamp; ours goes by content.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         try:

@@ -74,13 +74,9 @@ def _node_attention(
 ) -> tuple[Tensor, None]:
     """Attention of (batch, heads, length, width) states as one operator; result (batch, length, heads, width)."""
     batch, heads, length, width = query.shape
-    if position_bias is not None and attention_mask is not None:  # T5; the operator adds a float mask to its scores
-        hidden = torch.finfo(torch.float32).min
-        spelt_out = attention_mask.is_floating_point()
-        attention_mask = (
-            position_bias + attention_mask if spelt_out else torch.where(attention_mask, position_bias, hidden)
-        )
-    mask = [one for one in (attention_mask, position_bias) if one is not None][:1]
+    if position_bias is not None:  # T5; the operator adds a float mask to its scores
+        attention_mask = _biased(attention_mask, position_bias)
+    mask = [] if attention_mask is None else [attention_mask]
     output = torch.onnx.ops.symbolic(
         "Attention",
         [*map(merged_heads, (query, key, value)), *mask],
@@ -90,6 +86,13 @@ def _node_attention(
         version=ATTENTION_OPSET,
     )
     return output.view(batch, length, heads, width), None
+
+
+def _biased(mask: Tensor | None, bias: Tensor) -> Tensor:
+    """A mask, True where a token may be read or added to scores, and a bias (…, heads, length, length), in one."""
+    if mask is None:
+        return bias
+    return bias + mask if mask.is_floating_point() else torch.where(mask, bias, torch.finfo(torch.float32).min)
 
 
 def _node_mask(

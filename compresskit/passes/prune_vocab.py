@@ -88,9 +88,6 @@ class PruneVocab(Pass):
         read_content(processor)
         if isinstance(corpus.training, Sequences):
             refuse_prompts(corpus.training)
-        if self.corpus is not None:
-            with called("corpus"):
-                open_source(self.corpus).read(False)
 
     def _limit(self, rows: int) -> int:
         """The most tokens that stay of a table of so many rows."""
