@@ -21,6 +21,10 @@ def linear_weights(model):
     return sum(model.get_submodule(name).weight.numel() for name in find_anatomy(model).linears())
 
 
+def matrix_weights(model):
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.dim() > 1)
+
+
 @pytest.mark.parametrize("parts", [["ffn"], ["ffn", "heads"]])
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_what_stays_of_the_block_linears_is_what_was_asked(methods, family, parts):
@@ -42,8 +46,17 @@ def test_whole_blocks_and_neurons_together_leave_what_was_asked(methods):
         assert linear_weights(student.model) / linear_weights(student.original) == pytest.approx(kept, abs=0.05)
 
 
+def test_neurons_and_ranks_together_leave_what_was_asked(methods):
+    student = tiny_student("llama")
+    student, said = methods.compress(student, "rank", 0.6, 0, argparse.Namespace(parts=["ffn"]))
+    assert said["keep"]["ffn"] < 1
+    assert said["low_rank"]["keep"] == pytest.approx(0.75)
+    gone = matrix_weights(student.original) - matrix_weights(student.model)
+    assert 1 - gone / linear_weights(student.original) == pytest.approx(0.6, abs=0.05)
+
+
 def test_every_score_repair_and_allocation_is_a_method_with_valid_options(methods):
-    others = {"depth", "mix", "torch-pruning"}
+    others = {"depth", "mix", "rank", "torch-pruning"}
     assert len(methods.METHODS.keys() - others) == 7 * 4 * 2
     for name, said in methods.METHODS.items():
         if name not in others:

@@ -1,12 +1,14 @@
 """What `bench_layerwise.py --pass prune_width` compares: every score × repair × allocation, and torch-pruning.
 
 A method is called score-repair-allocation. `flap-bias-uniform` is FLAP's score and bias at even widths (FLAP itself
-spreads them by standardised scores; `flap-bias-per_layer` does by trials): it adds biases where there are none, and is
-not anchored at the original, as published. `ls0` is least squares without that anchor, to tell the two apart. `depth`
-drops blocks by prune_depth's `kl`, as many as come next to the asked share, `mix` half as many, and `obs-ls-uniform`
-takes the rest. `torch-pruning` is that package on its own, in a child process under a time limit; the package is
-optional (`pip install torch-pruning`), and grouped-query attention is not given to it. --parts says what is cut: of
-`ffn heads` as many heads go as come next to the asked share, and neurons make up the rest.
+spreads them by standardised scores; `flap-bias-per_layer` does by trials): it adds biases where there are none, and
+is not anchored at the original, as published. `ls0` is least squares without that anchor, to tell the two apart.
+`depth` drops blocks by prune_depth's `kl`, as many as come next to the asked share, `mix` half as many, and `obs-ls-
+uniform` takes the rest. `rank` cuts half as many weights as neurons, by `obs-ls-per_layer`, and the rest by
+`low_rank` as it is by default, so that the best cut of neurons stands beside one that a chain of passes gives.
+`torch-pruning` is that package on its own, in a child process under a time limit; the package is optional (`pip
+install torch-pruning`), and grouped-query attention is not given to it. --parts says what is cut: of `ffn heads` as
+many heads go as come next to the asked share, and neurons make up the rest.
 """
 
 import argparse
@@ -22,6 +24,7 @@ import torch
 
 from compresskit.errors import CompressKitError
 from compresskit.layers.linear import layer_widths
+from compresskit.passes.low_rank import LowRank
 from compresskit.passes.prune_depth import PruneDepth
 from compresskit.passes.prune_width import PruneWidth
 from compresskit.student import Student
@@ -42,10 +45,12 @@ METHODS: dict[str, dict[str, Any]] = {
     for score in SCORES
     for repair, said in REPAIRS.items()
     for allocation in ALLOCATIONS
-} | {"depth": {}, "mix": {}, "torch-pruning": {}}
+} | {"depth": {}, "mix": {}, "rank": {}, "torch-pruning": {}}
 #: How much of what goes is whole blocks; the method `_MIXED` takes the rest.
 _BLOCKS_OF = {"depth": 1.0, "mix": 0.5}
 _MIXED = "obs-ls-uniform"
+#: How much of what goes is neurons, by which method; low_rank takes the rest.
+_NEURONS_OF_RANK, _BEFORE_RANK = 0.5, "obs-ls-per_layer"
 QUICK = ("random-none-uniform", "flap-bias-uniform", "obs-ls-uniform", "flap-ls-per_layer")
 _CHILD_LIMIT_S = 900
 
@@ -63,6 +68,12 @@ def compress(
         if method == "depth" or share <= keep:
             return student, depth
         keep, method = keep / share, _MIXED
+    if method == "rank":
+        wider = 1 - _NEURONS_OF_RANK * (1 - keep)
+        student, said = compress(student, _BEFORE_RANK, wider, seed, options)
+        rank = LowRank(keep=keep / wider, on_misfit="keep")
+        rank.apply(student, generator=torch.Generator().manual_seed(seed))
+        return student, said | {"low_rank": {"keep": rank.keep}}
     shares = kept_shares(student, keep, options.parts)
     if method == "torch-pruning":
         if options.blocks:
