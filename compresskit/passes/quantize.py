@@ -35,7 +35,7 @@ from compresskit.layerwise.objective import fit_weight
 from compresskit.layerwise.walk import SiteMoments, Walk
 from compresskit.layerwise.weights import layer_bias, require_finite, stacked_weight
 from compresskit.passes.base import PASSES, Pass, TextPart, Trait
-from compresskit.passes.quantize_bits import Budget, choose_bits, choose_evenly, held_bytes
+from compresskit.passes.quantize_bits import Budget, choose_bits, choose_by_shape, held_bytes
 from compresskit.passes.quantize_grids import GroupSize, Override, Plan, Wanted, plan_grids
 from compresskit.passes.quantize_rounding import (
     RoundingProblem,
@@ -138,13 +138,13 @@ class Quantize(Pass):
     def plan(self, model: nn.Module) -> list[Edit]:
         """One edit for each embedding table, for the linears of each input site, and for each outside the blocks.
 
-        With `bits: auto` the widest that all sites can have alike; which site gets which is for the data to say.
+        With `bits: auto` as many sites are wide as the budget pays for; which of them is for the data to say.
         """
         plan = plan_grids(model, self._wanted())  # type: ignore[arg-type]
         if self.bits != "auto":
             return plan.edits()
         budget = self._budget(model, plan, float_types(model))
-        chosen = choose_evenly(model, self._open_sites(plan), self.widths, budget)
+        chosen = choose_by_shape(model, self._open_sites(plan), self.widths, budget)
         return plan_grids(model, replace(self._wanted(), chosen=chosen)).edits()  # type: ignore[arg-type]
 
     def _open_sites(self, plan: Plan) -> dict[Site, tuple[QuantizeLinears, ...]]:

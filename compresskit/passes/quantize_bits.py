@@ -82,24 +82,32 @@ def held_bytes(model: nn.Module, edit: QuantizeLinears, bits: int) -> int:
     return total
 
 
-def choose_evenly(model: nn.Module, sites: SiteEdits, widths: Sequence[int], budget: Budget) -> dict[str, int]:
-    """The largest width that all layers can have alike, by name: what shapes alone can say.
+def choose_by_shape(model: nn.Module, sites: SiteEdits, widths: Sequence[int], budget: Budget) -> dict[str, int]:
+    """Bits by name of layer that spend the budget, as far as shapes can say: the data then choose other sites.
+
+    All sites get the smallest width, and then in their order the next, as long as the budget lasts.
 
     Raises:
         CompressKitError: a budget that the smallest width exceeds.
     """
-    limit = budget.limit(model, sites)
-    costs = {bits: sum(budget.cost(model, edits, bits) for edits in sites.values()) for bits in widths}
-    fitting = [bits for bits in widths if costs[bits] <= limit]
-    if not fitting:
-        least = min(widths)
+    limit, (least, *wider) = budget.limit(model, sites), sorted(widths)
+    chosen = dict.fromkeys(sites, least)
+    costs = {site: budget.cost(model, edits, least) for site, edits in sites.items()}
+    spent = sum(costs.values())
+    if spent > limit:
         unit = "code bits" if budget.size_bytes is None else "bytes"
         raise CompressKitError(
-            f"the linears in the blocks take {costs[least]} {unit} at {least} bits; the budget leaves {limit}",
+            f"the linears in the blocks take {spent} {unit} at {least} bits; the budget leaves {limit}",
             where="mean_bits" if budget.size_bytes is None else "budget_bytes",
             fix="raise the budget, add a smaller width to widths, or use larger groups",
         )
-    return {name: max(fitting) for edits in sites.values() for edit in edits for name in edit.targets}
+    for bits in wider:
+        for site, edits in sites.items():
+            cost = budget.cost(model, edits, bits)
+            if spent - costs[site] + cost <= limit:
+                spent += cost - costs[site]
+                chosen[site], costs[site] = bits, cost
+    return {name: bits for site, bits in chosen.items() for edit in sites[site] for name in edit.targets}
 
 
 def choose_bits(
@@ -116,7 +124,7 @@ def choose_bits(
         CompressKitError: a budget that the smallest width exceeds.
     """
     model = student.model
-    choose_evenly(model, sites, widths, budget)
+    choose_by_shape(model, sites, widths, budget)  # refuses what nothing fits, before any trial
     losses = measure_losses(student, sites, widths)
     options = [
         [Option(budget.cost(model, edits, bits), losses[site.linears][bits]) for bits in widths]

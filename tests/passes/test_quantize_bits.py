@@ -10,6 +10,7 @@ from compresskit.layers.quant_linear import QuantLinear
 from compresskit.passes import quantize_bits
 from compresskit.passes.quantize import Quantize
 from compresskit.student import Student
+from compresskit.surgery.edits import replay
 
 AUTO = {"bits": "auto", "group_size": 16, "embeddings": None}
 
@@ -92,4 +93,11 @@ def test_budgets_that_the_smallest_width_exceeds_are_refused_from_shapes_alone()
     with pytest.raises(CompressKitError, match="budget_bytes: the linears in the blocks take"):
         Quantize.model_validate(AUTO | {"budget_bytes": 1000}).plan(tiny("llama"))
     edits = Quantize.model_validate(AUTO | {"mean_bits": 3.5, "widths": [3, 4]}).plan(tiny("llama"))
-    assert {edit.bits for edit in edits} == {3}
+    assert {edit.bits for edit in edits} == {3, 4}
+
+
+def test_the_plan_spends_the_budget_as_the_choice_by_trials_does():
+    student, _ = _done(mean_bits=6.0)
+    planned = tiny("llama")
+    replay(Quantize.model_validate(AUTO | {"mean_bits": 6.0}).plan(planned), planned)
+    assert state_dict_bytes(planned) == pytest.approx(state_dict_bytes(student.model), rel=0.02)
