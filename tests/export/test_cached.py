@@ -99,6 +99,16 @@ def test_one_graph_reads_prompts_and_single_tokens(cut_export: tuple[Student, Pa
     _assert_steps_agree(student.model, folder / MODEL_FILE, texts=1, prompt=1, steps=[1, 4, 1])
 
 
+def test_nothing_is_reshaped_around_attention(cut_export: tuple[Student, Path, dict[str, Any]]) -> None:
+    nodes = onnx.load(str(cut_export[1] / MODEL_FILE)).graph.node
+    made_by = {name: node.op_type for node in nodes for name in node.output}
+    attentions = [node for node in nodes if node.op_type == "GroupQueryAttention"]
+    read = {made_by[name] for node in attentions for name in node.input[:3]}
+    assert read <= {"RotaryEmbedding", "MatMul", "MatMulNBits", "Gemm"}
+    results = {node.output[0] for node in attentions}
+    assert {node.op_type for node in nodes if results & set(node.input)} <= {"MatMul", "MatMulNBits", "Gemm"}
+
+
 def test_names_and_shapes_are_those_that_runtimes_look_for(cut_export: tuple[Student, Path, dict[str, Any]]) -> None:
     graph = onnx.load(str(cut_export[1] / MODEL_FILE)).graph
     shapes = {
