@@ -1,12 +1,12 @@
 """What distillation recovers: losses and ways to train, at equal steps and tokens, on text of two kinds.
 
-    python tools/bench_distill.py --subjects smollm2-depth --steps 100 --calibrate TRAIN.txt \\
+    python tools/bench_distill.py --subjects smollm2-depth --steps 200 --calibrate TRAIN.txt \\
         --score wiki=WIKI.txt --score other=OTHER.txt --methods none default kl cross-entropy --seeds 0 1 2
 
 Subjects: `minilm-width` (all-MiniLM-L6-v2, prune_width keep 0.7), `smollm2-width` (SmolLM2-135M, prune_width keep 0.7),
 `smollm2-depth` (prune_depth, 30 → 24 blocks by block influence). Each is cut once, and every method and seed begins
-with that student. `tools/methods_distill.py` says what the methods are. 100 steps of 4 windows of 256 tokens are 100 k
-tokens.
+with that student. `tools/methods_distill.py` says what the methods are. 200 steps of 2 windows of 256 tokens are 100 k
+tokens; `--precision bfloat16` trains 2.5 times as fast on processors that multiply it (avx512_bf16, AMX).
 
 Rows give perplexity and KL to the original (decoders) or mean cosine (encoders) for each text, the share of the gap in
 log-perplexity that was closed, tokens/s and seconds. Prints one JSON object. Linux only.
@@ -69,7 +69,7 @@ def _batch(options: argparse.Namespace, task: str) -> int:
 
 def train(student: Student, method: Method, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """Apply the method's passes; what they say of themselves."""
-    shared = {"batch_size": _batch(options, student.task)}
+    shared = {"batch_size": _batch(options, student.task), "precision": options.precision}
     passes = method.distills(options.steps, shared)
     notes = [one.apply(student, generator=torch.Generator().manual_seed(seed)) for one in passes]
     tokens = sum(note["tokens"] for note in notes)
@@ -140,9 +140,10 @@ def main() -> None:
     known = sorted({*DECODER, *ENCODER})
     parser.add_argument("--methods", nargs="+", choices=known, help="by default all that suit the subject")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the training; the cut is the same")
-    parser.add_argument("--steps", type=int, default=100, help="optimiser steps")
-    parser.add_argument("--batch", type=int, default=4, help="windows in a step, of decoders")
+    parser.add_argument("--steps", type=int, default=200, help="optimiser steps")
+    parser.add_argument("--batch", type=int, default=2, help="windows in a step, of decoders")
     parser.add_argument("--encoder-batch", type=int, default=32, help="texts in a step, of encoders")
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="of the products")
     add_calibration_options(parser)
     add_score_options(parser)
     options = read_options(parser)

@@ -21,7 +21,7 @@ from compresskit.distill.checkpoint import (
 )
 from compresskit.distill.goals import Blocks, Goal, Whole
 from compresskit.distill.losses import Loss
-from compresskit.distill.options import TrainingOptions, learning_rate_at
+from compresskit.distill.options import TrainingOptions, default_learning_rate, learning_rate_at
 from compresskit.distill.outputs import Outputs, Projection, StepWeights, Wanted, step_weights
 from compresskit.distill.parameters import find_factors
 from compresskit.distill.teachers import Teacher
@@ -59,8 +59,10 @@ class Learner:
         self.learned = dict(chosen) | self.whole.bridge_parameters()
         self.in_blocks = self._in_blocks()
         self.factors = None if options.turns is None else find_factors(student, chosen)
+        width: int = student.config.get_text_config().hidden_size
+        self.learning_rate = options.learning_rate or default_learning_rate(width)
         self.optimizer = torch.optim.AdamW(
-            self.learned.values(), lr=options.learning_rate, weight_decay=options.weight_decay, fused=True
+            self.learned.values(), lr=self.learning_rate, weight_decay=options.weight_decay, fused=True
         )
         self.best: dict[str, Tensor] = {}
         self.best_loss, self.best_step = math.inf, 0
@@ -137,7 +139,7 @@ class Learner:
         options, (at, steps) = self.options, self._within_stage(number)
         factor = learning_rate_at(at, steps=steps, warmup=options.warmup, schedule=options.schedule)
         for group in self.optimizer.param_groups:
-            group["lr"] = options.learning_rate * factor
+            group["lr"] = self.learning_rate * factor
         if number and number == options.block_steps:
             self.optimizer.state.clear()
         resting = self.resting_at(number)
@@ -257,5 +259,5 @@ class Learner:
         raise RunFailedError(
             f"step {number + 1} of {self.options.steps}: {what}; the weights of step {self.best_step} are kept",
             where="distill",
-            fix="lower learning_rate",
+            fix=f"use a learning_rate below {self.learning_rate:.2g}",
         )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from compresskit.config import did_you_mean
 from compresskit.errors import CompressKitError
@@ -16,13 +17,22 @@ from compresskit.layers.low_rank import LowRankLinear
 from compresskit.surgery.sites import find_blocks
 
 
-def choose_parameters(model: nn.Module, train: tuple[str, ...], freeze: tuple[str, ...]) -> dict[str, nn.Parameter]:
+def choose_parameters(
+    model: PreTrainedModel, train: tuple[str, ...], freeze: tuple[str, ...] | None
+) -> dict[str, nn.Parameter]:
     """The float parameters whose names match `train` and not `freeze`; shared ones once.
+
+    Where neither is said, a head over the vocabulary rests, with the table that it is tied to, unless a pass made it
+    factors. Each of its rows has a gradient at each step, and AdamW moves all by about the same: those of tokens that
+    the text does not hold, too.
 
     Raises:
         CompressKitError: a pattern that matches nothing, or nothing left to train.
     """
     named = {name: value for name, value in model.named_parameters() if value.is_floating_point()}
+    head = model.get_output_embeddings()
+    rests = head.weight if freeze is None and train == ("*",) and type(head) is nn.Linear else None
+    freeze = freeze or ()
     if not named:
         raise CompressKitError("the model has no float weight left to train", fix="move distill before quantize")
     for field, patterns in (("train", train), ("freeze", freeze)):
@@ -34,7 +44,8 @@ def choose_parameters(model: nn.Module, train: tuple[str, ...], freeze: tuple[st
     chosen = {
         name: value
         for name, value in named.items()
-        if any(fnmatchcase(name, pattern) for pattern in train)
+        if value is not rests
+        and any(fnmatchcase(name, pattern) for pattern in train)
         and not any(fnmatchcase(name, pattern) for pattern in freeze)
     }
     if not chosen:

@@ -46,7 +46,8 @@ class TrainingResult:
     """What training did; losses are weighted sums as they are minimised at the end, `parts` each loss alone.
 
     `elsewhere` is the same weighted sum on a second text, None where none was given; `blocks` the mean relative error
-    of each block alone on held-out text, before the stage in which they learn so and after it, None without one.
+    of each block alone on held-out text, before the stage in which they learn so and after it, None without one;
+    `learning_rate` the highest of all steps.
     """
 
     held_out_loss_before: float
@@ -58,6 +59,7 @@ class TrainingResult:
     blocks_before: float | None
     blocks_after: float | None
     best_step: int
+    learning_rate: float
     trained_params: int
     tokens: int
     tokens_per_s: float
@@ -260,6 +262,7 @@ class _Run:
             blocks_before=self.blocks[0] if self.blocks else None,
             blocks_after=self.blocks[1] if self.blocks else None,
             best_step=learner.best_step,
+            learning_rate=learner.learning_rate,
             trained_params=sum(value.numel() for value in learner.chosen.values()),
             tokens=self.tokens,
             tokens_per_s=self.tokens / self.training_s,

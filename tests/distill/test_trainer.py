@@ -4,6 +4,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from families import tiny_student
 from torch import nn
 
 from compresskit.data.sequences import Sequences
@@ -11,13 +12,14 @@ from compresskit.distill.batching import by_length, collate, split_held_out, tra
 from compresskit.distill.learner import Learner
 from compresskit.distill.losses import Embedding
 from compresskit.distill.losses.embedding import relative_error
-from compresskit.distill.options import learning_rate_at
+from compresskit.distill.options import default_learning_rate, learning_rate_at
 from compresskit.distill.outputs import observe
 from compresskit.distill.parameters import choose_parameters
 from compresskit.distill.teachers import LiveTeacher
 from compresskit.distill.token_counts import answers_alone
 from compresskit.errors import CompressKitError, RunFailedError
 from compresskit.layers.low_rank import LowRankLinear
+from compresskit.passes.tensor import TensorDecomposition
 
 HIDDEN = [{"kind": "hidden"}]
 
@@ -153,6 +155,30 @@ def test_only_chosen_parameters_move(tiny_bert, damaged, run_training):
     assert moved
     assert all(name.startswith("encoder.") and not name.endswith(".bias") for name in moved)
     assert result.trained_params == sum(before[name].numel() for name in moved)
+
+
+def test_a_head_over_the_vocabulary_rests_with_its_table_unless_something_is_said(tiny_llama, tiny_bert):
+    every, table = dict(tiny_llama.named_parameters()), "model.embed_tokens.weight"
+    assert tiny_llama.get_output_embeddings().weight is every[table]
+    assert choose_parameters(tiny_llama, ("*",), None).keys() == every.keys() - {table}
+    assert choose_parameters(tiny_llama, ("*",), ()).keys() == every.keys()
+    assert choose_parameters(tiny_llama, ("*embed*",), None).keys() == {table}
+    assert choose_parameters(tiny_bert, ("*",), None).keys() == dict(tiny_bert.named_parameters()).keys()
+
+
+def test_a_head_in_factors_learns():
+    student = tiny_student("llama")
+    factors = {"keep": 0.5, "embeddings": "low_rank", "round_to": 2}
+    TensorDecomposition.model_validate(factors).apply(student, generator=torch.Generator())
+    chosen = choose_parameters(student.model, ("*",), None)
+    assert chosen.keys() == dict(student.model.named_parameters()).keys()
+
+
+def test_the_rate_falls_with_the_width(tiny_llama, damaged, run_training):
+    assert default_learning_rate(576) == pytest.approx(3.5e-4, rel=0.01)
+    assert default_learning_rate(4096) == pytest.approx(4.9e-5, rel=0.01)
+    result = run_training(damaged(tiny_llama), tiny_llama, [{"kind": "kl"}], steps=2)
+    assert result.learning_rate == 5e-4, "narrow models get no more"
 
 
 def test_a_pattern_that_matches_nothing_offers_a_near_one(tiny_bert):
