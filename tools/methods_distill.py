@@ -1,11 +1,12 @@
 """What `bench_distill.py` compares: losses and ways to train, for equal steps and tokens.
 
-A method is a row of `distill` passes, each with its share of the steps. `none` is the student before, `default` is what
-`distill` does by itself: in decoders forward KL, and the head rests. In the controls everything learns: `cross-entropy`
-learns the text and never asks the original, `kl` is plain forward KL, `kl-slow` the same at a rate of 1e-4. `sampled` replaces half of the training windows by text that the original wrote (it continues their first
-tokens), `cached` keeps what the original says on the disk (making it is in the seconds, not in tokens/s), `fading` lets
-the hidden loss beside kl end at 0, `hidden-then-kl` gives the first third of the steps to hidden states,
-`blocks-first` to blocks that learn alone, before the default.
+A method is a row of `distill` passes, each with its share of the steps. `none` is the student before, `default` is
+what `distill` does by itself: in decoders forward KL, and the head rests. In the controls everything learns: `cross-
+entropy` learns the text and never asks the original, `kl` is plain forward KL, `kl-slow` the same at a rate of 1e-4.
+`sampled` replaces half of the training windows by text that the original wrote (it continues their first tokens),
+`cached` keeps what the original says on the disk (making it is in the seconds, not in tokens/s), `fading` lets the
+hidden loss beside kl end at 0, `hidden-then-kl` gives the first third of the steps to hidden states, `blocks-first`
+to blocks that learn alone, before the default.
 """
 
 import math
