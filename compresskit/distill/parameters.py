@@ -30,11 +30,11 @@ def choose_parameters(
         CompressKitError: a pattern that matches nothing, or nothing left to train.
     """
     named = {name: value for name, value in model.named_parameters() if value.is_floating_point()}
+    if not named:
+        raise CompressKitError("the model has no float weight left to train", fix="move distill before quantize")
     head = model.get_output_embeddings()
     rests = head.weight if freeze is None and train == ("*",) and type(head) is nn.Linear else None
     freeze = freeze or ()
-    if not named:
-        raise CompressKitError("the model has no float weight left to train", fix="move distill before quantize")
     for field, patterns in (("train", train), ("freeze", freeze)):
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in named):

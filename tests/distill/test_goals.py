@@ -130,7 +130,7 @@ def test_outside_the_blocks_nothing_moves_until_the_second_stage(tiny_llama, dam
 
     monkeypatch.setattr(Learner, "step", step)
     losses = [{"kind": "kl"}, {"kind": "hidden"}]
-    run_training(damaged(tiny_llama), tiny_llama, losses, steps=9, block_steps=4, warmup=0, weight_decay=0.1)
+    run_training(damaged(tiny_llama), tiny_llama, losses, steps=9, block_steps=4, warmup=0, weight_decay=0.1, freeze=())
     for parts, _, moved in seen[:4]:
         assert parts == 1
         assert moved == {name for name, _ in tiny_llama.named_parameters() if name.startswith("model.layers.")}

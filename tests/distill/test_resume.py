@@ -199,6 +199,7 @@ def test_a_student_that_leaves_the_teacher_on_other_text_is_warned_of(tiny_llama
         elsewhere=other,
         steps=20,
         learning_rate=1e-2,
+        freeze=(),
     )
     assert result.held_out_loss_after < result.held_out_loss_before
     assert result.elsewhere_after > result.elsewhere_before

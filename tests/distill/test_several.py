@@ -152,7 +152,8 @@ def test_a_contradictory_teacher_hurts_the_average_and_hardly_the_others(tiny_ll
     text, apart = chain
     right = copy.deepcopy(tiny_llama)
     labels = [{"kind": "kl", "alpha": 1.0}]
-    run_training(right, tiny_llama, labels, text=text, steps=150, batch_size=16, learning_rate=1e-2, held_out_every=50)
+    learn = {"learning_rate": 1e-2, "batch_size": 16, "freeze": ()}
+    run_training(right, tiny_llama, labels, text=text, steps=150, held_out_every=50, **learn)
     student = damaged(right, size=0.1)
     live, ends, shares = LiveTeacher(right), {}, {}
     for conflict in ("alone", "average", "route", "drop"):
@@ -161,7 +162,7 @@ def test_a_contradictory_teacher_hurts_the_average_and_hardly_the_others(tiny_ll
             teachers = [live, Contradicting(live)]
             teacher = SeveralTeachers(teachers, [1.0, 1.0], Rule(conflict, "labels"), next_tokens=True)
         one = copy.deepcopy(student)
-        options = {"steps": 60, "batch_size": 16, "learning_rate": 3e-3, "held_out_every": 20}
+        options = {**learn, "steps": 60, "learning_rate": 3e-3, "held_out_every": 20}
         run_training(one, teacher, [{"kind": "kl"}], text=text, **options)
         ends[conflict] = divergence(one, right, apart)
         if conflict != "alone":

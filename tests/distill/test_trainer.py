@@ -124,7 +124,8 @@ def test_the_student_ends_in_eval_mode_without_gradients_and_the_teacher_untouch
 
 
 def test_a_few_steps_lower_the_held_out_loss(tiny_llama, damaged, run_training):
-    result = run_training(damaged(tiny_llama), tiny_llama, [{"kind": "kl"}], steps=30, learning_rate=1e-3)
+    options = {"steps": 30, "learning_rate": 1e-3, "freeze": ()}
+    result = run_training(damaged(tiny_llama), tiny_llama, [{"kind": "kl"}], **options)
     assert result.held_out_loss_after < 0.7 * result.held_out_loss_before
     assert result.best_step > 0
 
@@ -222,7 +223,7 @@ def test_factors_learn_in_turns_and_everything_else_always(tiny_llama, damaged, 
         return parts
 
     monkeypatch.setattr(Learner, "step", step)
-    run_training(student, tiny_llama, [{"kind": "kl"}], steps=7, turns=2)
+    run_training(student, tiny_llama, [{"kind": "kl"}], steps=7, turns=2, freeze=())
     names = {name for name, _ in student.named_parameters()}
     wide = {name for name in names if name.endswith(".expand.weight")}
     thin = {name for name in names if ".reduce." in name}
