@@ -23,8 +23,11 @@ from compresskit.export.standard import use_standard_operators
 from compresskit.layers.grid import quantize_weight, unpack
 from compresskit.layers.quant_embedding import QuantEmbedding
 from compresskit.layers.quant_linear import QuantLinear
+from compresskit.passes.bitsandbytes import BitsAndBytes
+from compresskit.passes.low_rank_correction import LowRankCorrection
 from compresskit.passes.quantize import Quantize
 from compresskit.student import Student
+from compresskit.surgery.edits import replay
 
 Exported = tuple[Student, str, Path, dict[str, Any]]
 FAST: dict[str, Any] = {"baselines": False, "rounds": 3, "threads": 1, "texts": 16}
@@ -196,11 +199,46 @@ def test_a_standard_file_is_proven_exactly_and_told_as_sessions_run_it(tmp_path)
 
 def test_integer_activations_and_old_operator_sets_have_no_standard_form(tmp_path):
     student = _student("bert", bits=8, group_size="channel", act="int8")
-    with pytest.raises(CompressKitError, match="MatMulIntegerToFloat belong to ONNX Runtime"):
+    with pytest.raises(CompressKitError, match=r"MatMulIntegerToFloat \(.*\) belong to ONNX Runtime"):
         OnnxExport(target="standard", **FAST).write(student, tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()
     with pytest.raises(ValueError, match="needs opset 21 or later"):
         OnnxExport(target="standard", opset=20)
+
+
+@pytest.mark.parametrize(
+    ("step", "operator"),
+    [
+        (Quantize(bits=8, group_size="channel", act="int8"), "MatMulIntegerToFloat"),
+        (BitsAndBytes(on_misfit="keep"), "MatMulBnb4"),
+    ],
+)
+def test_check_refuses_layers_without_a_standard_form_before_anything_is_computed(step, operator):
+    planned = tiny("bert").to("meta")
+    replay(step.plan(planned), planned)
+    OnnxExport().check(planned, "feature-extraction")
+    with pytest.raises(CompressKitError, match=f"{operator} .* belong to ONNX Runtime") as caught:
+        OnnxExport(target="standard").check(planned, "feature-extraction")
+    assert caught.value.where == "target"
+    assert "encoder.layer.0." in str(caught.value)
+
+
+def test_llm_int8_and_corrected_layers_have_a_standard_form():
+    for steps in ([BitsAndBytes(format="int8")], [Quantize(bits=4, group_size=16), LowRankCorrection(rank=2)]):
+        planned = tiny("bert").to("meta")
+        for step in steps:
+            replay(step.plan(planned), planned)
+        OnnxExport(target="standard").check(planned, "feature-extraction")
+
+
+def test_a_graph_with_an_operator_of_onnx_runtime_is_refused():
+    """The same rule, of what no layer of ours brought."""
+    floats = ir.TensorType(ir.DataType.FLOAT)
+    x = ir.Value(name="x", type=floats, shape=ir.Shape(["n", 4]))
+    node = ir.node("Gelu", [x], domain="com.microsoft")
+    graph = ir.Graph([x], node.outputs, nodes=[node], opset_imports={"": 21, "com.microsoft": 1})
+    with pytest.raises(CompressKitError, match=r"com\.microsoft::Gelu belong to ONNX Runtime"):
+        use_standard_operators(ir.Model(graph, ir_version=10))
 
 
 def test_scales_of_rows_are_read_where_the_exporter_left_them_to_be_repeated():
