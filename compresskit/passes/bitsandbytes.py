@@ -128,7 +128,7 @@ class BitsAndBytes(Pass):
         model = student.model
         refuse_integers(model)
         names, kept = self._layers(model)
-        require_finite(model, names)
+        require_finite(model)
         olds: dict[str, nn.Linear] = {name: model.get_submodule(name) for name in names}  # type: ignore[misc]
         if self.format == "int8":
             _require_half(olds)

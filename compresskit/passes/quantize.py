@@ -178,7 +178,7 @@ class Quantize(Pass):
     def apply(self, student: Student, *, generator: torch.Generator) -> dict[str, Any]:
         """Round tables, then walk the blocks on what the tables became, then round what stands outside."""
         plan = plan_grids(student.model, self._wanted())
-        require_finite(student.model, _names(plan))
+        require_finite(student.model)
         table: dict[str, dict[str, float | int]] = {}
         if self.bits == "auto":
             budget = self._budget(student.model, plan, student.float_types)
@@ -224,12 +224,6 @@ class Quantize(Pass):
         LOG.info("%s: mean error %.4f of a layer's output, rounding to nearest %.4f", self.method, ours, floor)
         LOG.info("rounded to nearest, not inside a block: %s", ", ".join(fallen) or "none")
         return {"mean_error": {self.method: ours, "rtn": floor}, "rounded_to_nearest": fallen}
-
-
-def _names(plan: Plan) -> list[str]:
-    """Every matrix that will be rounded."""
-    inside = [name for edits in plan.sites.values() for edit in edits for name in edit.targets]
-    return [*(edit.target for edit in plan.tables), *inside, *(edit.targets[0] for edit in plan.outside)]
 
 
 def smoothing_factors(peak: Tensor, power: float) -> Tensor:

@@ -11,6 +11,7 @@ from compresskit.errors import CompressKitError
 from compresskit.layers.int8_linear import Int8Linear
 from compresskit.layers.quant_embedding import QuantEmbedding
 from compresskit.layers.quant_linear import QuantLinear
+from compresskit.layerwise.weights import require_finite
 from compresskit.passes import quantize_rounding
 from compresskit.passes.low_rank import LowRank
 from compresskit.passes.quantize import Quantize, smoothing_factors
@@ -333,11 +334,37 @@ def test_weights_that_are_not_finite_are_refused_before_any_layer_is_changed(val
     with torch.no_grad():
         student.model.encoder.layer[1].output.dense.weight[3, 5] = value
         student.model.embeddings.word_embeddings.weight[7] = value
-    with pytest.raises(CompressKitError, match="2 layers have weights that are NaN or infinite") as caught:
+    with pytest.raises(CompressKitError, match="2 tensors have values that are NaN or infinite") as caught:
         Quantize(bits=8, group_size=16).apply(student, generator=torch.Generator())
-    assert "encoder.layer.1.output.dense: 1 of 2048" in str(caught.value)
-    assert "embeddings.word_embeddings: 32 of 3072" in str(caught.value)
+    assert "encoder.layer.1.output.dense.weight: 1 of 2048" in str(caught.value)
+    assert "embeddings.word_embeddings.weight: 32 of 3072" in str(caught.value)
     assert student.edits == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("encoder.layer.1.attention.self.query.bias", "nan"),
+        ("encoder.layer.0.attention.self.key.bias", "nan"),
+        ("encoder.layer.0.output.LayerNorm.weight", "inf"),
+        ("embeddings.position_ids_", "nan"),
+    ],
+)
+def test_biases_norms_and_buffers_that_are_not_finite_are_refused_by_name(name, value):
+    student = tiny_student("bert")
+    if name.endswith("_"):
+        student.model.embeddings.register_buffer("position_ids_", torch.tensor([0.0, float(value)]))
+    else:
+        student.model.get_parameter(name).data[1] = float(value)
+    with pytest.raises(CompressKitError, match=f"1 tensors have values that are NaN or infinite:\n    {name}: 1 of"):
+        Quantize(bits=8, group_size=16).apply(student, generator=torch.Generator())
+    assert student.edits == []
+
+
+def test_a_mask_may_hold_infinity():
+    student = tiny_student("bert")
+    student.model.embeddings.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+    require_finite(student.model)
 
 
 def test_quantising_twice_is_refused():
