@@ -77,7 +77,8 @@ class Quantize(Pass):
     group_size: GroupSize = Field(default=32, description="columns that share a scale; channel: a whole row")
     overrides: dict[str, Override] = Field(
         default_factory=dict,
-        description="other bits (or float) and group_size by glob over names, tables' too; the last match counts",
+        description="other bits (or float) and group_size by glob over names, tables' too; the last match "
+        "alone counts: what it leaves out is the pass's own, not an earlier match's",
     )
     act: Literal["none", "int8"] = Field(
         default="none", description="int8: round activations too (ONNX Runtime's fast path)"

@@ -16,6 +16,7 @@ from compresskit.passes import quantize_rounding
 from compresskit.passes.low_rank import LowRank
 from compresskit.passes.quantize import Quantize, smoothing_factors
 from compresskit.student import load_student_model, save_student
+from compresskit.surgery.edits import replay
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -300,6 +301,46 @@ def test_overrides_that_match_nothing_and_tables_of_3_bits_are_refused():
         Quantize(overrides={"*mlp*": {"bits": 4}}).plan(tiny("bert"))
     with pytest.raises(CompressKitError, match="3 bits are asked for"):
         Quantize(overrides={"*word_embeddings": {"bits": 3}}).plan(tiny("bert"))
+
+
+def test_an_override_of_layers_that_targets_leave_out_is_refused():
+    overrides = {"*v_proj": {"bits": 8}}
+    with pytest.raises(
+        CompressKitError, match=r"'\*v_proj' matches 2 layers, .* targets '\*q_proj' choose none"
+    ) as caught:
+        Quantize(bits=4, group_size=16, targets="*q_proj", overrides=overrides).plan(tiny("llama"))
+    assert caught.value.where == "overrides"
+    # One that reaches some of what it matches, or a table, which targets say nothing of, is read.
+    overrides = {"*self_attn*": {"bits": 8}, "*embed_tokens": {"bits": 4, "group_size": 16}}
+    planned = tiny("llama")
+    replay(Quantize(bits=4, group_size=16, targets="*q_proj", overrides=overrides).plan(planned), planned)
+    assert {m.bits for m in planned.modules() if isinstance(m, QuantLinear) and m.out_features == 32} == {8}
+    assert {m.bits for m in planned.modules() if isinstance(m, QuantEmbedding)} == {4}
+
+
+def test_of_overrides_the_last_match_counts_alone():
+    overrides = {"*q_proj": {"group_size": 32}, "*.0.*q_proj": {"bits": 8}}
+    student = tiny_student("llama")
+    Quantize(bits=4, group_size=16, embeddings=None, targets="*_proj", overrides=overrides).apply(
+        student, generator=torch.Generator()
+    )
+    grids = _grids(student)
+    assert grids["model.layers.0.self_attn.q_proj"] == (8, 16)
+    assert grids["model.layers.1.self_attn.q_proj"] == (4, 32)
+
+
+@pytest.mark.parametrize("on_misfit", ["error", "pad", "keep"])
+def test_a_4_bit_table_of_an_odd_width_is_an_error_or_kept(on_misfit):
+    shape = {"hidden_size": 33, "num_attention_heads": 3, "vocab_size": 96}
+    model = BertModel(BertConfig(**FAMILIES["bert"].to_dict() | shape))
+    step = Quantize(bits=8, group_size="channel", embeddings=4, on_misfit=on_misfit, targets="*query")
+    if on_misfit != "keep":
+        with pytest.raises(CompressKitError, match=r"even number of columns, and embeddings\.word_embeddings has 33"):
+            step.plan(model)
+        return
+    replay(step.plan(model), model)
+    assert isinstance(model.embeddings.word_embeddings, torch.nn.Embedding)
+    assert isinstance(model.encoder.layer[0].attention.self.query, QuantLinear)
 
 
 def test_padding_fills_the_last_group_and_loses_no_more_than_a_group_that_fits():
