@@ -170,7 +170,9 @@ class Quantize(Pass):
 
     def _rest_bytes(self, model: nn.Module, plan: Plan, bits: int, types: FloatTypes) -> int:
         """Bytes of the student but for the linears of the open sites, which hold `bits`."""
-        sites, student = self._open_sites(plan), copy.deepcopy(model)
+        # The very tensors and no copies: edits put other modules in their place and change none.
+        tensors: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        sites, student = self._open_sites(plan), copy.deepcopy(model, tensors)
         chosen = {name: bits for site in sites for name in site.linears}
         replay(plan_grids(model, replace(self._wanted(), chosen=chosen)).edits(), student)  # type: ignore[arg-type]
         held = sum(held_bytes(model, e, bits) for edits in sites.values() for e in edits)
@@ -216,13 +218,21 @@ class Quantize(Pass):
         return RoundingProblem(site.linears, target, mean, factors, exact_mean=centred)
 
     def _summary(self, layers: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        """Of another method than rounding to nearest: its mean error, that floor's, and what fell back to it."""
+        """Of another method than rounding to nearest: its mean error, that floor's, and what fell back to it.
+
+        Errors are those on the calibration text, which the method was fitted to.
+        """
         own = [note for note in layers.values() if "rtn_error" in note]
         if not own:
             return {}
         fallen = [name for name, note in layers.items() if "rtn_error" not in note]
         ours, floor = (sum(note[key] for note in own) / len(own) for key in ("relative_error", "rtn_error"))
-        LOG.info("%s: mean error %.4f of a layer's output, rounding to nearest %.4f", self.method, ours, floor)
+        LOG.info(
+            "%s: mean error %.4f of a layer's output on the calibration text, rounding to nearest %.4f",
+            self.method,
+            ours,
+            floor,
+        )
         LOG.info("rounded to nearest, not inside a block: %s", ", ".join(fallen) or "none")
         return {"mean_error": {self.method: ours, "rtn": floor}, "rounded_to_nearest": fallen}
 
