@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from changed_students import FAST, quantised_student
 from families import answer, tiny, tiny_student
 
 from compresskit.errors import CompressKitError
@@ -11,7 +12,6 @@ from compresskit.passes.low_rank import LowRank
 from compresskit.passes.low_rank_correction import LowRankCorrection
 from compresskit.passes.quantize import Quantize
 from compresskit.student import Student
-from tests.export.test_standard import FAST, _student
 
 
 def _quantised(family: str, **options: object) -> Student:
@@ -94,8 +94,8 @@ def test_it_needs_integers_a_rank_that_fits_and_no_path_yet():
 
 
 def test_a_corrected_student_is_exported_as_two_more_products_a_layer(tmp_path):
-    student = _student("bert", bits=4, group_size=16, targets="*layer.0.attention.self.query")
+    student = quantised_student("bert", bits=4, group_size=16, targets="*layer.0.attention.self.query")
     LowRankCorrection(rank=2).apply(student, generator=torch.Generator())
-    entry = OnnxExport(accuracy_level=0, **FAST).write(student, tmp_path / "onnx")
+    entry = OnnxExport(**FAST).write(student, tmp_path / "onnx")
     assert entry["parity"]["relative_error"] <= 1e-5
     assert entry["operators"]["com.microsoft::MatMulNBits"] == 1
