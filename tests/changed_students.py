@@ -1,11 +1,14 @@
 """Tiny students, changed by hand as passes would change them, for tests of the export."""
 
+import copy
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+from families import task_of, tiny
 from tiny_tokenizer import make_tokenizer
 from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
@@ -13,6 +16,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 from compresskit.data import Corpus, Sequences
 from compresskit.layers.grid import quantize_weight
 from compresskit.layers.low_rank import LowRankLinear
+from compresskit.passes.quantize import Quantize
 from compresskit.student import Student
 from compresskit.surgery.edits import MakeLowRank, QuantizeEmbedding, QuantizeLinears, get_module
 
@@ -46,6 +50,19 @@ def make_student(task: str, blocks: int = 1) -> Student:
                     value.data.normal_(0, 0.3)
         models.append(model)
     return Student(models[0], models[1], tokenizer, task, random_corpus(len(tokenizer)))
+
+
+def quantised_student(family: str, **options: Any) -> Student:
+    """A quantised tiny model whose vocabulary is the tokenizer's."""
+    tokenizer = make_tokenizer()
+    draw = torch.Generator().manual_seed(0)
+    rows = [torch.randint(5, 90, (n,), generator=draw).tolist() for n in (4, 9, 13, 6, 20, 11, 7, 16)]
+    texts = Sequences(rows, 0)
+    original = tiny(family, vocab_size=len(tokenizer))
+    corpus = Corpus(texts, texts, texts, "test")
+    student = Student(copy.deepcopy(original), original, tokenizer, task_of(family), corpus)
+    Quantize(**{"anchor": 0, "embeddings": None, **options}).apply(student, generator=torch.Generator())
+    return student
 
 
 def linears(student: Student) -> list[str]:

@@ -125,11 +125,14 @@ class OnnxExport(Exporter):
         return self
 
     def check(self, model: PreTrainedModel, task: str) -> None:
-        """Refuse a length that the model cannot take.
+        """Refuse layers that the target has no form of, and a length that the model cannot take.
 
         Raises:
-            CompressKitError: above its positions, of inputs that are no text, or beside keys and values.
+            CompressKitError: integers without a standard form; a length above the model's positions, of inputs that
+                are no text, or beside keys and values.
         """
+        if self.target == "standard":
+            standard.refuse_layers(model)
         positions = token_positions(model)
         wrong = None
         if self.length is None:

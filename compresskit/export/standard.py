@@ -17,9 +17,12 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
+from torch import nn
 
 from compresskit.errors import CompressKitError
 from compresskit.layers import grid
+from compresskit.layers.bitsandbytes_linear import Bnb4Linear
+from compresskit.layers.int8_linear import Int8Linear
 
 #: The operator set that brought blocks to DequantizeLinear, and the file format that has 4-bit numbers.
 OPSET, IR_VERSION = 21, 10
@@ -29,6 +32,37 @@ _DTYPES = {
     (8, True): (ir.DataType.UINT8, np.uint8),
     (8, False): (ir.DataType.INT8, np.int8),
 }
+
+
+#: Layers that no standard operator stands for, and the operator of ONNX Runtime that does.
+_WITHOUT_FORM = {Int8Linear: "MatMulIntegerToFloat", Bnb4Linear: "MatMulBnb4"}
+
+
+def refuse_layers(model: nn.Module) -> None:
+    """Refuse a model with layers that have no standard form, from their kinds alone.
+
+    Raises:
+        CompressKitError: it names the operators, and the first layer and number of each.
+    """
+    found: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        if operator := _WITHOUT_FORM.get(type(module)):
+            found.setdefault(operator, []).append(name)
+    if found:
+        said = [f"com.microsoft::{operator} ({_first_of(names)})" for operator, names in found.items()]
+        raise _foreign_error(", ".join(said))
+
+
+def _first_of(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _foreign_error(operators: str) -> CompressKitError:
+    return CompressKitError(
+        f"{operators} belong to ONNX Runtime, and the target is standard ONNX",
+        where="target",
+        fix="say target: ort; integer activations (act: int8) and bitsandbytes' 4 bits have no standard form here",
+    )
 
 
 def use_standard_operators(model: ir.Model) -> None:
@@ -51,11 +85,7 @@ def use_standard_operators(model: ir.Model) -> None:
     _drop_unused_initializers(model.graph)
     foreign = sorted({f"{node.domain}::{node.op_type}" for node in model.graph.all_nodes() if node.domain})
     if foreign:
-        raise CompressKitError(
-            f"{', '.join(foreign)} belong to ONNX Runtime, and the target is standard ONNX",
-            where="target",
-            fix="say target: ort; integer activations (act: int8) and bitsandbytes' 4 bits have no standard form here",
-        )
+        raise _foreign_error(", ".join(foreign))
     for domain in [domain for domain in model.opset_imports if domain]:
         del model.opset_imports[domain]
     model.ir_version = max(model.ir_version or 0, IR_VERSION)

@@ -7,7 +7,8 @@
 
 Sources: QLoRA (arXiv:2305.14314), LLM.int8 (arXiv:2208.07339). The codes are bitsandbytes' and the arithmetic is plain
 torch, bit for bit what bitsandbytes does in float32 on a CPU, so that a student answers without that package.
-In ONNX 4 bits are `com.microsoft::MatMulBnb4` with these codes; int8 becomes `per_channel`, which rounds no activation.
+In ONNX 4 bits are `com.microsoft::MatMulBnb4` with these codes; int8 becomes an 8-bit `QuantLinear` (`onnx_form`),
+which rounds no activation, but at the export's accuracy level 4.
 
 Not for speed on a CPU: 4 bits are decoded at every call, int8 rounds and searches its input for outliers at every call.
 """

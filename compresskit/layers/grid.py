@@ -68,6 +68,17 @@ def has_zeros(bits: int, symmetric: bool | None = None) -> bool:
     return not symmetric if symmetric is not None else bits < 8
 
 
+def refuse_other_symmetry(values: Codes, *, with_zeros: bool) -> None:
+    """Make sure that codes have zero points where a layer stores them, and none where it does not.
+
+    Raises:
+        ValueError: otherwise: the codes would stand for other weights.
+    """
+    if (values.zeros is not None) != with_zeros:
+        have, stores = ("no zero points", "some") if with_zeros else ("zero points", "none")
+        raise ValueError(f"the codes have {have}, and the layer stores {stores}: quantise with its `symmetric`")
+
+
 def packed_columns(columns: int, bits: int) -> int:
     """Bytes that hold `columns` codes of `bits` bits."""
     return (columns * bits + 7) // 8

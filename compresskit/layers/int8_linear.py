@@ -101,7 +101,9 @@ class Int8Linear(LinearStandIn):
 
         Raises:
             RuntimeError: shapes that do not agree.
+            ValueError: codes with zero points.
         """
+        grid.refuse_other_symmetry(values, with_zeros=False)
         self.codes.copy_((values.codes.to(torch.int16) - 128).to(torch.int8).T)
         self.scales.copy_(values.scales.squeeze(1))
 

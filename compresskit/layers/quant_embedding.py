@@ -70,7 +70,9 @@ class QuantEmbedding(TypedLayer):
 
         Raises:
             RuntimeError: shapes that do not agree.
+            ValueError: codes of the other symmetry.
         """
+        grid.refuse_other_symmetry(values, with_zeros=self.zeros is not None)
         self.codes.copy_(grid.pack(values.codes, bits=self.bits))
         self.scales.copy_(values.scales)
         if self.zeros is not None and values.zeros is not None:

@@ -110,8 +110,10 @@ class QuantLinear(LinearStandIn):
 
         Raises:
             RuntimeError: shapes that do not agree.
+            ValueError: codes of the other symmetry.
         """
         codes, scales, zeros = self.tensors()
+        grid.refuse_other_symmetry(values, with_zeros=zeros is not None)
         padding = self.blocks * self.block_size - self.in_features
         packed = grid.pack(F.pad(values.codes, (0, padding)), bits=self.bits)
         codes.copy_(packed.view(self.out_features, self.blocks, -1))

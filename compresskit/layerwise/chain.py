@@ -37,8 +37,10 @@ def check_chain(model: PreTrainedModel, batch: Batch, blocks: Sequence[str] | No
 
     Raises:
         CompressKitError: blocks that run in another order than they are listed, more than once, or on anything but
-            the (batch, length, width) output of the block before; blocks that change its shape.
+            the (batch, length, width) output of the block before; blocks that change its shape; numbers that are not
+            finite.
     """
+    require_finite(model)
     blocks = find_blocks(model) if blocks is None else blocks
     calls: list[tuple[str, Any, Any]] = []
 
@@ -56,8 +58,6 @@ def check_chain(model: PreTrainedModel, batch: Batch, blocks: Sequence[str] | No
             handle.remove()
     what = _broken_link(blocks, calls, _token_shape(batch, calls))
     if what:
-        held = [name for name, _ in model.named_parameters()]
-        require_finite(model, [name.removesuffix(".weight") for name in held if name.endswith(".weight")])
         raise CompressKitError(
             f"this architecture cannot be walked block by block: {what}", where=type(model).__name__, fix=_NO_WALK
         )

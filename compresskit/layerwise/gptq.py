@@ -13,7 +13,8 @@ turn raises the error under C + λ I beyond float32's rounding of the scales; tu
 takes about three times as long as the first rounding did.
 
 Departures from the paper: M may be the anchored target (then Q also repairs what earlier layers lost); the groups'
-ranges come from a clip search weighted by diag(C); everything is float64. Not worth its time at 8 bits.
+ranges come from a clip search weighted by diag(C), in float32; all else is float64, but for the scales, which stay
+float32's values. Not worth its time at 8 bits.
 """
 
 # O rows (outputs), I columns (inputs), G groups of a row
@@ -46,13 +47,11 @@ class Compensation:
     Attributes:
         order: the columns in the order of their rounding, (I,) int64.
         factor: U (I, I) float64, upper triangular, (P (C + λ I) Pᵀ)⁻¹ = Uᵀ U in that order.
-        importance: diag(C + λ I), (I,) float64, in the columns' own order.
-        moment: C + λ I (I, I) float64, in the columns' own order.
+        moment: C + λ I (I, I) float64, in the columns' own order; its diagonal is what an error in each column costs.
     """
 
     order: Tensor
     factor: Tensor
-    importance: Tensor
     moment: Tensor
 
 
@@ -65,18 +64,10 @@ def plan_compensation(moment: Tensor, *, damping: float = DAMPING) -> Compensati
 
     Cost: a Cholesky factor, an inverse and another factor of (I, I), in float64.
     """
-    importance = column_importance(moment, damping=damping)
-    order = torch.argsort(importance, descending=True, stable=True)
     H = ridged(moment, damping)
+    order = torch.argsort(H.diagonal(), descending=True, stable=True)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(H[order][:, order]))
-    return Compensation(order, torch.linalg.cholesky(inverse, upper=True), importance, H)
-
-
-def column_importance(moment: Tensor, *, damping: float = DAMPING) -> Tensor:
-    """diag(C + λ I), (I,) float64: what an error in each column costs; never zero, not even for dead columns."""
-    power = moment.diagonal().double().clamp_min(0)
-    level = float(power.mean())
-    return power + damping * level if level > 0 else torch.ones_like(power)
+    return Compensation(order, torch.linalg.cholesky(inverse, upper=True), H)
 
 
 def round_with(

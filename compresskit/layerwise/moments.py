@@ -107,8 +107,12 @@ class Moments:
 
 
 def ridged(C: Tensor, ratio: float) -> Tensor:
-    """C + λ I for λ = ratio · mean(diag C), (I, I) float64: positive definite for ratio > 0; λ = 1 where C is zero."""
+    """C + λ I for λ = ratio · mean(diag C), (I, I) float64: positive definite for ratio > 0; λ = 1 where C is zero.
+
+    A diagonal that rounding left below zero counts as zero: the sum's has none that is not positive.
+    """
     moment = C.to(torch.float64, copy=True)
+    moment.diagonal().clamp_min_(0)
     level = float(moment.diagonal().mean())
     moment.diagonal().add_(ratio * level if level > 0 else 1.0)
     return moment

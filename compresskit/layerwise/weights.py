@@ -97,22 +97,21 @@ def set_bias(layer: nn.Module, bias: Tensor) -> None:
     linear.bias.copy_(bias)  # type: ignore[union-attr,operator]
 
 
-def require_finite(model: nn.Module, names: list[str]) -> None:
-    """Refuse weights that nothing can be fitted to.
+def require_finite(model: nn.Module) -> None:
+    """Refuse numbers that nothing can be fitted to, before anything is changed: one pass over the model.
 
     Raises:
-        CompressKitError: NaN or infinity in the weight of any of `names`; all are listed.
+        CompressKitError: NaN or infinity in a float parameter, or NaN in a float buffer (in a mask infinity may be
+            meant); all are listed.
     """
     broken = []
-    for name in names:
-        weight = model.get_submodule(name).weight
-        assert isinstance(weight, Tensor)
-        count = int((~torch.isfinite(weight)).sum())
-        if count:
-            broken.append(f"{name}: {count} of {weight.numel()}")
+    for name, values in model.named_parameters():
+        if count := int((~torch.isfinite(values)).sum()):
+            broken.append(f"{name}: {count} of {values.numel()}")
+    for name, values in model.named_buffers():
+        if count := int(torch.isnan(values).sum()):
+            broken.append(f"{name}: {count} of {values.numel()}")
     if broken:
         listed = "\n    ".join(broken)
-        raise CompressKitError(
-            f"{len(broken)} layers have weights that are NaN or infinite:\n    {listed}",
-            fix="use intact weights; of low_rank and quantize, `targets` can leave layers out",
-        )
+        what = f"{len(broken)} tensors have values that are NaN or infinite:\n    {listed}"
+        raise CompressKitError(what, fix="use intact weights")

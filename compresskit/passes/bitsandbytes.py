@@ -18,8 +18,10 @@ model that has answered there must not be saved again: bitsandbytes 0.50 then lo
 (`surgery.bitsandbytes_edits`).
 
 ONNX: 4 bits are `com.microsoft::MatMulBnb4` with the same codes, absmaxes decoded where they are quantised too.
-LLM.int8 has no operator: its codes become 8-bit weights with one scale a row, and no activation is rounded;
-`onnx_difference` in the notes, and `re_expressed` in the export's parity, say how far that is from the student.
+LLM.int8 has no operator: its codes become 8-bit weights with one scale a row that read the input as it is;
+`onnx_difference` in the notes, and `re_expressed` in the export's parity, say how far that is from the student. At the
+export's default `accuracy_level: 4` ONNX Runtime rounds that input to 8 bits after all, in blocks and without regard to
+outliers: `parity.shipped` says what that adds.
 """
 
 from collections.abc import Mapping
@@ -128,7 +130,7 @@ class BitsAndBytes(Pass):
         model = student.model
         refuse_integers(model)
         names, kept = self._layers(model)
-        require_finite(model, names)
+        require_finite(model)
         olds: dict[str, nn.Linear] = {name: model.get_submodule(name) for name in names}  # type: ignore[misc]
         if self.format == "int8":
             _require_half(olds)

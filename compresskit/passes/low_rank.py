@@ -215,7 +215,7 @@ class LowRank(Pass):
             if kept_dense:
                 LOG.warning("low_rank: nothing was factorised, all %d targeted layers stay dense", len(kept_dense))
             return {"layers": {}, "kept_dense": kept_dense}
-        require_finite(student.model, [name for site in sites for name in site.linears])
+        require_finite(student.model)
         self._check_budget(student.model, sites)
         survey = self._survey(student, sites, generator)
         ranks = self._choose(student.model, sites, survey)

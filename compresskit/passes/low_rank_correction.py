@@ -7,6 +7,10 @@ took from this layer, and what the layers before it lost. B and A are the output
 (`layerwise.output_pca`): no other path of that rank comes nearer. Sources: LQER (arXiv:2402.02446) scales the error by
 the inputs' mean magnitudes, where this takes their whole second moment; the anchored target is ours.
 
+Where the walk names no target (a writer whose output is normalised or scaled before it joins the stream: Gemma 3,
+OLMo 2, Granite), M is the original layer's weight, if it has one of that shape, on the student's own inputs: there a
+student that was trained before is pulled back to its original. Other layers stay as they are, so `plan` tells the most.
+
 Not at 8 bits, where rounding loses next to nothing, and not in place of smaller groups before both were compared at
 equal bytes: a float path of rank k costs 32 k (in + out) bits. First factors of low-rank layers have no counterpart in
 the original and stay as they are; so do layers with integer activations.
@@ -17,7 +21,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from compresskit.errors import CompressKitError
 from compresskit.layers.corrected_linear import CorrectedLinear
@@ -30,6 +34,7 @@ from compresskit.passes.base import PASSES, Pass, TextPart
 from compresskit.student import Student
 from compresskit.surgery.correction_edits import AddCorrection
 from compresskit.surgery.edits import Edit
+from compresskit.surgery.provenance import Provenance
 from compresskit.surgery.sites import Site, find_anatomy, select
 
 #: Of a layer's power: less than this is no error to correct.
@@ -48,6 +53,8 @@ class LowRankCorrection(Pass):
     )
 
     needs: ClassVar[frozenset[TextPart]] = frozenset({"calibration"})
+    version: ClassVar[int] = 2
+    plans_at_most: ClassVar[bool] = True
 
     def plan(self, model: nn.Module) -> list[Edit]:
         """One edit for each input site."""
@@ -60,7 +67,7 @@ class LowRankCorrection(Pass):
         """The integer layers by input site, in order of execution.
 
         Raises:
-            CompressKitError: none, or some that have a path already, or that a path would not make smaller than.
+            CompressKitError: none; layers that have a path already; layers with fewer rows or columns than the rank.
         """
         if any(isinstance(module, CorrectedLinear) for module in model.modules()):
             raise CompressKitError("the layers have been corrected already", fix="ask for a higher rank at once")
@@ -103,9 +110,11 @@ class LowRankCorrection(Pass):
         """Walk the blocks on the integers as they are, and repair each site before the next is seen."""
         layers: dict[str, dict[str, Any]] = {}
         uncorrected: list[str] = []
+        provenance = Provenance(student.edits)
 
         def solve(site: Site, moments: SiteMoments) -> None:
-            found = self._correct(student, site, moments)
+            originals = [provenance.original_name(name) for name in site.linears]
+            found = self._correct(student, site, moments, _original_weight(student, originals))
             layers.update(found)
             uncorrected.extend(name for name in site.linears if name not in found)
 
@@ -113,16 +122,23 @@ class LowRankCorrection(Pass):
         return {"layers": layers, "uncorrected": uncorrected}
 
     @torch.no_grad()
-    def _correct(self, student: Student, site: Site, moments: SiteMoments) -> dict[str, dict[str, Any]]:
-        """Add and fill the paths of one site; nothing where the original does not say what it should give."""
+    def _correct(
+        self, student: Student, site: Site, moments: SiteMoments, original: Tensor | None
+    ) -> dict[str, dict[str, Any]]:
+        """Add and fill the paths of one site; nothing where neither the walk nor `original` says what it should give.
+
+        Args:
+            original: the stacked weight (O, I) of the original's layers.
+        """
         modules = [student.model.get_submodule(name) for name in site.linears]
         Q, bias = stacked_weight(modules)
         centred = all(layer_bias(module) is not None for module in modules)
         if bias is not None and not centred:
             moments = moments.without_bias(bias)
         M, mean, _ = fit_weight(Q, moments.fit, moments.held_out, centred=centred)
-        power = squared_error(M, torch.zeros_like(M), mean.C)
-        if squared_error(M, Q, mean.C) <= _NOTHING * power:
+        if _alike(M, Q, mean.C) and original is not None and original.shape == Q.shape:
+            M = original.double()
+        if _alike(M, Q, mean.C):
             return {}
         student.edit(self._edit(site.linears))
         notes: dict[str, dict[str, Any]] = {}
@@ -139,3 +155,13 @@ class LowRankCorrection(Pass):
             before, after = ((float(pca.tail[rank]) / own) ** 0.5 for rank in (0, self.rank))
             notes[name] = {"rank": self.rank, "relative_error": after, "error_before": before}
         return notes
+
+
+def _alike(M: Tensor, Q: Tensor, C: Tensor) -> bool:
+    return squared_error(M, Q, C) <= _NOTHING * squared_error(M, torch.zeros_like(M), C)
+
+
+def _original_weight(student: Student, names: Sequence[str]) -> Tensor | None:
+    """The stacked weight of the original's layers, (O, I); None where it lacks one."""
+    modules = dict(student.reference.named_modules())
+    return stacked_weight([modules[name] for name in names])[0] if all(name in modules for name in names) else None

@@ -30,7 +30,7 @@ from compresskit.layerwise.repair import Repair, Repaired, relative_error, repai
 from compresskit.layerwise.scores import Score, choose_groups, needs_metric
 from compresskit.layerwise.sensitivity import Fisher
 from compresskit.layerwise.walk import SiteMoments, Walk
-from compresskit.layerwise.weights import dense_weight, layer_bias, set_bias, set_weight
+from compresskit.layerwise.weights import dense_weight, layer_bias, require_finite, set_bias, set_weight
 from compresskit.layerwise.width_survey import take_fisher, take_trials
 from compresskit.layerwise.widths import WidthCurve, allocate_widths
 from compresskit.passes.base import PASSES, Pass, TextPart, Trait
@@ -210,6 +210,7 @@ class PruneWidth(Pass):
         notes: dict[str, Any] = {"layers": layers}
         if not parts:
             return notes
+        require_finite(student.model)
         fisher = self._fisher(student, [part for _, part, _ in parts], generator)
         counts = {part.output: count for _, part, count in parts}
         if self.allocation == "per_layer":

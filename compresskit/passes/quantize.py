@@ -77,7 +77,8 @@ class Quantize(Pass):
     group_size: GroupSize = Field(default=32, description="columns that share a scale; channel: a whole row")
     overrides: dict[str, Override] = Field(
         default_factory=dict,
-        description="other bits (or float) and group_size by glob over names, tables' too; the last match counts",
+        description="other bits (or float) and group_size by glob over names, tables' too; the last match "
+        "alone counts: what it leaves out is the pass's own, not an earlier match's",
     )
     act: Literal["none", "int8"] = Field(
         default="none", description="int8: round activations too (ONNX Runtime's fast path)"
@@ -169,7 +170,9 @@ class Quantize(Pass):
 
     def _rest_bytes(self, model: nn.Module, plan: Plan, bits: int, types: FloatTypes) -> int:
         """Bytes of the student but for the linears of the open sites, which hold `bits`."""
-        sites, student = self._open_sites(plan), copy.deepcopy(model)
+        # The very tensors and no copies: edits put other modules in their place and change none.
+        tensors: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        sites, student = self._open_sites(plan), copy.deepcopy(model, tensors)
         chosen = {name: bits for site in sites for name in site.linears}
         replay(plan_grids(model, replace(self._wanted(), chosen=chosen)).edits(), student)  # type: ignore[arg-type]
         held = sum(held_bytes(model, e, bits) for edits in sites.values() for e in edits)
@@ -178,7 +181,7 @@ class Quantize(Pass):
     def apply(self, student: Student, *, generator: torch.Generator) -> dict[str, Any]:
         """Round tables, then walk the blocks on what the tables became, then round what stands outside."""
         plan = plan_grids(student.model, self._wanted())
-        require_finite(student.model, _names(plan))
+        require_finite(student.model)
         table: dict[str, dict[str, float | int]] = {}
         if self.bits == "auto":
             budget = self._budget(student.model, plan, student.float_types)
@@ -215,21 +218,23 @@ class Quantize(Pass):
         return RoundingProblem(site.linears, target, mean, factors, exact_mean=centred)
 
     def _summary(self, layers: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        """Of another method than rounding to nearest: its mean error, that floor's, and what fell back to it."""
+        """Of another method than rounding to nearest: its mean error, that floor's, and what fell back to it.
+
+        Errors are those on the calibration text, which the method was fitted to.
+        """
         own = [note for note in layers.values() if "rtn_error" in note]
         if not own:
             return {}
         fallen = [name for name, note in layers.items() if "rtn_error" not in note]
         ours, floor = (sum(note[key] for note in own) / len(own) for key in ("relative_error", "rtn_error"))
-        LOG.info("%s: mean error %.4f of a layer's output, rounding to nearest %.4f", self.method, ours, floor)
+        LOG.info(
+            "%s: mean error %.4f of a layer's output on the calibration text, rounding to nearest %.4f",
+            self.method,
+            ours,
+            floor,
+        )
         LOG.info("rounded to nearest, not inside a block: %s", ", ".join(fallen) or "none")
         return {"mean_error": {self.method: ours, "rtn": floor}, "rounded_to_nearest": fallen}
-
-
-def _names(plan: Plan) -> list[str]:
-    """Every matrix that will be rounded."""
-    inside = [name for edits in plan.sites.values() for edit in edits for name in edit.targets]
-    return [*(edit.target for edit in plan.tables), *inside, *(edit.targets[0] for edit in plan.outside)]
 
 
 def smoothing_factors(peak: Tensor, power: float) -> Tensor:

@@ -108,9 +108,10 @@ def plan_grids(model: PreTrainedModel, wanted: Wanted) -> Plan:
     for _, head in tied_heads(model):
         linears.pop(head, None)
     tables = _large_tables(model) if wanted.tables else {}
+    targeted = select(list(linears), wanted.targets)
     for glob in wanted.overrides:
-        select([*linears, *tables], glob, where="overrides")
-    chosen = [name for name in select(list(linears), wanted.targets) if wanted.override(name).bits != "float"]
+        _require_targeted(glob, select([*linears, *tables], glob, where="overrides"), [*targeted, *tables], wanted)
+    chosen = [name for name in targeted if wanted.override(name).bits != "float"]
     within = set(anatomy.linears())
     misfits = _Misfits(wanted)
     inside = [
@@ -130,6 +131,17 @@ def plan_grids(model: PreTrainedModel, wanted: Wanted) -> Plan:
         tuple(table_edits),
         tuple(misfits.names()),
     )
+
+
+def _require_targeted(glob: str, matched: Sequence[str], reached: Sequence[str], wanted: Wanted) -> None:
+    """Refuse an override that would be read by no matrix.
+
+    Raises:
+        CompressKitError: `targets` choose nothing that it matches.
+    """
+    if not set(matched) & set(reached):
+        what = f"{glob!r} matches {len(matched)} layers, {matched[0]!r} first, and targets {wanted.targets!r} choose "
+        raise CompressKitError(f"{what}none of them", where="overrides", fix="widen targets, or leave the override out")
 
 
 def refuse_integers(model: nn.Module) -> None:
@@ -223,7 +235,7 @@ def _table_edits(
             raise CompressKitError(what, where="overrides", fix="say bits: 4 or 8 for tables")
         head = heads.get(name)
         size = _table_group(table, bits == 8 and head is None, said.group_size, wanted)
-        if misfits.accepts_table(name, table, head, size):
+        if misfits.accepts_table(name, table, head, bits, size):
             same = tuple(other for other in tied_modules(model, name) if _looks_up_alike(tables.get(other), table))
             form = {"bits": bits, "group_size": size, "symmetric": wanted.symmetric}
             edits.append(QuantizeEmbedding.model_validate({"target": name, "head": head, "tables": same, **form}))
@@ -273,8 +285,8 @@ class _Misfits:
             return False
         return True
 
-    def accepts_table(self, name: str, table: nn.Embedding, head: str | None, size: int) -> bool:
-        """Whether a table can have groups of `size`; a tied head reads no padding and no rows of one scale."""
+    def accepts_table(self, name: str, table: nn.Embedding, head: str | None, bits: int, size: int) -> bool:
+        """Whether a table can have such codes in groups of `size`; a tied head reads no padding nor rows of a scale."""
         columns = table.embedding_dim
         sizes = " nor ".join(map(str, _OUTSIDE_GROUPS))
         if table_multiplier(table) is None:
@@ -283,6 +295,8 @@ class _Misfits:
             what = (f"group size {size} does not divide the {columns} columns of {name}", "it")
         elif head and not size and columns % _OUTSIDE_GROUPS[-1]:
             what = (f"neither {sizes} divides the {columns} columns of {name}, whose integers {head} reads too", "it")
+        elif bits == 4 and columns % 2:
+            what = (f"tables of 4 bits have an even number of columns, and {name} has {columns}", "it")
         else:
             return True
         self._tables[name] = what

@@ -15,8 +15,8 @@ from compresskit.layers.grid import Codes, encode, find_scales
 from compresskit.layers.int8_linear import Int8Linear
 from compresskit.layers.quant_embedding import QuantEmbedding
 from compresskit.layers.quant_linear import QuantLinear
-from compresskit.layerwise.gptq import Compensation, column_importance, improve, plan_compensation, round_with
-from compresskit.layerwise.moments import MeanMoments
+from compresskit.layerwise.gptq import DAMPING, Compensation, improve, plan_compensation, round_with
+from compresskit.layerwise.moments import MeanMoments, ridged
 from compresskit.layerwise.objective import folded_bias
 from compresskit.layerwise.output_pca import relative_error
 from compresskit.layerwise.weights import row_indices, stacked_weight
@@ -85,7 +85,8 @@ def _prepare(problem: RoundingProblem, method: Method, *, smooth: bool) -> _Prep
     if moment is None:
         return _Prepared(target, None, None)
     compensation = plan_compensation(moment) if method == "gptq" else None
-    return _Prepared(target, column_importance(moment), compensation)
+    damped = ridged(moment, DAMPING) if compensation is None else compensation.moment
+    return _Prepared(target, damped.diagonal().clone(), compensation)
 
 
 def _round_layer(

@@ -1,6 +1,5 @@
 """The same integers in both forms of file, for every width, symmetry and group size."""
 
-import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,10 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from families import task_of, tiny
+from changed_students import quantised_student
+from families import tiny
 from onnx import numpy_helper
-from tiny_tokenizer import make_tokenizer
 
-from compresskit.data import Corpus, Sequences
 from compresskit.errors import CompressKitError
 from compresskit.export import OnnxExport
 from compresskit.export.folder import MODEL_FILE
@@ -23,8 +21,11 @@ from compresskit.export.standard import use_standard_operators
 from compresskit.layers.grid import quantize_weight, unpack
 from compresskit.layers.quant_embedding import QuantEmbedding
 from compresskit.layers.quant_linear import QuantLinear
+from compresskit.passes.bitsandbytes import BitsAndBytes
+from compresskit.passes.low_rank_correction import LowRankCorrection
 from compresskit.passes.quantize import Quantize
 from compresskit.student import Student
+from compresskit.surgery.edits import replay
 
 Exported = tuple[Student, str, Path, dict[str, Any]]
 FAST: dict[str, Any] = {"baselines": False, "rounds": 3, "threads": 1, "texts": 16}
@@ -42,24 +43,11 @@ OVERRIDES = {
 }
 
 
-def _student(family: str, **options: Any) -> Student:
-    """A quantised tiny model whose vocabulary is the tokenizer's."""
-    tokenizer = make_tokenizer()
-    draw = torch.Generator().manual_seed(0)
-    rows = [torch.randint(5, 90, (n,), generator=draw).tolist() for n in (4, 9, 13, 6, 20, 11, 7, 16)]
-    texts = Sequences(rows, 0)
-    original = tiny(family, vocab_size=len(tokenizer))
-    corpus = Corpus(texts, texts, texts, "test")
-    student = Student(copy.deepcopy(original), original, tokenizer, task_of(family), corpus)
-    Quantize(**{"anchor": 0, "embeddings": None, **options}).apply(student, generator=torch.Generator())
-    return student
-
-
 @pytest.fixture(scope="module", params=[(s, t) for s in (False, True) for t in ("ort", "standard")], ids=str)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """A BERT of every grid, symmetric or not, in one form of file; read only."""
     symmetric, target = request.param
-    student = _student("bert", symmetric=symmetric, group_size=16, overrides=OVERRIDES)
+    student = quantised_student("bert", symmetric=symmetric, group_size=16, overrides=OVERRIDES)
     folder = tmp_path_factory.mktemp("grids") / "onnx"
     return student, target, folder, OnnxExport(target=target, accuracy_level=0, **FAST).write(student, folder)
 
@@ -164,7 +152,7 @@ def _bytes(tensor: onnx.TensorProto) -> float:
     ("family", "bits", "symmetric"), [("llama", 4, None), ("llama", 8, None), ("qwen3", 4, True), ("qwen3", 8, False)]
 )
 def test_tables_and_heads_of_a_standard_file_are_the_students(family, bits, symmetric, tmp_path):
-    student = _student(family, bits=bits, symmetric=symmetric, group_size=16, embeddings=bits)
+    student = quantised_student(family, bits=bits, symmetric=symmetric, group_size=16, embeddings=bits)
     entry = OnnxExport(target="standard", **FAST).write(student, tmp_path / "onnx")
     assert entry["parity"]["relative_error"] <= 1e-5
     assert not [name for name in entry["operators"] if "::" in name]
@@ -179,7 +167,7 @@ def test_tables_and_heads_of_a_standard_file_are_the_students(family, bits, symm
 
 
 def test_columns_that_are_padded_are_padded_nowhere_in_the_file(tmp_path):
-    student = _student("bert", bits=4, group_size=64, on_misfit="pad")
+    student = quantised_student("bert", bits=4, group_size=64, on_misfit="pad")
     assert 32 in {layer.in_features for layer in student.model.modules() if isinstance(layer, QuantLinear)}
     for target in ("ort", "standard"):
         entry = OnnxExport(target=target, accuracy_level=0, **FAST).write(student, tmp_path / target)
@@ -189,18 +177,53 @@ def test_columns_that_are_padded_are_padded_nowhere_in_the_file(tmp_path):
 
 
 def test_a_standard_file_is_proven_exactly_and_told_as_sessions_run_it(tmp_path):
-    student = _student("bert", bits=8, group_size=16)
+    student = quantised_student("bert", bits=8, group_size=16)
     entry = OnnxExport(target="standard", **FAST).write(student, tmp_path / "onnx")
     assert entry["parity"]["relative_error"] <= 1e-5 < entry["parity"]["shipped"]["relative_error"]
 
 
 def test_integer_activations_and_old_operator_sets_have_no_standard_form(tmp_path):
-    student = _student("bert", bits=8, group_size="channel", act="int8")
-    with pytest.raises(CompressKitError, match="MatMulIntegerToFloat belong to ONNX Runtime"):
+    student = quantised_student("bert", bits=8, group_size="channel", act="int8")
+    with pytest.raises(CompressKitError, match=r"MatMulIntegerToFloat \(.*\) belong to ONNX Runtime"):
         OnnxExport(target="standard", **FAST).write(student, tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()
     with pytest.raises(ValueError, match="needs opset 21 or later"):
         OnnxExport(target="standard", opset=20)
+
+
+@pytest.mark.parametrize(
+    ("step", "operator"),
+    [
+        (Quantize(bits=8, group_size="channel", act="int8"), "MatMulIntegerToFloat"),
+        (BitsAndBytes(on_misfit="keep"), "MatMulBnb4"),
+    ],
+)
+def test_check_refuses_layers_without_a_standard_form_before_anything_is_computed(step, operator):
+    planned = tiny("bert").to("meta")
+    replay(step.plan(planned), planned)
+    OnnxExport().check(planned, "feature-extraction")
+    with pytest.raises(CompressKitError, match=f"{operator} .* belong to ONNX Runtime") as caught:
+        OnnxExport(target="standard").check(planned, "feature-extraction")
+    assert caught.value.where == "target"
+    assert "encoder.layer.0." in str(caught.value)
+
+
+def test_llm_int8_and_corrected_layers_have_a_standard_form():
+    for steps in ([BitsAndBytes(format="int8")], [Quantize(bits=4, group_size=16), LowRankCorrection(rank=2)]):
+        planned = tiny("bert").to("meta")
+        for step in steps:
+            replay(step.plan(planned), planned)
+        OnnxExport(target="standard").check(planned, "feature-extraction")
+
+
+def test_a_graph_with_an_operator_of_onnx_runtime_is_refused():
+    """The same rule, of what no layer of ours brought."""
+    floats = ir.TensorType(ir.DataType.FLOAT)
+    x = ir.Value(name="x", type=floats, shape=ir.Shape(["n", 4]))
+    node = ir.node("Gelu", [x], domain="com.microsoft")
+    graph = ir.Graph([x], node.outputs, nodes=[node], opset_imports={"": 21, "com.microsoft": 1})
+    with pytest.raises(CompressKitError, match=r"com\.microsoft::Gelu belong to ONNX Runtime"):
+        use_standard_operators(ir.Model(graph, ir_version=10))
 
 
 def test_scales_of_rows_are_read_where_the_exporter_left_them_to_be_repeated():

@@ -67,7 +67,7 @@ def test_clip_search_is_never_worse_in_any_group(bits: int, group_size: int, wei
         restored, _ = _restored(weight, bits, group_size, clip_points=points, column_weight=importance)
         error = (restored.double() - weight.double()).square() * importance
         errors.append(error.unflatten(1, (count_groups(48, group_size), -1)).sum(-1))
-    # The search compares in float64, the result is decoded in float32.
+    # The search compares in float32, where errors closer than its rounding count as equal.
     assert (errors[1] <= errors[0] * (1 + 1e-5) + 1e-12).all()
     if bits == 4:
         assert errors[1].sum() < errors[0].sum()

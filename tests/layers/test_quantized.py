@@ -127,7 +127,7 @@ def test_integer_product_equals_onnx_runtime_to_the_last_bit(columns: int, rows:
     run, _ = _in_onnx_runtime(layer, torch.randn(2, 3, columns))
     for shape, shift in (((1, 1), 0.0), ((3, 17), 5.0), ((8, 5), -0.3), ((2, 2), 0.0)):
         x = torch.randn(*shape, columns) + shift
-        np.testing.assert_allclose(run(x), layer(x).detach().numpy(), rtol=1e-6, atol=1e-6)
+        assert np.array_equal(run(x), layer(x).detach().numpy())
 
 
 def test_activations_are_rounded_as_dynamic_quantize_linear_rounds_them() -> None:
@@ -204,6 +204,25 @@ def test_short_last_groups_and_other_symmetries_keep_their_integers(bits: int, s
     x = torch.randn(3, 7, 40)
     expected = layer(x).detach().numpy()
     assert np.linalg.norm(run(x) - expected) <= 1e-5 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_codes_of_the_other_symmetry_are_refused(symmetric: bool) -> None:
+    layers: list[tuple[int, QuantLinear | QuantEmbedding | Int8Linear]] = [
+        (4, QuantLinear(32, 8, bits=4, group_size=16, symmetric=symmetric, bias=False)),
+        (8, QuantLinear(32, 8, bits=8, group_size=16, symmetric=symmetric, bias=False)),
+        (4, QuantEmbedding(8, 32, bits=4, group_size=16, symmetric=symmetric)),
+        (8, QuantEmbedding(8, 32, bits=8, group_size=16, symmetric=symmetric)),
+    ]
+    if symmetric:
+        layers.append((8, Int8Linear(32, 8, bias=False)))
+    for bits, layer in layers:
+        size = 0 if isinstance(layer, Int8Linear) else 16
+        layer.set_codes(_codes(8, 32, bits, size, symmetric))
+        before = layer.dequantize()
+        with pytest.raises(ValueError, match="quantise with its `symmetric`"):
+            layer.set_codes(_codes(8, 32, bits, size, not symmetric))
+        assert torch.equal(layer.dequantize(), before)
 
 
 def test_layers_refuse_what_their_operators_cannot_read() -> None:

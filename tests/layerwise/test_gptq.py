@@ -30,7 +30,7 @@ def _quantized(
 ) -> Codes:
     """M rounded by GPTQ, on the grid that a quantised layer gets."""
     grid: dict[str, int] = {"bits": bits, "group_size": group_size}
-    scales, zeros = find_scales(target, symmetric=symmetric, column_weight=plan.importance, **grid)
+    scales, zeros = find_scales(target, symmetric=symmetric, column_weight=plan.moment.diagonal(), **grid)
     return Codes(round_with(plan, target, scales, zeros, **grid), scales, zeros)
 
 
@@ -59,7 +59,7 @@ def test_errors_under_the_moment_are_less_than_those_of_rounding_to_nearest(bits
         grid = {"bits": bits, "group_size": size, "symmetric": symmetric}
         plan = plan_compensation(moment)
         ours = _quantized(weight, plan, **grid)
-        nearest = quantize_weight(weight, column_weight=plan.importance, **grid)
+        nearest = quantize_weight(weight, column_weight=plan.moment.diagonal(), **grid)
         assert _error(weight, ours, moment, bits, size) < _error(weight, nearest, moment, bits, size)
 
 
@@ -70,7 +70,7 @@ def test_on_tiny_problems_it_mostly_finds_the_best_of_all_roundings():
         weight, moment = _problem(seed, rows=1, columns=4)
         plan = plan_compensation(moment, damping=1e-6)
         codes = _quantized(weight, plan, bits=3, group_size=0)
-        nearest = quantize_weight(weight, bits=3, group_size=0, column_weight=plan.importance)
+        nearest = quantize_weight(weight, bits=3, group_size=0, column_weight=plan.moment.diagonal())
         assert codes.zeros is not None
         every = torch.tensor(list(product(range(8), repeat=4)), dtype=torch.float64)
         gaps = weight - (every - codes.zeros.double()) * codes.scales.double()
@@ -96,7 +96,7 @@ def test_scales_belong_to_neighbouring_columns_whatever_the_order():
     plan = plan_compensation(moment)
     codes = _quantized(weight, plan, bits=4, group_size=16)
     assert not torch.equal(plan.order, torch.arange(48))
-    nearest = quantize_weight(weight, bits=4, group_size=16, column_weight=plan.importance)
+    nearest = quantize_weight(weight, bits=4, group_size=16, column_weight=plan.moment.diagonal())
     assert torch.equal(codes.scales, nearest.scales)
     assert torch.equal(codes.zeros, nearest.zeros)
 

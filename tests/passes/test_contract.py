@@ -53,6 +53,8 @@ BEFORE: dict[str, list[Pass]] = {"low_rank_correction": [Quantize(bits=4, group_
 FAMILIES = {"prune_filters": ("resnet",)} | dict.fromkeys(
     ("prune_width", "prune_vocab", "bitsandbytes"), ("bert", "llama")
 )
+# Gemma's writers are normalised before they join the stream.
+FAMILIES["low_rank_correction"] = ("bert", "llama", "t5", "gemma3")
 CASES = [
     (kind, options, family)
     for kind, many in EXAMPLES.items()

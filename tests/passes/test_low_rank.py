@@ -379,7 +379,7 @@ def test_multiples_of_ranks_that_no_layer_has_are_refused_by_shapes():
 def test_weights_that_are_not_finite_are_named():
     student = tiny_student("llama")
     student.model.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
-    with pytest.raises(CompressKitError, match=r"NaN or infinite:\n    model.layers.1.mlp.up_proj: 1 of"):
+    with pytest.raises(CompressKitError, match=r"NaN or infinite:\n    model.layers.1.mlp.up_proj.weight: 1 of"):
         LowRank(keep=0.5).apply(student, generator=torch.Generator())
 
 

@@ -312,3 +312,16 @@ def test_blocks_that_are_shared_are_refused():
     config = AlbertConfig(**ENCODER_SHAPE, embedding_size=16)
     with pytest.raises(CompressKitError, match="runs more than once"):
         prune(keep=0.5).plan(AutoModel.from_config(config))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("layers.0.mlp.up_proj.weight", "nan"), ("layers.1.input_layernorm.weight", "inf"), ("norm.weight", "nan")],
+)
+@pytest.mark.parametrize("score", ["leverage", "taylor"])
+def test_numbers_that_are_not_finite_are_refused_by_name_before_anything_is_cut(name, value, score):
+    student = tiny_student("llama")
+    student.model.model.get_parameter(name).data[1] = float(value)
+    with pytest.raises(CompressKitError, match=f"1 tensors have values that are NaN or infinite:\n    model.{name}: "):
+        prune(keep=0.5, score=score).apply(student, generator=torch.Generator())
+    assert student.edits == []

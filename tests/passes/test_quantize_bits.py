@@ -66,6 +66,21 @@ def test_the_whole_student_fits_into_a_budget_of_bytes():
     assert 0.9 * budget < state_dict_bytes(student.model) <= budget
 
 
+def test_a_budget_of_bytes_copies_no_tensor_of_the_student(monkeypatch):
+    model = tiny("llama")
+    before = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    float_tensors = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    copies = []
+    copy_parameter, copy_tensor = torch.nn.Parameter.__deepcopy__, torch.Tensor.__deepcopy__
+    for kind, plain in ((torch.nn.Parameter, copy_parameter), (torch.Tensor, copy_tensor)):
+        monkeypatch.setattr(
+            kind, "__deepcopy__", lambda one, memo, plain=plain: (copies.append(id(one)), plain(one, memo))[1]
+        )
+    assert Quantize.model_validate(AUTO | {"budget_bytes": 60_000}).plan(model)
+    assert not float_tensors & set(copies)
+    assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == before
+
+
 def test_an_override_is_no_part_of_the_choice():
     student, notes = _done(mean_bits=4.0, overrides={"*v_proj": {"bits": 8}})
     bits = _bits(student)
