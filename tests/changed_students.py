@@ -100,6 +100,8 @@ def quantize_linears(student: Student, names: list[str], **options) -> None:
             clip_points=1,  # type: ignore[arg-type]
         )
         new.set_codes(values)  # type: ignore[operator]
+        if options.get("act") == "int8_static":
+            new.set_input_range(torch.tensor(-4.0), torch.tensor(4.0))  # type: ignore[operator]
         if linear.bias is not None:
             new.bias.data.copy_(linear.bias.data)  # type: ignore[arg-type, union-attr]
 

@@ -80,6 +80,11 @@ KINDS: dict[str, tuple[str, list[dict[str, Any]], type[nn.Module]]] = {
     "table": ("llama", [{"kind": "quantize", "bits": 8, "group_size": 16, "targets": "*q_proj"}], QuantEmbedding),
     "rows": ("gemma3", [{"kind": "quantize", "bits": 8, "group_size": "channel", "embeddings": 4}], QuantEmbedding),
     "int8": ("bert", [{"kind": "quantize", "bits": 8, "group_size": "channel", "act": "int8"}], Int8Linear),
+    "int8 static": (
+        "bert",
+        [{"kind": "quantize", "bits": 8, "group_size": "channel", "act": "int8_static"}],
+        Int8Linear,
+    ),
     "t5": ("t5", [{"kind": "quantize", **GROUPS}], QuantLinear),
     "t5 int8": ("t5", [{"kind": "quantize", "bits": 8, "group_size": "channel", "act": "int8"}], Int8Linear),
     "pivoted": ("llama", [{"kind": "low_rank", "keep": 0.7, "round_to": 4}], PivotedLinear),
@@ -155,7 +160,7 @@ def test_a_student_in_float32_loads_in_bfloat16_too(kind: str, tmp_path: Path) -
     assert apart(found, answer(student.model)) < 0.03
 
 
-@pytest.mark.parametrize("kind", ["grouped", "rows", "int8", "nf4", "llm.int8"])
+@pytest.mark.parametrize("kind", ["grouped", "rows", "int8", "int8 static", "nf4", "llm.int8"])
 def test_a_student_can_be_cast_scales_and_all(kind: str) -> None:
     family, passes, _ = KINDS[kind]
     model = changed(torch.float32, family, *passes).model

@@ -151,7 +151,7 @@ def _view(graph: ir.Graph, first: ir.Value, second: ir.Value) -> ir.Node | None:
 def rounding_points(model: ir.Model) -> dict[str, str]:
     """For each layer that rounds its input to 8 bits, the name of the float value that the layer reads."""
     points: dict[str, str] = {}
-    for node in _nodes(model, "DynamicQuantizeLinear"):
+    for node in (*_nodes(model, "DynamicQuantizeLinear"), *_nodes(model, "QuantizeLinear")):
         source = node.inputs[0]
         for user, slot in node.outputs[0].uses():
             if source is None or slot != 0:

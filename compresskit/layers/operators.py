@@ -151,11 +151,35 @@ def dynamic_matmul(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None
         dtypes=(torch.uint8, torch.float32, torch.uint8),
         shapes=(x.shape, (), ()),
     )
+    return _integer_product(quantized, scale, zero, codes, scales, bias)
+
+
+def static_matmul(x: Tensor, scale: Tensor, zero: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """x rounded to uint8 on a grid that is given, times int8 codes, as float32 (…, out).
+
+    One product of 384 × 1536 by ONNX Runtime 1.31: 0.9 to 1 times the dynamic form's time; QuantizeLinear and
+    DequantizeLinear around a MatMul 1 to 1.2 times; QuantizeLinear with a scale a column, which would make factors
+    before it needless, 3 to 10 times.
+
+    Args:
+        x: (…, in) float32.
+        scale, zero: scalars, float32 and uint8.
+        codes, scales, bias: as in `dynamic_matmul`.
+    """
+    quantized = torch.onnx.ops.symbolic(
+        "QuantizeLinear", [x, scale, zero], dtype=torch.uint8, shape=x.shape, version=None
+    )
+    return _integer_product(quantized, scale, zero, codes, scales, bias)
+
+
+def _integer_product(
+    quantized: Tensor, scale: Tensor, zero: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None
+) -> Tensor:
     inputs = [quantized, codes, scale, scales, zero, None, bias]
     return torch.onnx.ops.symbolic(
         "com.microsoft::MatMulIntegerToFloat",
         inputs if bias is not None else inputs[:5],
         dtype=torch.float32,
-        shape=(*x.shape[:-1], codes.shape[1]),
+        shape=(*quantized.shape[:-1], codes.shape[1]),
         version=1,
     )

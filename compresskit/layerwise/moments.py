@@ -22,7 +22,7 @@ class Moments:
     Attributes:
         count: N.
         x: Σ x, (I,). t: Σ t, (O,). xx: Σ x xᵀ, (I, I). tx: Σ t xᵀ, (O, I). tt: Σ ‖t‖². All float64.
-        peak: the greatest |x| of each input, (I,) float64.
+        low, high: the least and the greatest x of each input, and 0 where all lie on one side of it, (I,) float64.
     """
 
     count: int
@@ -31,7 +31,8 @@ class Moments:
     xx: Tensor
     tx: Tensor
     tt: float
-    peak: Tensor
+    low: Tensor
+    high: Tensor
 
     @classmethod
     def zeros(cls, in_features: int, out_features: int) -> "Moments":
@@ -44,6 +45,7 @@ class Moments:
             zeros(in_features, in_features),
             zeros(out_features, in_features),
             0.0,
+            zeros(in_features),
             zeros(in_features),
         )
 
@@ -62,7 +64,8 @@ class Moments:
         self.x += x.sum(0)
         self.xx.addmm_(x.T, x)
         if len(x):
-            self.peak = torch.maximum(self.peak, x.abs().amax(0))
+            self.low = torch.minimum(self.low, x.amin(0))
+            self.high = torch.maximum(self.high, x.amax(0))
 
     def with_linear_target(self, weight: Tensor, bias: Tensor | None) -> "Moments":
         """The moments for t = W x + b, exactly, from the input's sums: W (O, I), b (O,)."""
@@ -71,7 +74,7 @@ class Moments:
         Wx = W @ self.x
         tx = W @ self.xx + torch.outer(b, self.x)
         tt = float((tx * W).sum() + b @ Wx + self.count * (b @ b))
-        return Moments(self.count, self.x, Wx + self.count * b, self.xx, tx, tt, self.peak)
+        return Moments(self.count, self.x, Wx + self.count * b, self.xx, tx, tt, self.low, self.high)
 
     def without_bias(self, bias: Tensor) -> "Moments":
         """The moments for the target t − b, of a layer whose bias b (O,) stays as it is."""
@@ -88,8 +91,14 @@ class Moments:
             self.xx + other.xx,
             self.tx + other.tx,
             self.tt + other.tt,
-            torch.maximum(self.peak, other.peak),
+            torch.minimum(self.low, other.low),
+            torch.maximum(self.high, other.high),
         )
+
+    @property
+    def peak(self) -> Tensor:
+        """The greatest |x| of each input, (I,) float64."""
+        return torch.maximum(-self.low, self.high)
 
     def mean(self, *, centred: bool) -> "MeanMoments":
         """Per-token moments, about the means or about zero.

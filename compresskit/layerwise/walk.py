@@ -58,6 +58,11 @@ class SiteMoments:
         return self.fit + self.held_out
 
     @property
+    def span(self) -> tuple[Tensor, Tensor]:
+        """The least and the greatest x of each input, zero between them, (I,) float64."""
+        return torch.minimum(self.fit.low, self.held_out.low), torch.maximum(self.fit.high, self.held_out.high)
+
+    @property
     def peak(self) -> Tensor:
         """The greatest |x| of each input, (I,) float64."""
         return torch.maximum(self.fit.peak, self.held_out.peak)

@@ -65,7 +65,7 @@ class Wanted:
     targets: str
     tables: int | None
     overrides: Mapping[str, Override]
-    act: Literal["none", "int8"]
+    act: Literal["none", "int8", "int8_static"]
     smooth: bool
     on_misfit: Misfit
     chosen: Mapping[str, int] = field(default_factory=dict)

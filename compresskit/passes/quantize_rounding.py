@@ -35,6 +35,7 @@ class RoundingProblem:
         target: M (O, I) float64, stacked.
         mean: moments of the input; None where nothing is known of it.
         smooth: (I,) factors by which integer layers multiply their input; None for none.
+        span: (I,) least and greatest value of each input, before factors; None where nothing is known of them.
         exact_mean: whether biases make the layers exact in the mean; else they stay.
     """
 
@@ -42,6 +43,7 @@ class RoundingProblem:
     target: Tensor
     mean: MeanMoments | None = None
     smooth: Tensor | None = None
+    span: tuple[Tensor, Tensor] | None = None
     exact_mean: bool = False
 
 
@@ -62,6 +64,8 @@ def round_site(
             assert isinstance(new, QuantLinear | Int8Linear)
             if isinstance(new, Int8Linear) and new.smooth is not None and problem.smooth is not None:
                 new.smooth.copy_(problem.smooth)
+            if edit.act == "int8_static" and isinstance(new, Int8Linear) and problem.span is not None:
+                new.set_input_range(*problem.span)
             notes[name] = _round_layer(new, edit, ready[edit.smooth], problem, rows[name])
             _keep_or_fold_bias(old, new, problem, rows[name])
     return notes

@@ -172,7 +172,7 @@ class MakeLowRank(Replacing):
 
 @EDITS.add
 class QuantizeLinears(Replacing):
-    """Hold linears as integers: weight-only in groups, or int8 weights with dynamic int8 activations."""
+    """Hold linears as integers: weight-only in groups, or int8 weights with int8 activations."""
 
     kind: Literal["quantize_linears"] = "quantize_linears"
     targets: tuple[str, ...]
@@ -181,7 +181,8 @@ class QuantizeLinears(Replacing):
     group_size: int
     #: whether the middle code stands for zero; None: for 8 bits
     symmetric: bool | None = None
-    act: Literal["none", "int8"] = "none"
+    #: int8: activations are rounded in the range of each call; int8_static: in one that is stored
+    act: Literal["none", "int8", "int8_static"] = "none"
     #: of int8 activations: each input is multiplied by a factor of its own before it is rounded
     smooth: bool = False
 
@@ -190,8 +191,11 @@ class QuantizeLinears(Replacing):
         for name in self.targets:
             old = self._linear(model, name)
             shape: dict[str, Any] = {"bias": old.bias is not None, "device": old.weight.device}
-            if self.act == "int8":
-                new: nn.Module = Int8Linear(old.in_features, old.out_features, smooth=self.smooth, **shape)
+            if self.act != "none":
+                static = self.act == "int8_static"
+                new: nn.Module = Int8Linear(
+                    old.in_features, old.out_features, smooth=self.smooth, static=static, **shape
+                )
             else:
                 grid: dict[str, Any] = {
                     "bits": self.bits,

@@ -57,6 +57,9 @@ CHANGES: dict[str, Callable[[Student], None]] = {
     "weights4_rows": lambda student: quantize_linears(student, linears(student), bits=4, group_size=0),
     "weights3": lambda student: quantize_linears(student, linears(student), bits=3, group_size=16),
     "integers": lambda student: quantize_linears(student, linears(student), bits=8, group_size=0, act="int8"),
+    "static integers": lambda student: quantize_linears(
+        student, linears(student), bits=8, group_size=0, act="int8_static"
+    ),
     "table8": lambda student: _table(student, 8),
     "table4": lambda student: _table(student, 4),
 }

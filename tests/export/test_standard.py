@@ -182,8 +182,9 @@ def test_a_standard_file_is_proven_exactly_and_told_as_sessions_run_it(tmp_path)
     assert entry["parity"]["relative_error"] <= 1e-5 < entry["parity"]["shipped"]["relative_error"]
 
 
-def test_integer_activations_and_old_operator_sets_have_no_standard_form(tmp_path):
-    student = quantised_student("bert", bits=8, group_size="channel", act="int8")
+@pytest.mark.parametrize("act", ["int8", "int8_static"])
+def test_integer_activations_and_old_operator_sets_have_no_standard_form(tmp_path, act):
+    student = quantised_student("bert", bits=8, group_size="channel", act=act)
     with pytest.raises(CompressKitError, match=r"MatMulIntegerToFloat \(.*\) belong to ONNX Runtime"):
         OnnxExport(target="standard", **FAST).write(student, tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()

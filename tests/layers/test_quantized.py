@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from compresskit.export.trace import quiet_exporters
 from compresskit.layers.grid import Codes, quantize_weight
-from compresskit.layers.int8_linear import Int8Linear, multiply_exactly, quantize_dynamic
+from compresskit.layers.int8_linear import Int8Linear, input_grid, multiply_exactly, quantize_dynamic, quantize_static
 from compresskit.layers.quant_embedding import QuantEmbedding
 from compresskit.layers.quant_linear import QuantLinear
 
@@ -36,11 +36,15 @@ def _table(width: int, bits: int, group_size: int) -> QuantEmbedding:
     return table
 
 
-def _int8(columns: int, rows: int) -> Int8Linear:
-    layer = Int8Linear(columns, rows, bias=True)
+def _int8(columns: int, rows: int, *, static: bool = False, smooth: bool = False) -> Int8Linear:
+    layer = Int8Linear(columns, rows, bias=True, static=static, smooth=smooth)
     layer.set_codes(_codes(rows, columns, 8, 0))
     with torch.no_grad():
         layer.bias.normal_()  # type: ignore[union-attr]
+    if layer.smooth is not None:
+        layer.smooth.copy_(torch.linspace(0.5, 2, columns))
+    if static:
+        layer.set_input_range(torch.linspace(-1, -2, columns), torch.linspace(2, 3, columns))
     return layer
 
 
@@ -61,6 +65,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "table4": lambda: _table(64, 4, 32),
     "table8": lambda: _table(64, 8, 0),
     "int8": lambda: _int8(33, 7),
+    "int8_static": lambda: _int8(33, 7, static=True),
 }
 EMPTY: dict[str, Callable[[str], nn.Module]] = {
     "linear4": lambda device: QuantLinear(64, 24, bits=4, group_size=16, bias=True, device=device),
@@ -68,6 +73,7 @@ EMPTY: dict[str, Callable[[str], nn.Module]] = {
     "table4": lambda device: QuantEmbedding(40, 64, bits=4, group_size=32, device=device),
     "table8": lambda device: QuantEmbedding(40, 64, bits=8, group_size=0, device=device),
     "int8": lambda device: Int8Linear(33, 7, bias=True, device=device),
+    "int8_static": lambda device: Int8Linear(33, 7, bias=True, static=True, device=device),
 }
 
 
@@ -76,6 +82,7 @@ def test_state_dict_round_trip_is_exact(name: str) -> None:
     layer, empty = LAYERS[name](), EMPTY[name]("cpu")
     empty.load_state_dict(layer.state_dict())
     assert torch.equal(empty.dequantize(), layer.dequantize())  # type: ignore[operator]
+    assert all(torch.equal(value, empty.state_dict()[key]) for key, value in layer.state_dict().items())
     assert layer.dequantize().abs().sum() > 0  # type: ignore[operator]
 
 
@@ -121,10 +128,15 @@ def test_gather_block_quantized_gives_exactly_the_rows_of_the_table(width: int, 
         assert torch.equal(table(ids), table.dequantize()[ids])
 
 
+@pytest.mark.parametrize(("static", "smooth"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize(("columns", "rows"), [(33, 7), (1600, 12)])
-def test_integer_product_equals_onnx_runtime_to_the_last_bit(columns: int, rows: int) -> None:
-    layer = _int8(columns, rows)
-    run, _ = _in_onnx_runtime(layer, torch.randn(2, 3, columns))
+def test_integer_product_equals_onnx_runtime_to_the_last_bit(
+    columns: int, rows: int, static: bool, smooth: bool
+) -> None:
+    layer = _int8(columns, rows, static=static, smooth=smooth)
+    run, proto = _in_onnx_runtime(layer, torch.randn(2, 3, columns))
+    rounding = "QuantizeLinear" if static else "DynamicQuantizeLinear"
+    assert {node.op_type for node in proto.graph.node} - {"Mul"} == {rounding, "MatMulIntegerToFloat"}
     for shape, shift in (((1, 1), 0.0), ((3, 17), 5.0), ((8, 5), -0.3), ((2, 2), 0.0)):
         x = torch.randn(*shape, columns) + shift
         assert np.array_equal(run(x), layer(x).detach().numpy())
@@ -142,6 +154,40 @@ def test_activations_are_rounded_as_dynamic_quantize_linear_rounds_them() -> Non
         expected = session.run(None, {"x": x.numpy()})
         for got, truth in zip(quantize_dynamic(x), expected, strict=True):
             assert np.array_equal(got.numpy(), np.asarray(truth).astype(np.float32))
+
+
+def test_a_fixed_range_is_rounded_as_quantize_linear_rounds_it() -> None:
+    floats, bytes_ = onnx.TensorProto.FLOAT, onnx.TensorProto.UINT8
+    inputs = [onnx.helper.make_tensor_value_info(n, t, s) for n, t, s in (("x", floats, [None]), ("s", floats, []))]
+    inputs.append(onnx.helper.make_tensor_value_info("z", bytes_, []))
+    node = onnx.helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"])
+    graph = onnx.helper.make_graph([node], "g", inputs, [onnx.helper.make_tensor_value_info("q", bytes_, None)])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    x = torch.cat([torch.randn(1000) * 3, torch.arange(-300, 300, 0.5), torch.tensor([1e30, -1e30])])
+    for low, high in ((-3.0, 252.0), (-1.0, 1.5), (0.5, 2.0), (-2.0, -1.0), (0.0, 0.0)):
+        scale, zero = input_grid(torch.tensor(low), torch.tensor(high))
+        feed = {"x": x.numpy(), "s": scale.numpy(), "z": zero.to(torch.uint8).numpy()}
+        assert np.array_equal(quantize_static(x, scale, zero).numpy(), np.asarray(session.run(None, feed)[0]))
+
+
+def test_a_fixed_range_holds_what_calibration_showed_and_no_answer_depends_on_its_neighbours() -> None:
+    low, high = -torch.rand(33), torch.rand(33)
+    for smooth in (False, True):
+        layer = _int8(33, 7, static=True, smooth=smooth)
+        layer.set_input_range(low, high)
+        factors = 1.0 if layer.smooth is None else layer.smooth
+        assert layer.input_scale is not None
+        assert layer.input_zero is not None
+        shown = torch.stack([low, high]) * factors
+        reach = (torch.tensor([0.0, 255.0]) - layer.input_zero) * layer.input_scale
+        assert float(reach[0]) == pytest.approx(float(shown.min()), abs=float(layer.input_scale))
+        assert float(reach[1]) == pytest.approx(float(shown.max()), abs=float(layer.input_scale))
+        x = torch.randn(2, 5, 33)
+        x[1] *= 10
+        assert torch.equal(layer(x)[:1], layer(x[:1]))
+        dynamic = _int8(33, 7, smooth=smooth)
+        assert not torch.equal(dynamic(x)[:1], dynamic(x[:1]))
 
 
 def test_integer_sums_are_exact_at_their_largest() -> None:

@@ -52,6 +52,8 @@ def test_unanchored_moments_are_those_of_the_student(family):
         torch.testing.assert_close(moments.all.xx, x.T @ x, rtol=1e-4, atol=1e-3)
         torch.testing.assert_close(moments.all.tx[: y.shape[1]], y.T @ x, rtol=1e-4, atol=1e-2)
         torch.testing.assert_close(moments.all.peak, x.abs().amax(0), rtol=1e-4, atol=1e-5)
+        for found, shown in zip(moments.span, (x.amin(0).clamp(max=0), x.amax(0).clamp(min=0)), strict=True):
+            torch.testing.assert_close(found, shown, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("count", [2, 3])

@@ -32,6 +32,7 @@ from compresskit.surgery.edits import replay
         ({"bits": 8, "group_size": "channel", "symmetric": False}, 0.02),
         ({"bits": 8, "group_size": "channel", "act": "int8"}, 0.06),
         ({"bits": 8, "group_size": "channel", "act": "int8", "method": "gptq"}, 0.06),
+        ({"bits": 8, "group_size": "channel", "act": "int8_static"}, 0.06),
     ],
 )
 def test_the_student_stays_close_and_no_float_matrix_is_left(family, options, bound):
@@ -148,6 +149,9 @@ def test_misfits_stay_float_and_are_listed_on_request():
         ({"group_size": 100}, "100 is not a power of two in 16"),
         ({"act": "int8"}, "needs bits: 8 and group_size: channel"),
         ({"act": "int8", "bits": 4, "group_size": "channel"}, "needs bits: 8"),
+        ({"act": "int8_static", "group_size": 32}, "act: int8_static needs bits: 8 and group_size: channel"),
+        ({"act": "static"}, "Input should be 'none', 'int8' or 'int8_static'"),
+        ({"smooth": 0.4}, "act: int8 or int8_static"),
         ({"act": "int8", "group_size": "channel", "symmetric": False}, "act: int8 has symmetric weights"),
         ({"overrides": {"*key": {"group_size": 24}}}, "24 is not a power of two in 16"),
         ({"overrides": {"*key": {"act": "int8"}}}, "Extra inputs are not permitted"),
@@ -219,10 +223,11 @@ def test_an_error_in_the_smoothed_problem_is_the_error_of_the_same_map(method):
     torch.testing.assert_close(unsmoothed.compensation.moment, ridged(x.T @ x / len(x), DAMPING))
 
 
-def test_smoothing_keeps_one_large_channel_from_taking_the_whole_range():
+@pytest.mark.parametrize("act", ["int8", "int8_static"])
+def test_smoothing_keeps_one_large_channel_from_taking_the_whole_range(act):
     def lost(smooth):
         original, student = _with_an_outlier("llama")
-        options = {"bits": 8, "group_size": "channel", "act": "int8", "embeddings": None, "smooth": smooth}
+        options = {"bits": 8, "group_size": "channel", "act": act, "embeddings": None, "smooth": smooth}
         Quantize(**options).apply(student, generator=torch.Generator())
         return float((answer(student.model) - answer(original)).norm() / answer(original).norm())
 
@@ -239,6 +244,38 @@ def test_attention_outputs_and_weight_only_layers_have_no_factors():
     plain = tiny_student("bert")
     Quantize(bits=8, group_size="channel", act="int8", smooth=0).apply(plain, generator=torch.Generator())
     assert all(m.smooth is None for m in plain.model.modules() if isinstance(m, Int8Linear))
+
+
+@pytest.mark.parametrize("smooth", [0, 0.5])
+def test_a_static_range_is_what_the_calibration_text_shows(smooth, tmp_path):
+    student = tiny_student("bert")
+    Quantize(bits=8, group_size="channel", act="int8_static", smooth=smooth).apply(student, generator=torch.Generator())
+    layers = {n: m for n, m in student.model.named_modules() if isinstance(m, Int8Linear)}
+    seen = {name: torch.zeros(2) for name in layers}
+
+    def watch(name):
+        def hook(module, args):
+            x = args[0] if module.smooth is None else args[0] * module.smooth
+            seen[name] = torch.stack([torch.minimum(seen[name][0], x.min()), torch.maximum(seen[name][1], x.max())])
+
+        return hook
+
+    for name, layer in layers.items():
+        layer.register_forward_pre_hook(watch(name))
+    with torch.no_grad():
+        for row in student.corpus.calibration.rows:
+            student.model(input_ids=torch.tensor([row]))
+    for name, layer in layers.items():
+        low, high = seen[name]
+        # Walked batch by batch, sums differ in their last digits, which may move a step of a layer before.
+        assert float(layer.input_scale) == pytest.approx(float(high - low) / 255, rel=0.02), name
+        assert float(layer.input_zero) == pytest.approx(float(-low / (high - low)) * 255, abs=3), name
+        layer._forward_pre_hooks.clear()
+    save_student(student, tmp_path)
+    model, _ = load_student_model(tmp_path, student.task)
+    assert torch.equal(answer(model), answer(student.model))
+    stored = load_file(tmp_path / "model.safetensors")
+    assert sum(key.endswith("input_scale") for key in stored) == sum(key.endswith("input_zero") for key in stored) == 12
 
 
 def test_a_table_that_no_group_divides_has_one_scale_a_row():
