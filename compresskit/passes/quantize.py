@@ -11,14 +11,14 @@ still to come make good what each rounding lost, which pays at 4 bits and below.
 width at which it loses least under one budget for all (`passes.quantize_bits`). Linears outside the blocks (poolers,
 heads) and tables are rounded to nearest, weight-only; a head tied to a table reads the same integers.
 
-Weight-only files are small but, on most CPUs, hardly faster; integer activations are fast, and pay with one shared
-scale per tensor; the factors m, moved into the weights, even out the channels before that (SmoothQuant,
-arXiv:2211.10438). Departure: factors follow the activations alone; divided by the weights' peaks too, as in the paper,
-they gained nothing on all-MiniLM-L6-v2. An attention's output projection is left without factors: it reads averages,
-whose channels are even enough. `int8` takes s and z from each call's input, `int8_static` from the least and greatest
-value of the calibration text: a percentile of 1e-5 was no better on all-MiniLM-L6-v2, and 1e-4, or the range of least
-squared error, were worse. Not before training: integers have no gradient, so distil first. 3 bits save bytes in the
-checkpoint only: ONNX Runtime has no 3 bits, and gets these integers in 4.
+Weight-only files are small, faster where a decoder writes token by token, and hardly in encoders; integer activations
+are fast, and pay with one shared scale per tensor; the factors m, moved into the weights, even out the channels
+before that (SmoothQuant, arXiv:2211.10438). Departure: factors follow the activations alone; divided by the weights'
+peaks too, as in the paper, they gained nothing on all-MiniLM-L6-v2. An attention's output projection is left without
+factors: it reads averages, whose channels are even enough. `int8` takes s and z from each call's input, `int8_static`
+from the least and greatest value of the calibration text: a percentile of 1e-5 was no better on all-MiniLM-L6-v2, and
+1e-4, or the range of least squared error, were worse. Not before training: integers have no gradient, so distil
+first. 3 bits save bytes in the checkpoint only: ONNX Runtime has no 3 bits, and gets these integers in 4.
 """
 
 import copy
