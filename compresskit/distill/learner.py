@@ -60,7 +60,8 @@ class Learner:
         self.in_blocks = self._in_blocks()
         self.factors = None if options.turns is None else find_factors(student, chosen)
         width: int = student.config.get_text_config().hidden_size
-        self.learning_rate = options.learning_rate or default_learning_rate(width)
+        default = default_learning_rate(width, writes_text=student.can_generate())
+        self.learning_rate = options.learning_rate or default
         self.optimizer = torch.optim.AdamW(
             self.learned.values(), lr=self.learning_rate, weight_decay=options.weight_decay, fused=True
         )

@@ -21,7 +21,7 @@ class TrainingOptions(Config):
     learning_rate: float | None = Field(
         default=None,
         gt=0,
-        description="of AdamW, at its highest; by default 0.2 / width of the hidden states, at most 5e-4",
+        description="of AdamW, at its highest; by default 1e-4, of language models 0.2 / width, at most 5e-4",
     )
     schedule: Literal["cosine", "linear"] = Field(default="cosine", description="how the learning rate falls to 0")
     warmup: float = Field(default=0.1, ge=0, lt=1, description="share of the steps in which the learning rate rises")
@@ -68,13 +68,13 @@ class TrainingOptions(Config):
         return self
 
 
-def default_learning_rate(width: int) -> float:
-    """AdamW's rate for hidden states of `width` numbers: the best one falls as 1 / width (arXiv:2203.03466).
+def default_learning_rate(width: int, *, writes_text: bool) -> float:
+    """AdamW's rate for hidden states of `width` numbers; for language models it falls as 1 / width (arXiv:2203.03466).
 
-    The constant: SmolLM2-135M (width 576) without 6 of its 30 blocks gained more within 25 k tokens at 3e-4 than at
-    1e-4 (`docs/measurements.md`). Narrow models get 5e-4 at most.
+    The constants, each from one model: SmolLM2-135M (width 576) without 6 of its 30 blocks gained more within 25 k
+    tokens at 3e-4 than at 1e-4 or 6e-4, all-MiniLM-L6-v2 with fewer neurons and heads more at 1e-4 than at 5e-4.
     """
-    return min(5e-4, 0.2 / width)
+    return min(5e-4, 0.2 / width) if writes_text else 1e-4
 
 
 def learning_rate_at(step: int, *, steps: int, warmup: float, schedule: str) -> float:

