@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from compresskit.data.sequences import PARTS
 from compresskit.environment import computing_versions, describe_environment
 from compresskit.errors import CompressKitError, RunFailedError
-from compresskit.evaluate import Fidelity, count_parameters, evaluate, state_dict_bytes
+from compresskit.evaluate import Fidelity, checkpoint_bytes, count_parameters, evaluate
 from compresskit.export import EXPORTERS
 from compresskit.job import Job, Prints, prepare, take_prints
 from compresskit.models import ModelSource, load_empty, load_model
@@ -177,7 +177,7 @@ class _Run:
                 "kind": kind,
                 "options": one.model_dump(mode="json", serialize_as_any=True, exclude={"kind"}) if one else {},
                 "params": count_parameters(self.student.model),
-                "size_bytes": state_dict_bytes(self.student.model, self.student.float_types.stored),
+                "size_bytes": checkpoint_bytes(self.student.model, self.original, self.student.edits),
                 "metrics": self._figures(self.student) if self._measures(index) else {},
                 "elapsed_s": round(elapsed_s, 3),
                 "versions": computing_versions(),

@@ -51,6 +51,13 @@ def test_a_pass_that_changes_nothing_is_told(tmp_path: Path) -> None:
     assert forecast.warnings == ("passes[0] (prune_width) changes nothing with these options",)
 
 
+def test_what_stays_float_by_on_misfit_is_told(tmp_path: Path) -> None:
+    shape = ENCODER_SHAPE | {"intermediate_size": 40, "num_hidden_layers": 4}
+    forecast = _foretell(tmp_path, BertConfig(**shape), {"kind": "quantize", "on_misfit": "keep"})
+    named = ", ".join(f"encoder.layer.{index}.output.dense" for index in range(3))
+    assert forecast.warnings == (f"passes[0] (quantize): matrices left as they are: 4 ({named} and 1 more)",)
+
+
 def test_bytes_that_the_text_may_lessen_are_an_upper_bound_from_there_on(tmp_path: Path) -> None:
     passes = [{"kind": "prune_width", "keep": 0.5}, {"kind": "prune_vocab"}, {"kind": "quantize", "group_size": 16}]
     forecast = _foretell(tmp_path, BertConfig(**ENCODER_SHAPE), *passes)
