@@ -178,7 +178,7 @@ class Quantize(Pass):
             if left:
                 found[replace(site, linears=names)] = tuple(left)
         if not found:
-            what = "bits: auto has nothing to choose: overrides give every linear in the blocks its bits, or it is kept"
+            what = "auto has nothing to choose: overrides give every linear in the blocks its bits, or it is kept"
             raise CompressKitError(what, where="bits", fix="say bits: 4 or 8 and leave the budget out")
         return found
 
