@@ -24,7 +24,7 @@ from compresskit.job import prepare
 from compresskit.listing import Listing, Row, describe_pass, list_modules, list_passes
 from compresskit.models import TASKS, find_model, guess_task, load_empty
 from compresskit.recipe import load_recipe
-from compresskit.report import render_table
+from compresskit.report import loading, render_table
 
 #: Environment variable: any value lets unforeseen errors through with their traceback.
 DEBUG_SWITCH = "COMPRESSKIT_DEBUG"
@@ -88,8 +88,7 @@ def check(recipe: RecipePath, settings: Settings = None) -> None:
     parts = (len(part) for part in (text.calibration, text.training, text.evaluation))
     _print("sequences: {} calibration, {} training, {} evaluation".format(*parts))
     _print(f"memory: at least {forecast.memory_bytes / 1e6:,.0f} MB")
-    how = "transformers alone" if forecast.is_stock else "transformers after `import compresskit`"
-    _print(f"the student loads with {how}")
+    _print(f"the student loads with {loading(forecast.loads_with)}")
     for warning in forecast.warnings:
         _say(f"warning: {warning}")
 
@@ -193,6 +192,7 @@ def _quiet_libraries() -> None:
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 class _Notes(logging.Handler):

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from compresskit.data.sequences import PARTS
 from compresskit.environment import computing_versions, describe_environment
 from compresskit.errors import CompressKitError, RunFailedError
-from compresskit.evaluate import Fidelity, count_parameters, evaluate, state_dict_bytes
+from compresskit.evaluate import Fidelity, checkpoint_bytes, count_parameters, evaluate
 from compresskit.export import EXPORTERS
 from compresskit.job import Job, Prints, prepare, take_prints
 from compresskit.models import ModelSource, load_empty, load_model
@@ -170,11 +170,14 @@ class _Run:
             elapsed_s = time.perf_counter() - begun
             self.student.model.eval()
             verify(self.student, self.job.source, is_original=one is None)
+            if one is None and (broken := _not_finite(self.student.model)):
+                names = ", ".join(broken)
+                self.progress(f"warning: {names}: NaN or infinity, which the answer to held-out text does not read")
             record = {
                 "kind": kind,
                 "options": one.model_dump(mode="json", serialize_as_any=True, exclude={"kind"}) if one else {},
                 "params": count_parameters(self.student.model),
-                "size_bytes": state_dict_bytes(self.student.model, self.student.float_types.stored),
+                "size_bytes": checkpoint_bytes(self.student.model, self.original, self.student.edits),
                 "metrics": self._figures(self.student) if self._measures(index) else {},
                 "elapsed_s": round(elapsed_s, 3),
                 "versions": computing_versions(),
@@ -288,13 +291,16 @@ def verify(student: Student, source: ModelSource, *, is_original: bool = False) 
     """Refuse a student that gives no finite answer, or whose edits do not lead to its shapes.
 
     Raises:
-        RunFailedError: the pass that made it has a bug, or the original is broken itself.
+        RunFailedError: the pass that made it has a bug. CompressKitError: the original is broken itself.
     """
     fix = "leave this pass out, or report the bug together with the recipe"
-    if is_original:
-        fix = "the model is broken before any pass: use one with intact weights"
     if not torch.isfinite(_answer(student.model, student)).all():
-        raise RunFailedError("the model's answer to held-out text is not finite", fix=fix)
+        broken = _not_finite(student.model)
+        what = "the model's answer to held-out text is not finite"
+        what += f": {', '.join(broken)} {'hold' if len(broken) > 1 else 'holds'} NaN or infinity" if broken else ""
+        if is_original:
+            raise CompressKitError(what, fix="the model is broken before any pass: use one with intact weights")
+        raise RunFailedError(what, fix=fix)
     empty = load_empty(source, student.task)
     replay(student.edits, empty)
     expected = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
@@ -321,10 +327,7 @@ def prove_reloads(student: Student, folder: Path) -> None:
     differing = sorted(
         name
         for name in ours.keys() | theirs.keys()
-        if name not in ours
-        or name not in theirs
-        or ours[name].dtype != theirs[name].dtype
-        or not torch.equal(ours[name], theirs[name])
+        if name not in ours or name not in theirs or not _is_same(ours[name], theirs[name])
     )
     if differing:
         raise RunFailedError(f"the saved student, loaded again, has another {differing[0]}", fix=fix)
@@ -332,9 +335,21 @@ def prove_reloads(student: Student, folder: Path) -> None:
     if expected.shape != found.shape:
         what = f"the saved student gives outputs {tuple(found.shape)}, the student {tuple(expected.shape)}"
         raise RunFailedError(what, fix=fix)
-    if not torch.equal(expected, found):
+    if not _is_same(expected, found):
         apart = float((expected - found).norm() / expected.norm())
         raise RunFailedError(f"the saved student, loaded again, differs from the student by {apart:.3g}", fix=fix)
+
+
+def _not_finite(model: PreTrainedModel) -> list[str]:
+    """Names of the tensors that hold NaN or infinity."""
+    return [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]
+
+
+def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors hold the same values in the same type; NaN, in weights that no answer reads, is itself."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
 def _answer(model: PreTrainedModel, student: Student) -> torch.Tensor:

@@ -13,11 +13,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from compresskit.errors import CompressKitError, ManyErrors
-from compresskit.evaluate import count_parameters, state_dict_bytes
-from compresskit.float_types import float_types
+from compresskit.evaluate import checkpoint_bytes, count_parameters, state_dict_bytes
+from compresskit.model_folder import BITSANDBYTES_METHOD, STUDENT_METHOD
 from compresskit.models import ModelSource, load_empty
 from compresskit.passes import Pass
 from compresskit.recipe import Recipe
+from compresskit.student import needed_for
+from compresskit.surgery.bitsandbytes_edits import bitsandbytes_layers
 from compresskit.surgery.cuts import PruneFusedHeads, PruneHeads, PruneNeurons
 from compresskit.surgery.depth_edits import DropBlocks, EmptyLinears
 from compresskit.surgery.edits import Edit, replay
@@ -26,6 +28,8 @@ from compresskit.surgery.provenance import Provenance
 from compresskit.surgery.sites import obstacle
 
 FLOAT_BYTES = 4
+#: Of many matrices, how many a warning names.
+_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -54,17 +58,22 @@ class Forecast:
         steps: entry 0 is the original, then one per pass.
         memory_bytes: the least that the run holds at once: original, student, and the calibration activations of both
             or the student as it is read back after saving.
-        is_stock: whether the student's checkpoint loads with transformers alone, without `import compresskit`.
-        warnings: orders that can be done and are unwise.
+        loads_with: what has to be there to load the student, as `student.loads_with` says it of the saved one.
+        warnings: matrices that stay as they are although asked for, and orders that can be done and are unwise.
         export_bytes: of each export, in the recipe's order; near them where the data choose ranks or widths, None where
             nothing can be said.
     """
 
     steps: tuple[Expected, ...]
     memory_bytes: int
-    is_stock: bool
+    loads_with: str
     warnings: tuple[str, ...]
     export_bytes: tuple[int | None, ...] = ()
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether the student's checkpoint loads without `import compresskit`."""
+        return self.loads_with != needed_for(STUDENT_METHOD)
 
 
 def foretell(recipe: Recipe, source: ModelSource, task: str) -> Forecast:
@@ -73,19 +82,22 @@ def foretell(recipe: Recipe, source: ModelSource, task: str) -> Forecast:
     Raises:
         ManyErrors: every pass, and every export, whose options do not fit the model it would meet.
     """
-    model = load_empty(source, task)
-    steps = [_expected("original", model)]
+    original, model = load_empty(source, task), load_empty(source, task)
+    steps = [_expected("original", model, original)]
     weights = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)}
     activations = _activation_bytes(recipe, model)
     mistakes: list[CompressKitError] = []
+    left: list[str] = []
     for index, one in enumerate(recipe.passes):
         try:
-            edits = one.plan(model)
+            edits, kept = one.plan(model), one.keeps(model)
             _replay_and_run(edits, model, one.kind)
         except CompressKitError as error:
             mistakes += _each(error, f"passes[{index}] ({one.kind})")
             continue
-        steps.append(_expected(one.kind, model, edits, at_most=steps[-1].at_most or one.plans_at_most))
+        left += [f"passes[{index}] ({one.kind}): matrices left as they are: {_named(kept)}"] if kept else []
+        at_most = steps[-1].at_most or one.plans_at_most
+        steps.append(_expected(one.kind, model, original, edits, before=steps, at_most=at_most))
     for index, exporter in enumerate(recipe.export if not mistakes else ()):
         try:
             exporter.check(model, task)
@@ -93,20 +105,38 @@ def foretell(recipe: Recipe, source: ModelSource, task: str) -> Forecast:
             mistakes += _each(error, f"export[{index}] ({exporter.kind})")
     if mistakes:
         raise ManyErrors(mistakes)
-    edits = [edit for step in steps for edit in step.edits]
+    edits = _edits(steps)
+    plain = not edits or stock_config(original, edits) is not None
+    method = BITSANDBYTES_METHOD if bitsandbytes_layers(model) else None
     largest = max(step.memory_bytes for step in steps)
     return Forecast(
         steps=tuple(steps),
         memory_bytes=steps[0].memory_bytes + largest + max(largest, activations),
-        is_stock=all(one.plans_shapes() for one in recipe.passes)
-        and (not edits or stock_config(load_empty(source, task), edits) is not None),
-        warnings=(*_idle(recipe.passes, steps), *_overlaps(steps, weights), *_late_strength(recipe.passes, steps)),
+        loads_with=needed_for(method if plain and all(one.plans_shapes() for one in recipe.passes) else STUDENT_METHOD),
+        warnings=(
+            *left,
+            *_idle(recipe.passes, steps),
+            *_overlaps(steps, weights),
+            *_late_strength(recipe.passes, steps),
+        ),
         export_bytes=tuple(exporter.predict_bytes(model, task) for exporter in recipe.export),
     )
 
 
-def _expected(kind: str, model: PreTrainedModel, edits: Sequence[Edit] = (), *, at_most: bool = False) -> Expected:
-    size_bytes = state_dict_bytes(model, float_types(model).stored)
+def _edits(steps: Sequence[Expected]) -> list[Edit]:
+    return [edit for step in steps for edit in step.edits]
+
+
+def _expected(
+    kind: str,
+    model: PreTrainedModel,
+    original: PreTrainedModel,
+    edits: Sequence[Edit] = (),
+    *,
+    before: Sequence[Expected] = (),
+    at_most: bool = False,
+) -> Expected:
+    size_bytes = checkpoint_bytes(model, original, [*_edits(before), *edits])
     return Expected(kind, count_parameters(model), size_bytes, state_dict_bytes(model), at_most, tuple(edits))
 
 
@@ -153,6 +183,12 @@ def _activation_bytes(recipe: Recipe, model: PreTrainedModel) -> int:
         return 0  # convolutions are fitted example by example
     width: int = model.config.get_text_config().hidden_size
     return 2 * recipe.data.calibration * recipe.data.max_length * width * FLOAT_BYTES
+
+
+def _named(names: Sequence[str]) -> str:
+    """How many matrices, and the first of them."""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"{len(names)} ({', '.join(names[:_NAMED])}{more})"
 
 
 def _idle(passes: Sequence[Pass], steps: Sequence[Expected]) -> list[str]:

@@ -45,12 +45,28 @@ def branches(annotation: Any, metadata: Iterable[Any] = ()) -> Iterator[Branch]:
 def classes_at(root: type[BaseModel], path: Iterable[str | int], value: Any) -> list[type[BaseModel]]:
     """The classes of options that may stand at `path` inside `value`, which is read as `root`."""
     here: list[Branch] = [root]
+    keyed = False  # whether a key comes next that is the user's own
     for part in path:
-        if isinstance(part, str):
+        if isinstance(part, str) and not keyed:
             fields = [cls.model_fields[part] for cls in _classes(here, value) if part in cls.model_fields]
             here = [branch for field in fields for branch in branches(field.annotation, field.metadata)]
+            keyed = any(get_origin(field.annotation) is dict for field in fields)
+        elif isinstance(part, str):
+            keyed = False
         value = _inside(value, part)
     return _classes(here, value)
+
+
+def example_at(root: type[BaseModel], path: tuple[str | int, ...], value: Any) -> Any:
+    """What the field at `path` gives as an example of its values (`Field(examples=…)`), or None.
+
+    Of a value under a key of the user's own, what the mapping's example holds.
+    """
+    for cls in classes_at(root, path[:-1], value):
+        if path[-1] in cls.model_fields:
+            return next(iter(cls.model_fields[str(path[-1])].examples or ()), None)
+    above = example_at(root, path[:-1], value) if len(path) > 1 and isinstance(path[-1], str) else None
+    return next(iter(above.values())) if isinstance(above, dict) else None
 
 
 def _classes(found: list[Branch], value: Any) -> list[type[BaseModel]]:

@@ -86,8 +86,8 @@ def order_mistakes(passes: Sequence[type[Pass] | None]) -> list[_Mistake]:
             met = sorted(cls.refuses & earlier.adds) if earlier is not None else []
             if met:
                 what = f"{kind} cannot run after passes[{before}] made the model {' and '.join(met)}"
-                again = earlier is cls
-                fix = "leave one of the two out" if again else f"move {kind} before passes[{before}]"
+                circular = earlier is not None and earlier.refuses & cls.adds
+                fix = "leave one of the two out" if circular else f"move {kind} before passes[{before}]"
                 found.append((f"passes[{index}]", what, fix))
                 break
     return found

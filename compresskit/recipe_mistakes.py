@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
 from pydantic import BaseModel, ValidationError
 
 from compresskit.config import did_you_mean
 from compresskit.errors import CompressKitError
-from compresskit.options import classes_at, notes
+from compresskit.options import classes_at, example_at, notes
 from compresskit.recipe_text import Path
 
 _NOUNS = {
@@ -101,10 +102,8 @@ def _translate(detail: dict[str, Any], root: type[BaseModel], value: Any) -> _Co
         noun, example = _noun(kind) or ("", "")
         what, fix = (
             f"expected {noun}, got {_show(given)}",
-            f"write {noun}, such as {path[-1] if path else 'key'}: {example}",
+            f"write {noun}, such as {_entry(root, path, value, example)}",
         )
-        if isinstance(path[-1] if path else "", int):
-            fix = f"write {noun}, such as - {example}"
     else:
         what, fix = detail["msg"][:1].lower() + detail["msg"][1:], None
     # A list of which one entry is wrong is also said to be too short.
@@ -118,15 +117,30 @@ def _noun(kind: str) -> tuple[str, str] | None:
     return _NOUNS.get(stem)
 
 
+def _entry(root: type[BaseModel], path: Path, value: Any, usual: str) -> str:
+    """`key: value` as YAML, by the example of the field at `path`, or else with the `usual` value of its type."""
+    if not path:
+        return f"key: {usual}"
+    if isinstance(path[-1], int):
+        return f"- {usual}"
+    example = example_at(root, path, value)
+    if example is None:
+        return f"{path[-1]}: {usual}"
+    return yaml.safe_dump({path[-1]: example}, default_flow_style=True, width=120).strip()[1:-1]
+
+
 def _show(given: Any) -> str:
     text = "nothing" if given is None else repr(given)
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
 def _choice(given: Any, expected: str) -> str:
-    words = [word.strip(" '\"") for word in expected.replace(" or ", ", ").split(",")]
+    written = [word.strip() for word in expected.replace(" or ", ", ").split(",")]
+    if isinstance(given, str) and given in written:
+        return f"write {given} without quotes"
+    words = [word.strip("'\"") for word in written]
     near = did_you_mean(str(given), words)
-    return f"did you mean {near!r}?" if near else f"use {expected}"
+    return f"did you mean {written[words.index(near)]}?" if near else f"use {expected}"
 
 
 def _real_path(loc: Path, value: Any, *, missing: bool) -> tuple[Path, bool]:

@@ -238,9 +238,14 @@ def needs_plugin(folder: Path) -> bool:
 
 def loads_with(folder: Path) -> str:
     """What has to be there to load this student: compresskit, transformers alone, or that and bitsandbytes."""
-    if needs_plugin(folder):
+    return needed_for(_method(folder))
+
+
+def needed_for(method: str | None) -> str:
+    """As `loads_with`, of the `quant_method` that a student's config.json tells; None where it tells none."""
+    if method == STUDENT_METHOD:
         return "compresskit"
-    return "transformers and bitsandbytes" if _method(folder) == BITSANDBYTES_METHOD else "transformers"
+    return "transformers and bitsandbytes" if method == BITSANDBYTES_METHOD else "transformers"
 
 
 def _method(folder: Path) -> str | None:

@@ -60,8 +60,8 @@ PASSES = {
 REFUSED = {
     ("albert", "*"): "runs more than once",
     ("deberta-v2", "*"): "runs more than once|cannot be run",
-    ("gpt2", "quantize"): "no layer of a kind that this pass works on",
-    ("gpt2", "int8"): "no layer of a kind that this pass works on",
+    ("gpt2", "quantize"): "Conv1D, which stores its weight transposed",
+    ("gpt2", "int8"): "Conv1D, which stores its weight transposed",
     ("longformer", "low_rank"): "which row is which token cannot be told",
     ("longformer", "quantize"): "which row is which token cannot be told",
     ("longformer", "int8"): "which row is which token cannot be told",

@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 import re
 import shutil
@@ -40,6 +41,13 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         return int(caught.value.code or 0), captured.out, captured.err
 
     return run
+
+
+def test_third_parties_warn_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    cli._quiet_libraries()
+    for name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions", "transformers.modeling_utils"):
+        logging.getLogger(name).warning("inputs will be cast")
+    assert caplog.records == []
 
 
 def test_run_prints_the_table_and_a_second_run_is_done_at_once(call: Any, recipe: Path, tmp_path: Path) -> None:

@@ -298,6 +298,32 @@ def test_a_pass_that_breaks_the_model_is_stopped_and_not_saved(make: Any, tmp_pa
     assert steps(tmp_path / "out") == ["00-original"]
 
 
+def _with_a_nan(source: Path, folder: Path, name: str) -> Path:
+    """A copy of a model whose tensor `name` holds one NaN."""
+    shutil.copytree(source, folder)
+    tensors = load((folder / "model.safetensors").read_bytes())
+    tensors[name].view(-1)[3] = torch.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_nan_that_the_answer_reads_is_the_users_and_named(make: Any, tiny_bert_folder: Path, tmp_path: Path) -> None:
+    name = "encoder.layer.1.output.LayerNorm.weight"
+    broken = _with_a_nan(tiny_bert_folder, tmp_path / "nan", name)
+    with pytest.raises(CompressKitError, match=f"not finite: {re.escape(name)} holds NaN or infinity\n") as caught:
+        run(make(Shake(), model=str(broken)), tmp_path / "out")
+    assert caught.value.exit_code == 2
+
+
+def test_a_nan_that_no_answer_reads_is_told_and_kept(make: Any, tiny_bert_folder: Path, tmp_path: Path) -> None:
+    broken = _with_a_nan(tiny_bert_folder, tmp_path / "nan", "pooler.dense.bias")
+    said: list[str] = []
+    run(make(Shake(), model=str(broken)), tmp_path / "out", progress=said.append)
+    told = [line for line in said if "NaN" in line]
+    assert told == ["warning: pooler.dense.bias: NaN or infinity, which the answer to held-out text does not read"]
+    assert weights(tmp_path / "out")["pooler.dense.bias"].isnan().sum() == 1
+
+
 def _spoil_weight(folder: Path) -> None:
     tensors = load((folder / "model.safetensors").read_bytes())
     tensors["encoder.layer.1.output.dense.weight"][0, 0] += 1

@@ -4,11 +4,19 @@ from typing import Any
 import pytest
 import torch
 from families import ENCODER_SHAPE, tiny
-from transformers import AutoModel, BertConfig, BertModel, MPNetConfig, PretrainedConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
+    MixtralConfig,
+    MPNetConfig,
+    PretrainedConfig,
+)
 
 from compresskit.errors import ManyErrors
 from compresskit.forecast import Forecast, _replay_and_run, foretell
-from compresskit.models import find_model
+from compresskit.models import find_model, load_empty
 from compresskit.recipe import parse_recipe
 from compresskit.surgery.cuts import PruneNeurons
 from compresskit.surgery.sites import obstacle
@@ -41,6 +49,13 @@ def test_a_pass_that_changes_nothing_is_told(tmp_path: Path) -> None:
     passes = [{"kind": "prune_width", "keep": keep} for keep in (1, 0.5)]
     forecast = _foretell(tmp_path, BertConfig(**ENCODER_SHAPE), *passes)
     assert forecast.warnings == ("passes[0] (prune_width) changes nothing with these options",)
+
+
+def test_what_stays_float_by_on_misfit_is_told(tmp_path: Path) -> None:
+    shape = ENCODER_SHAPE | {"intermediate_size": 40, "num_hidden_layers": 4}
+    forecast = _foretell(tmp_path, BertConfig(**shape), {"kind": "quantize", "on_misfit": "keep"})
+    named = ", ".join(f"encoder.layer.{index}.output.dense" for index in range(3))
+    assert forecast.warnings == (f"passes[0] (quantize): matrices left as they are: 4 ({named} and 1 more)",)
 
 
 def test_bytes_that_the_text_may_lessen_are_an_upper_bound_from_there_on(tmp_path: Path) -> None:
@@ -100,3 +115,25 @@ def test_widths_that_a_later_quantiser_cannot_group_are_found_from_shapes_alone(
     passes = [{"kind": "prune_width", "keep": keep}, {"kind": "quantize", "bits": 4, "group_size": 16}]
     with pytest.raises(ManyErrors, match=f"{columns} columns"):
         _foretell(tmp_path, BertConfig(**ENCODER_SHAPE), *passes)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_a_mixture_is_planned_without_its_weights(tmp_path: Path, stored: torch.dtype) -> None:
+    config = MixtralConfig(**ENCODER_SHAPE, num_key_value_heads=2, num_local_experts=4)
+    AutoModelForCausalLM.from_config(config).to(stored).save_pretrained(tmp_path)
+    empty = load_empty(find_model(tmp_path), "text-generation")
+    before = empty.get_experts_implementation()
+    assert obstacle(empty) is None
+    assert empty.get_experts_implementation() == before
+    passes = [{"kind": "low_rank", "keep": 0.5}, {"kind": "quantize", "bits": 4, "group_size": 16}]
+
+    def forecast(misfit: str) -> Forecast:
+        said = [passes[0], passes[1] | {"on_misfit": misfit}]
+        recipe = parse_recipe({"model": str(tmp_path), "task": "text-generation", "passes": said})
+        return foretell(recipe, find_model(tmp_path), "text-generation")
+
+    sizes = [step.size_bytes for step in forecast("keep").steps]
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) == 3
+    with pytest.raises(ManyErrors, match=r"experts\.gate_up_proj"):
+        forecast("error")

@@ -113,6 +113,36 @@ def test_a_value_of_another_type_is_never_read_as_the_right_one(tmp_path: Path, 
     assert "\n  fix: " in said
 
 
+@pytest.mark.parametrize(
+    ("options", "what", "fix"),
+    [
+        ("bits: '4'", "bits: '4' is not one of 3, 4, 8 or 'auto'", "write 4 without quotes"),
+        ("bits: atuo", "bits: 'atuo' is not one of 3, 4, 8 or 'auto'", "did you mean 'auto'?"),
+        ("bits: 44", "bits: 44 is not one of 3, 4, 8 or 'auto'", "did you mean 4?"),
+        ("overrides: {'*': {bit: 4}}", "overrides.*.bit: unknown key", "did you mean 'bits'?"),
+        ("overrides: {'*': 4}", "overrides.*: expected a mapping, got 4", "such as '*': {bits: 4}"),
+        ("overrides: 4", "overrides: expected a mapping, got 4", "such as overrides: {'*': {bits: 4}}"),
+        (
+            "group_size: true",
+            "group_size: expected a whole number, got True",
+            "such as group_size: 32 or use 'channel'",
+        ),
+        ("bits: auto", "bits: auto has no budget", "say mean_bits: 5, or budget_bytes"),
+        ("mean_bits: 5", "mean_bits has no effect without bits: auto", "leave it out or say bits: auto"),
+    ],
+)
+def test_the_fix_of_a_wrong_option_of_quantize_is_right(tmp_path: Path, options: str, what: str, fix: str) -> None:
+    said, _, told = only(tmp_path, START + f"- kind: quantize\n  {options}\n").partition("\n  fix: ")
+    assert what in said
+    assert told.endswith(fix)
+
+
+@pytest.mark.parametrize("kinds", [("quantize", "bitsandbytes"), ("bitsandbytes", "quantize")])
+def test_passes_that_refuse_each_other_in_both_orders_go_one_at_a_time(tmp_path: Path, kinds: tuple[str, str]) -> None:
+    said = only(tmp_path, START + "".join(f"- kind: {kind}\n" for kind in kinds))
+    assert said.endswith("made the model quantized\n  fix: leave one of the two out")
+
+
 def test_an_integer_may_stand_for_a_float_and_a_list_for_a_tuple() -> None:
     assert LowRank(keep=1).keep == 1.0
     said = {"kind": "distill", "train": ["*bias"], "learning_rate": 1}

@@ -5,13 +5,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from compresskit.data import Sequences, token_positions
 from compresskit.evaluate.latency import batch_latency, measure_latency, model_latency
 from compresskit.evaluate.quality import Fidelity
-from compresskit.evaluate.size import count_parameters, state_dict_bytes
+from compresskit.evaluate.size import checkpoint_bytes, count_parameters, state_dict_bytes
 from compresskit.float_types import float_types
 from compresskit.processors import Processor
 from compresskit.student import HeldOut
 
 __all__ = [
     "Fidelity",
+    "checkpoint_bytes",
     "count_parameters",
     "evaluate",
     "measure_latency",

@@ -4,8 +4,13 @@ import json
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from compresskit.float_types import float_types
 from compresskit.layers.stored import holds, weights_of
+from compresskit.surgery.bitsandbytes_edits import bitsandbytes_layers, stock_weights
+from compresskit.surgery.edits import Edit
+from compresskit.surgery.plugin import stock_config
 
 #: safetensors' names of dtypes, in the order in which its files hold them (widest first).
 _DTYPES = {
@@ -51,12 +56,26 @@ def _storage_key(tensor: Tensor) -> tuple[int, int, int]:
     return (0, id(tensor), 0) if pointer == 0 else (pointer, tensor.numel(), tensor.element_size())
 
 
-def state_dict_bytes(model: nn.Module, stored: torch.dtype = torch.float32) -> int:
+def checkpoint_bytes(model: PreTrainedModel, original: PreTrainedModel, edits: list[Edit]) -> int:
+    """The size in bytes of the file that a student is saved in.
+
+    Args:
+        model: the student; on the meta device its weights count in the original's float type, all of them, and what
+            bitsandbytes writes as text has a usual length.
+        original: says the float types, and whether a stock checkpoint can hold the student.
+        edits: that made the one of the other.
+    """
+    is_stock = bool(bitsandbytes_layers(model)) and stock_config(original, edits) is not None
+    return state_dict_bytes(model, float_types(original).stored, stock=is_stock)
+
+
+def state_dict_bytes(model: nn.Module, stored: torch.dtype = torch.float32, *, stock: bool = False) -> int:
     """The size in bytes of the safetensors file that a model is stored in, shared tensors once.
 
     Args:
         model: float32 or quantised.
         stored: the float type of weights that it holds without loss; on the meta device, of all.
+        stock: whether bitsandbytes' layers are written as transformers reads them, and not as ours hold them.
 
     Computed from names, shapes and dtypes alone (also on the meta device): 8 bytes, a JSON header padded to a multiple
     of 8, and the tensors. A model that transformers splits into several files has a header in each; not counted here.
@@ -67,8 +86,10 @@ def state_dict_bytes(model: nn.Module, stored: torch.dtype = torch.float32) -> i
         if tensor.numel():
             dtype = stored if name in weights and holds(stored, tensor) else tensor.dtype
             unique.setdefault(_storage_key(tensor), (name, tensor.to("meta", dtype)))
+    tensors = dict(unique.values())
     order = list(_DTYPES)
-    held = sorted(unique.values(), key=lambda entry: (order.index(entry[1].dtype), entry[0]))
+    written = stock_weights(model, tensors) if stock else tensors
+    held = sorted(written.items(), key=lambda entry: (order.index(entry[1].dtype), entry[0]))
     header: dict[str, object] = {"__metadata__": _METADATA}
     end = 0
     for name, tensor in held:

@@ -114,7 +114,9 @@ class OnnxExport(Exporter):
     @model_validator(mode="after")
     def _fits_together(self) -> "OnnxExport":
         if self.target == "standard" and self.opset and self.opset < standard.OPSET:
-            raise ValueError(f"target: standard needs opset {standard.OPSET} or later, for blocked DequantizeLinear")
+            least = ATTENTION_OPSET if self.cache else standard.OPSET
+            what = f"target: standard needs opset {standard.OPSET} or later, for blocked DequantizeLinear"
+            raise ValueError(f"{what}; leave opset out, or say opset: {least}")
         if self.target == "standard" and self.cache and self.opset and self.opset < ATTENTION_OPSET:
             raise ValueError(
                 f"target: standard keeps a decoder's past with opset {ATTENTION_OPSET}, which brought Attention; leave "

@@ -45,6 +45,14 @@ class Pass(Config, ABC):
             CompressKitError: options that do not fit this model; every misfit is listed at once.
         """
 
+    def keeps(self, model: "nn.Module") -> tuple[str, ...]:
+        """Names of matrices that are asked for and stay as they are, because they may (`on_misfit: keep`).
+
+        Args:
+            model: one that `plan` takes.
+        """
+        return ()
+
     def plans_shapes(self) -> bool:
         """Whether `plan` says the very shapes that `apply` will make, and not only how much stays of them."""
         return True

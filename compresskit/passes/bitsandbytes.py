@@ -24,13 +24,12 @@ export's default `accuracy_level: 4` ONNX Runtime rounds that input to 8 bits af
 outliers: `parity.shipped` says what that adds.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from compresskit.errors import CompressKitError
@@ -40,7 +39,7 @@ from compresskit.layerwise.answer import read_answer
 from compresskit.layerwise.output_pca import relative_error
 from compresskit.layerwise.weights import require_finite
 from compresskit.passes.base import PASSES, Pass, TextPart, Trait
-from compresskit.passes.quantize_grids import refuse_integers
+from compresskit.passes.quantize_grids import other_matrices, refuse_integers, refuse_transposed, say_others
 from compresskit.student import Student
 from compresskit.surgery.bitsandbytes_edits import (
     Format,
@@ -73,7 +72,8 @@ class BitsAndBytes(Pass):
     )
     targets: str = Field(default="*", description="glob over the names of linears inside blocks")
     on_misfit: Literal["error", "keep"] = Field(
-        default="error", description="shapes that 4 bits do not fit: an error; or the layer stays float and is listed"
+        default="error",
+        description="shapes that 4 bits do not fit, and a mixture's experts: an error; or they stay float, listed",
     )
 
     adds: ClassVar[frozenset[Trait]] = frozenset({"quantized"})
@@ -94,24 +94,26 @@ class BitsAndBytes(Pass):
         refuse_integers(model)
         return [self._edit(self._layers(model)[0])]
 
+    def keeps(self, model: nn.Module) -> tuple[str, ...]:
+        """Shapes that 4 bits do not fit, a mixture's experts, and what transformers leaves in float32."""
+        return tuple(self._layers(model)[1])
+
     def _edit(self, names: list[str]) -> HoldBitsAndBytes:
         return HoldBitsAndBytes(
             targets=tuple(names), format=self.format, double_quant=self.double_quant, threshold=self.threshold
         )
 
     def _layers(self, model: nn.Module) -> tuple[list[str], list[str]]:
-        """The linears that are converted, and those that were asked for and stay float.
+        """The linears that are converted, and the matrices that were asked for and stay float.
 
         Raises:
             CompressKitError: no linear in any block, a glob that matches none, or shapes that do not fit.
         """
-        inside = tuple(f"{block}." for block in find_blocks(model))
+        blocks = find_blocks(model)
+        refuse_transposed(model, blocks)
+        inside = tuple(f"{block}." for block in blocks)
         parts = {name: part for name, part in model.named_modules() if name.startswith(inside)}
         linears = {name: part for name, part in parts.items() if type(part) is nn.Linear}
-        transposed = [name for name, part in parts.items() if isinstance(part, Conv1D)]
-        if transposed and not linears:
-            what = f"{transposed[0]} is a Conv1D, which stores its weight transposed, and so are all layers in blocks"
-            raise CompressKitError(what, where="targets", fix="use a model made of nn.Linear")
         chosen = select(list(linears), self.targets)
         float_only: list[str] = list(getattr(model, "_keep_in_fp32_modules", None) or ())
         wanted = [name for name in chosen if should_convert_module(name, float_only)]
@@ -120,9 +122,10 @@ class BitsAndBytes(Pass):
             raise CompressKitError(what, where="targets", fix="target other layers, or use quantize")
         misfits = {} if self.format == "int8" else {name: linears[name] for name in wanted if not _fits(linears[name])}
         fitting = [name for name in wanted if name not in misfits]
-        if misfits and (self.on_misfit == "error" or not fitting):
-            raise _misfit_error(self.format, misfits, any_fits=bool(fitting))
-        return fitting, [name for name in chosen if name not in fitting]
+        others = other_matrices(model, blocks) if self.targets == "*" else []
+        if (misfits or others) and (self.on_misfit == "error" or not fitting):
+            raise _misfit_error(self.format, misfits, others, any_fits=bool(fitting))
+        return fitting, [*(name for name in chosen if name not in fitting), *others]
 
     @torch.no_grad()
     def apply(self, student: Student, *, generator: torch.Generator) -> dict[str, Any]:
@@ -151,14 +154,19 @@ def _fits(layer: nn.Linear) -> bool:
     return layer.in_features % BLOCK == 0 and layer.out_features % _ROWS == 0
 
 
-def _misfit_error(form: str, misfits: Mapping[str, nn.Linear], *, any_fits: bool) -> CompressKitError:
+def _misfit_error(
+    form: str, misfits: Mapping[str, nn.Linear], others: Sequence[str], *, any_fits: bool
+) -> CompressKitError:
     listed = "".join(f"\n    {n}: {one.out_features} × {one.in_features}" for n, one in misfits.items())
     keep = ["say on_misfit: keep to leave them in float"] if any_fits else []
+    if not misfits:
+        return CompressKitError(say_others(others), where="targets", fix=keep[0])
     fixes = ["narrow targets", "set round_to: 64 in the passes that cut these widths", *keep, "use format: int8"]
     what = (
         f"{form} takes rows in multiples of {_ROWS} and columns of {BLOCK}; {len(misfits)} layers have others:{listed}"
     )
-    return CompressKitError(what, where="format", fix="; or ".join(fixes))
+    whats = [what, *([say_others(others)] if others else [])]
+    return CompressKitError("\n  ".join(whats), where="format", fix="; or ".join(fixes))
 
 
 def _require_half(layers: Mapping[str, nn.Linear]) -> None:

@@ -151,6 +151,10 @@ class LowRank(Pass):
         even = (choice for site in sites for choice in self._even(model, site))
         return [self._edit(group, rank) for group, rank in even if rank <= self._break_even(model, group)]
 
+    def keeps(self, model: nn.Module) -> tuple[str, ...]:
+        """Layers that cannot be factorised, or whose factors would save nothing."""
+        return tuple(self._sites(model)[1])
+
     def _edit(self, group: Group, rank: int) -> MakeLowRank:
         return MakeLowRank(targets=group, rank=rank, bias=self.bias, pivot=self.pivot)
 

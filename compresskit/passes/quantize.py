@@ -27,9 +27,10 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
+from compresskit.errors import CompressKitError
 from compresskit.evaluate import state_dict_bytes
 from compresskit.float_types import FloatTypes, float_types
 from compresskit.layers.operators import BLOCK_SIZES
@@ -76,9 +77,12 @@ class Quantize(Pass):
     method: Literal["rtn", "gptq"] = Field(
         default="rtn", description="round to nearest after a clip search, or let later columns make good each error"
     )
-    group_size: GroupSize = Field(default=32, description="columns that share a scale; channel: a whole row")
+    group_size: GroupSize = Field(
+        default=32, examples=[32], description="columns that share a scale; channel: a whole row"
+    )
     overrides: dict[str, Override] = Field(
         default_factory=dict,
+        examples=[{"*": {"bits": 4}}],
         description="other bits (or float) and group_size by glob over names, tables' too; the last match "
         "alone counts: what it leaves out is the pass's own, not an earlier match's",
     )
@@ -108,16 +112,24 @@ class Quantize(Pass):
     version: ClassVar[int] = 4
     needs: ClassVar[frozenset[TextPart]] = frozenset({"calibration"})
 
+    @field_validator("widths")
+    @classmethod
+    def _without_repeats(cls, widths: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(widths))
+
     @model_validator(mode="after")
     def _consistent(self) -> "Quantize":
         for size in (self.group_size, *(said.group_size for said in self.overrides.values())):
             if isinstance(size, int) and size not in BLOCK_SIZES:
                 raise ValueError(f"group_size {size} is not a power of two in 16…256; use 32, 64 or 128")
-        auto = self.bits == "auto"
-        if auto == (self.mean_bits is None and self.budget_bytes is None) or (self.mean_bits and self.budget_bytes):
-            raise ValueError("bits: auto needs either mean_bits or budget_bytes, and no other bits take them")
-        if not auto:
-            self._refuse_idle("widths", "bits: auto")
+        budgets = [name for name in ("mean_bits", "budget_bytes") if getattr(self, name) is not None]
+        if self.bits != "auto":
+            for name in ("widths", *budgets):
+                self._refuse_idle(name, "bits: auto")
+        elif not budgets:
+            raise ValueError("bits: auto has no budget; say mean_bits: 5, or budget_bytes")
+        elif len(budgets) == 2:
+            raise ValueError("mean_bits and budget_bytes are two budgets; leave one of them out")
         if self.act == "none":
             self._refuse_idle("smooth", "act: int8 or int8_static")
             return self
@@ -153,8 +165,16 @@ class Quantize(Pass):
         chosen = choose_by_shape(model, self._open_sites(plan), self.widths, budget)
         return plan_grids(model, replace(self._wanted(), chosen=chosen)).edits()  # type: ignore[arg-type]
 
+    def keeps(self, model: nn.Module) -> tuple[str, ...]:
+        """Columns that no group divides, and matrices that belong to no linear layer."""
+        return plan_grids(model, self._wanted()).kept  # type: ignore[arg-type]
+
     def _open_sites(self, plan: Plan) -> dict[Site, tuple[QuantizeLinears, ...]]:
-        """The sites whose bits are to be chosen, less the linears that an override gives some."""
+        """The sites whose bits are to be chosen, less the linears that an override gives some.
+
+        Raises:
+            CompressKitError: none is left.
+        """
         found: dict[Site, tuple[QuantizeLinears, ...]] = {}
         wanted = self._wanted()
         for site, edits in plan.sites.items():
@@ -163,6 +183,9 @@ class Quantize(Pass):
             left = [edit.model_copy(update={"targets": t}) for edit, t in zip(edits, parts, strict=True) if t]
             if left:
                 found[replace(site, linears=names)] = tuple(left)
+        if not found:
+            what = "auto has nothing to choose: overrides give every linear in the blocks its bits, or it is kept"
+            raise CompressKitError(what, where="bits", fix="say bits: 4 or 8 and leave the budget out")
         return found
 
     def _budget(self, model: nn.Module, plan: Plan, types: FloatTypes) -> Budget:

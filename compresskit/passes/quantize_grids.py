@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from compresskit.config import Config
 from compresskit.errors import CompressKitError
@@ -35,6 +36,8 @@ _SMALLEST_SHARE = 0.05
 _OUTSIDE_GROUPS = (32, 16)
 
 GroupSize = int | Literal["channel"]
+#: The group size that fits every linear.
+_WHOLE_ROW = "channel"
 Misfit = Literal["error", "keep", "pad"]
 
 
@@ -42,7 +45,9 @@ class Override(Config):
     """What matrices of some names get instead of what the others get."""
 
     bits: Literal[3, 4, 8, "float"] | None = Field(default=None, description="float: the matrix stays as it is")
-    group_size: GroupSize | None = Field(default=None, description="columns that share a scale; channel: a whole row")
+    group_size: GroupSize | None = Field(
+        default=None, examples=[32], description="columns that share a scale; channel: a whole row"
+    )
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,8 @@ def plan_grids(model: PreTrainedModel, wanted: Wanted) -> Plan:
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for _, head in tied_heads(model):
         linears.pop(head, None)
+    if not linears or wanted.on_misfit != "keep":
+        refuse_transposed(model, anatomy.blocks, can_keep=bool(linears))
     tables = _large_tables(model) if wanted.tables else {}
     targeted = select(list(linears), wanted.targets)
     for glob in wanted.overrides:
@@ -122,7 +129,7 @@ def plan_grids(model: PreTrainedModel, wanted: Wanted) -> Plan:
     columns = {name: linears[name].in_features for name in chosen if name not in within}
     groups = {name: _outside_group(name, width, wanted) for name, width in columns.items()}
     misfits.beyond |= {name: columns[name] for name, size in groups.items() if size is None}
-    misfits.hidden += _other_matrices(model, anatomy.blocks) if wanted.targets == "*" else []
+    misfits.hidden += other_matrices(model, anatomy.blocks) if wanted.targets == "*" else []
     table_edits = _table_edits(model, tables, wanted, misfits)
     misfits.raise_unless_kept()
     return Plan(
@@ -156,6 +163,26 @@ def refuse_integers(model: nn.Module) -> None:
                 f"{name} holds integers already: rounding what was rounded only adds errors",
                 fix="quantise the float model, with overrides where layers want other grids",
             )
+
+
+def refuse_transposed(model: nn.Module, blocks: Sequence[str], *, can_keep: bool = False) -> None:
+    """Refuse a model of which all layers in the blocks are Conv1D, as GPT-2's are.
+
+    Args:
+        model: on the meta device or with weights.
+        blocks: their names.
+        can_keep: whether the pass has something left to do where they stay float.
+
+    Raises:
+        CompressKitError: it names the first.
+    """
+    inside = tuple(f"{block}." for block in blocks)
+    parts = {name: part for name, part in model.named_modules() if name.startswith(inside)}
+    transposed = [name for name, part in parts.items() if isinstance(part, Conv1D)]
+    if transposed and not any(isinstance(part, nn.Linear) for part in parts.values()):
+        what = f"{transposed[0]} is a Conv1D, which stores its weight transposed, and so are all layers in blocks"
+        keep = ", or say on_misfit: keep to leave them in float" if can_keep else ""
+        raise CompressKitError(what, where="targets", fix=f"use a model made of nn.Linear{keep}")
 
 
 def _form(name: str, wanted: Wanted) -> dict[str, Any]:
@@ -257,7 +284,7 @@ def _table_group(table: nn.Embedding, whole_rows: bool, said: GroupSize | None, 
     return next((size for size in sizes if table.embedding_dim % size == 0), 0)
 
 
-def _other_matrices(model: nn.Module, blocks: Sequence[str]) -> list[str]:
+def other_matrices(model: nn.Module, blocks: Sequence[str]) -> list[str]:
     """Matrices inside the blocks that belong to no linear, table or norm: the experts of a mixture, say."""
     inside = tuple(f"{block}." for block in blocks)
     names: list[str] = []
@@ -266,6 +293,12 @@ def _other_matrices(model: nn.Module, blocks: Sequence[str]) -> list[str]:
             own = module.named_parameters(prefix=name, recurse=False)
             names += [inner for inner, weight in own if weight.dim() >= 2 and weight.numel() >= _SMALLEST_MATRIX]
     return names
+
+
+def say_others(names: Sequence[str]) -> str:
+    """What is said of `other_matrices`."""
+    listed = "\n    ".join(names)
+    return f"{len(names)} matrices belong to no linear layer and cannot be rounded:\n    {listed}"
 
 
 class _Misfits:
@@ -316,15 +349,14 @@ class _Misfits:
         if self._by_size:
             widths = [columns for group in self._by_size.values() for columns in group.values()]
             fitting = [one for one in BLOCK_SIZES if all(columns % one == 0 for columns in widths)]
-            said = f"use group_size {' or '.join(map(str, fitting))}" if fitting else "no group size fits all of these"
-            fixes += [said, "set round_to in the passes that cut these widths", "say on_misfit: pad"]
+            fixes.append(f"use group_size {' or '.join([*map(str, fitting), _WHOLE_ROW])}")
+            fixes += ["set round_to in the passes that cut these widths", "say on_misfit: pad"]
         if self.beyond:
             sizes = " nor ".join(map(str, _OUTSIDE_GROUPS))
             what = f"neither {sizes} divides the columns of {len(self.beyond)} layers outside the blocks"
             parts.append(f"{what}:{_listed(self.beyond)}")
         if self.hidden:
-            listed = "\n    ".join(self.hidden)
-            parts.append(f"{len(self.hidden)} matrices belong to no linear layer and cannot be rounded:\n    {listed}")
+            parts.append(say_others(self.hidden))
         parts += [what for what, _ in self._tables.values()]
         if self._tables:
             fixes.append("say embeddings: null")
@@ -339,4 +371,4 @@ def _listed(columns: Mapping[str, int]) -> str:
 
 def _that_fit(columns: int) -> str:
     sizes = [str(size) for size in BLOCK_SIZES if columns % size == 0]
-    return f" (fit: {', '.join(sizes)})" if sizes else " (no group fits)"
+    return f" (fit: {', '.join([*sizes, _WHOLE_ROW])})"

@@ -11,6 +11,7 @@ from compresskit.report.figures import (
     background,
     further_facts,
     label,
+    loading,
     metric_names,
     pass_rows,
     shape_rows,
@@ -21,7 +22,7 @@ from compresskit.report.figures import (
 from compresskit.report.table import render_table
 from compresskit.whole import write_whole
 
-__all__ = ["SCHEMA_VERSION", "render_html", "render_table", "write_report"]
+__all__ = ["SCHEMA_VERSION", "loading", "render_html", "render_table", "write_report"]
 
 SCHEMA_VERSION = 1
 _TEMPLATE = "report.html.j2"

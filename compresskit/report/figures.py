@@ -169,13 +169,20 @@ def further_facts(entry: dict[str, Any]) -> dict[str, Any]:
     return facts
 
 
+def loading(needed: str) -> str:
+    """What loads a student, of what `student.loads_with` says."""
+    return f"{needed} alone" if needed.startswith("transformers") else f"transformers after `import {needed}`"
+
+
 def background(report: dict[str, Any]) -> list[str]:
-    """One sentence on what loads the student, and one on the text that it was made and measured with."""
+    """Sentences on what loads the student, how far others serve it differently, and the text that it was made with."""
     found: list[str] = []
-    if str(report.get("loads_with")).startswith("transformers"):
-        found.append(f"The checkpoint loads with {report['loads_with']} alone.")
-    elif report.get("loads_with"):
-        found.append(f"The checkpoint loads with transformers after `import {report['loads_with']}`.")
+    if report.get("loads_with"):
+        found.append(f"The checkpoint loads with {loading(report['loads_with'])}.")
+    for record in report["passes"]:
+        if apart := record["notes"].get("served_difference"):
+            served = "transformers serves it with bitsandbytes' own kernels, which moved its answer by"
+            found.append(f"compresskit.load gives the student that was measured; {served} {apart:.2%} in the run.")
     data = dict(report.get("data") or {})
     if data:
         origin = data.pop("origin")

@@ -27,6 +27,8 @@ from compresskit.model_folder import BITSANDBYTES_METHOD
 from compresskit.surgery.edits import EDITS, Replacing, set_module
 
 Format = Literal["nf4", "fp4", "int8"]
+#: As many digits as the offset of absmaxes usually has; it stands for one that is not there yet.
+_USUAL_OFFSET = 0.01234567890123456
 
 
 @EDITS.add
@@ -106,7 +108,8 @@ def stock_tensors(layer: Bnb4Linear | Bnb8Linear) -> dict[str, Tensor]:
         "weight.quant_map": code_table(layer.form),
     }
     if layer.nested_absmax is not None and layer.nested_map is not None and layer.offset is not None:
-        said |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": layer.offset.item()}
+        offset = _USUAL_OFFSET if layer.offset.is_meta else layer.offset.item()
+        said |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": offset}
         tensors |= {"weight.nested_absmax": layer.nested_absmax, "weight.nested_quant_map": layer.nested_map}
     text = torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8)
     return tensors | {f"weight.quant_state.bitsandbytes__{layer.form}": text}

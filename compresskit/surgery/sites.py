@@ -180,7 +180,8 @@ def run_once(model: PreTrainedModel) -> None:
     Raises:
         One of CANNOT_RUN: it needs values that the meta device has not, other inputs, or other shapes than it has.
     """
-    with model.device, _padding_unasked(model):  # a decoder without a cache looks for packed sequences: meta cannot
+    # A decoder without a cache looks for packed sequences: meta cannot.
+    with model.device, _padding_unasked(model), _experts_gathered(model):
         model(**blank_inputs(model))
 
 
@@ -196,6 +197,19 @@ def _padding_unasked(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for part in parts:
             delattr(part, asking)
+
+
+@contextmanager
+def _experts_gathered(model: PreTrainedModel) -> Iterator[None]:
+    """Let a mixture on the meta device gather each token's experts: torch's grouped product is bfloat16 alone there."""
+    before = model.get_experts_implementation()
+    if model.device.type == "meta":
+        model.set_experts_implementation("batched_mm")
+    try:
+        yield
+    finally:
+        if model.device.type == "meta":
+            model.set_experts_implementation(before)
 
 
 def has_two_stacks(model: PreTrainedModel) -> bool:

@@ -188,8 +188,10 @@ def test_integer_activations_and_old_operator_sets_have_no_standard_form(tmp_pat
     with pytest.raises(CompressKitError, match=r"MatMulIntegerToFloat \(.*\) belong to ONNX Runtime"):
         OnnxExport(target="standard", **FAST).write(student, tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()
-    with pytest.raises(ValueError, match="needs opset 21 or later"):
-        OnnxExport(target="standard", opset=20)
+    for cache, least in ((True, 23), (False, 21)):
+        with pytest.raises(ValueError, match=f"needs opset 21 or later.*; leave opset out, or say opset: {least}"):
+            OnnxExport(target="standard", opset=20, cache=cache)
+        OnnxExport(target="standard", opset=least, cache=cache)
 
 
 @pytest.mark.parametrize(

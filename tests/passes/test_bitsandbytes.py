@@ -13,25 +13,27 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from families import answer, student_of, task_of, tiny
+from families import ENCODER_SHAPE, answer, random_model, student_of, task_of, tiny
 from onnx import numpy_helper
 from safetensors import safe_open
 from tiny_tokenizer import make_tokenizer
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from compresskit.data import DataSource, prepare_corpus
 from compresskit.engine import prove_reloads
 from compresskit.errors import CompressKitError
-from compresskit.evaluate import state_dict_bytes
+from compresskit.evaluate import checkpoint_bytes
 from compresskit.export import OnnxExport
 from compresskit.export.folder import MODEL_FILE
 from compresskit.float_types import FloatTypes, note_float_types
+from compresskit.forecast import foretell
 from compresskit.layers.bitsandbytes_linear import Bnb4Linear, Bnb8Linear, code_table
 from compresskit.layers.quant_linear import QuantLinear
 from compresskit.models import find_model, load_empty, load_model, load_tokenizer
 from compresskit.passes import BitsAndBytes, LowRank, Quantize
+from compresskit.recipe import parse_recipe
 from compresskit.student import Student, load_student_model, loads_with, save_student
 from compresskit.surgery.bitsandbytes_edits import (
     HoldBitsAndBytes,
@@ -137,6 +139,19 @@ def test_int8_in_onnx_holds_the_same_codes_and_rounds_no_activation() -> None:
     assert isinstance(form, QuantLinear)
     assert torch.equal(form.values().codes.to(torch.int16) - 128, layer.codes.to(torch.int16))
     torch.testing.assert_close(form.dequantize(), layer.dequantize())
+
+
+@pytest.mark.parametrize("options", FORMS, ids=str)
+def test_what_is_told_of_the_checkpoint_is_what_is_written(options: dict[str, Any], tmp_path: Path) -> None:
+    student, _ = held("bert", **options)
+    student.original.save_pretrained(tmp_path / "original")
+    save_student(student, tmp_path / "student")
+    size_bytes = (tmp_path / "student" / "model.safetensors").stat().st_size
+    assert checkpoint_bytes(student.model, student.original, student.edits) == size_bytes
+    recipe = parse_recipe({"model": str(tmp_path / "original"), "passes": [{"kind": "bitsandbytes", **options}]})
+    forecast = foretell(recipe, find_model(tmp_path / "original"), "feature-extraction")
+    assert forecast.steps[1].size_bytes == pytest.approx(size_bytes, rel=1e-3)
+    assert forecast.loads_with == loads_with(tmp_path / "student") == "transformers and bitsandbytes"
 
 
 @pytest.mark.skipif(not FUSED, reason="the CPU has no AVX512-BF16, so bitsandbytes rearranges nothing")
@@ -249,6 +264,8 @@ def test_of_an_original_in_bfloat16_all_but_the_codes_is_stored_and_loaded_so(
         types = {stored.get_slice(name).get_dtype() for name in stored.keys()}  # noqa: SIM118 - no mapping
         assert stored.get_slice("model.embed_tokens.weight").get_dtype() == "BF16"
     assert types <= {"BF16", "F32", "U8", "I8"}
+    size_bytes = checkpoint_bytes(student.model, student.original, student.edits)
+    assert size_bytes == (tmp_path / "model.safetensors").stat().st_size
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu")
     assert loaded.dtype == torch.bfloat16
     found, truth = answer(loaded), answer(student.model)
@@ -267,6 +284,8 @@ def test_after_factors_the_plug_in_reloads_it(tmp_path: Path) -> None:
     save_student(student, tmp_path)
     prove_reloads(student, tmp_path)
     assert loads_with(tmp_path) == "compresskit"
+    size_bytes = checkpoint_bytes(student.model, student.original, student.edits)
+    assert size_bytes == (tmp_path / "model.safetensors").stat().st_size
 
 
 def test_a_config_skips_what_is_not_converted_and_nothing_else() -> None:
@@ -325,6 +344,16 @@ def test_shapes_that_4_bits_do_not_fit_are_all_named_or_stay_float() -> None:
         BitsAndBytes(on_misfit="keep", targets="*q_proj").plan(model)
 
 
+def test_a_mixtures_experts_are_named_or_stay_float() -> None:
+    model = random_model(AutoModelForCausalLM, MixtralConfig(**ENCODER_SHAPE | WIDE, num_local_experts=4))
+    with pytest.raises(CompressKitError, match=r"4 matrices belong to no linear.*(.|\n)*on_misfit: keep"):
+        BitsAndBytes(format="int8").plan(model)
+    one = BitsAndBytes(format="int8", on_misfit="keep")
+    assert one.plan(model)
+    assert len(one.keeps(model)) == 4
+    assert all(".experts." in name for name in one.keeps(model))
+
+
 def test_patterns_conv1d_and_weights_that_no_code_stands_for_are_refused() -> None:
     with pytest.raises(CompressKitError, match="'lm_head' match no module"):
         BitsAndBytes(targets="lm_head", format="int8").plan(tiny("llama"))
@@ -372,7 +401,7 @@ def test_minilm_reloads_and_runs_in_onnx_runtime(options: dict[str, Any], tmp_pa
     save_student(student, tmp_path / "student")
     prove_reloads(student, tmp_path / "student")
     stored = (tmp_path / "student" / "model.safetensors").stat().st_size
-    assert stored == pytest.approx(state_dict_bytes(student.model), rel=0.002)
+    assert stored == checkpoint_bytes(student.model, student.original, student.edits)
     assert notes["served_difference"] < 0.05
     entry = OnnxExport(**FAST).write(student, tmp_path / "onnx")
     assert entry["parity"]["relative_error"] < 1e-3

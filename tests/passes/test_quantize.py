@@ -156,9 +156,10 @@ def test_misfits_stay_float_and_are_listed_on_request():
         ({"overrides": {"*key": {"group_size": 24}}}, "24 is not a power of two in 16"),
         ({"overrides": {"*key": {"act": "int8"}}}, "Extra inputs are not permitted"),
         ({"bits": 5}, "Input should be 3, 4, 8 or 'auto'"),
-        ({"bits": "auto"}, "needs either mean_bits or budget_bytes"),
-        ({"bits": "auto", "mean_bits": 5.0, "budget_bytes": 9}, "needs either mean_bits or budget_bytes"),
-        ({"bits": 4, "mean_bits": 5.0}, "no other bits take them"),
+        ({"bits": "auto"}, "auto has no budget; say mean_bits: 5, or budget_bytes"),
+        ({"bits": "auto", "mean_bits": 5.0, "budget_bytes": 9}, "two budgets; leave one of them out"),
+        ({"bits": 4, "mean_bits": 5.0}, "mean_bits has no effect without bits: auto"),
+        ({"budget_bytes": 9}, "budget_bytes has no effect without bits: auto"),
         ({"method": "awq"}, "Input should be 'rtn' or 'gptq'"),
     ],
 )
@@ -412,9 +413,22 @@ def test_a_4_bit_table_of_an_odd_width_is_an_error_or_kept(on_misfit):
     assert isinstance(model.encoder.layer[0].attention.self.query, QuantLinear)
 
 
+def test_where_no_group_fits_the_message_offers_the_whole_row():
+    model = BertModel(BertConfig(**FAMILIES["bert"].to_dict() | {"intermediate_size": 40}))
+    with pytest.raises(CompressKitError, match="use group_size channel; or set round_to"):
+        Quantize(group_size=32).plan(model)
+    assert Quantize(group_size="channel").plan(model)
+
+
+@pytest.mark.parametrize("on_misfit", ["error", "keep"])
+def test_layers_that_store_their_weight_transposed_are_called_so(on_misfit):
+    with pytest.raises(CompressKitError, match="c_attn is a Conv1D, which stores its weight transposed"):
+        Quantize(on_misfit=on_misfit).plan(tiny("gpt2"))
+
+
 def test_padding_fills_the_last_group_and_loses_less_than_the_one_scale_of_a_row_that_always_fits():
     original = BertModel(BertConfig(**FAMILIES["bert"].to_dict() | {"intermediate_size": 40}))
-    with pytest.raises(CompressKitError, match=r"40 columns \(no group fits\)"):
+    with pytest.raises(CompressKitError, match=r"40 columns \(fit: channel\)"):
         Quantize(bits=4, group_size=32).plan(original)
     name, lost = "encoder.layer.0.output.dense", {}
     for size in (32, "channel"):
@@ -435,8 +449,8 @@ def test_the_message_about_misfits_lists_each_layer_with_the_sizes_that_fit():
         Quantize(group_size=32).plan(model)
     said = str(caught.value)
     assert "does not divide the columns of 2 layers" in said
-    assert all(f"encoder.layer.{i}.output.dense: 48 columns (fit: 16)" in said for i in range(2))
-    assert "use group_size 16" in said
+    assert all(f"encoder.layer.{i}.output.dense: 48 columns (fit: 16, channel)" in said for i in range(2))
+    assert "use group_size 16 or channel; " in said
     assert "on_misfit: pad" in said
 
 

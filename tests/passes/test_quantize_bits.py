@@ -89,6 +89,16 @@ def test_an_override_is_no_part_of_the_choice():
     assert not any("v_proj" in names for names in notes["bits"])
 
 
+def test_a_budget_that_has_nothing_to_decide_is_refused():
+    said = {"mean_bits": 6.0, "overrides": {"*": {"bits": 4}}}
+    with pytest.raises(CompressKitError, match="bits: auto has nothing to choose"):
+        Quantize.model_validate(AUTO | said).plan(tiny("llama"))
+
+
+def test_a_width_that_is_said_twice_is_one():
+    assert Quantize.model_validate(AUTO | {"mean_bits": 6.0, "widths": [8, 4, 8]}).widths == (8, 4)
+
+
 def test_another_budget_needs_no_other_trial(monkeypatch):
     _done(mean_bits=6.0)
 

@@ -108,6 +108,23 @@ def test_figures_that_are_not_finite_become_null_and_are_said(report, tmp_path):
     assert "not finite" in render_table(report)
 
 
+@pytest.mark.parametrize(
+    ("needed", "said"),
+    [
+        ("transformers", "transformers alone"),
+        ("transformers and bitsandbytes", "transformers and bitsandbytes alone"),
+        ("compresskit", "transformers after `import compresskit`"),
+    ],
+)
+def test_what_loads_the_student_and_what_serves_it_differently_is_said(report, needed, said):
+    report["loads_with"] = needed
+    assert f"The checkpoint loads with {said}." in render_table(report)
+    assert "bitsandbytes' own kernels" not in render_table(report)
+    report["passes"][3]["notes"] = {"served_difference": 0.00612}
+    for text in (render_table(report), render_html(report).replace("&#39;", "'")):
+        assert "with bitsandbytes' own kernels, which moved its answer by 0.61% in the run." in text
+
+
 def test_the_page_is_well_formed_and_loads_nothing(report):
     page = Page(render_html(report))
     assert page.open == []
