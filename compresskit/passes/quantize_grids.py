@@ -255,7 +255,7 @@ def _table_edits(
             continue
         said = wanted.override(name)
         bits = said.bits or wanted.tables
-        if bits == "float":
+        if bits is None or bits == "float":
             continue
         if bits == 3:
             what = f"3 bits are asked for {name}, and ONNX Runtime looks up tables of 4 or 8 bits"
