@@ -115,6 +115,40 @@ class Moments:
         return MeanMoments(C=C, T=T, mu=mu, nu=nu, target_power=self.tt / n - float(nu @ nu))
 
 
+@dataclass(frozen=True)
+class SiteMoments:
+    """Moments of one site: of the sequences to fit on, and of the quarter kept apart to choose the shrinkage by.
+
+    Of fewer than four sequences one is kept apart.
+    """
+
+    fit: Moments
+    held_out: Moments
+
+    @property
+    def all(self) -> Moments:
+        """Both together."""
+        return self.fit + self.held_out
+
+    @property
+    def span(self) -> tuple[Tensor, Tensor]:
+        """The least and the greatest x of each input, zero between them, (I,) float64."""
+        return torch.minimum(self.fit.low, self.held_out.low), torch.maximum(self.fit.high, self.held_out.high)
+
+    @property
+    def peak(self) -> Tensor:
+        """The greatest |x| of each input, (I,) float64."""
+        return torch.maximum(self.fit.peak, self.held_out.peak)
+
+    def with_linear_target(self, weight: Tensor, bias: Tensor | None) -> "SiteMoments":
+        """The moments for the target W x + b: what a layer gives today."""
+        return SiteMoments(self.fit.with_linear_target(weight, bias), self.held_out.with_linear_target(weight, bias))
+
+    def without_bias(self, bias: Tensor) -> "SiteMoments":
+        """The moments for the target less a bias (O,) that stays as it is: what the weights alone should give."""
+        return SiteMoments(self.fit.without_bias(bias), self.held_out.without_bias(bias))
+
+
 def ridged(C: Tensor, ratio: float) -> Tensor:
     """C + λ I for λ = ratio · mean(diag C), (I, I) float64: positive definite for ratio > 0; λ = 1 where C is zero.
 

@@ -15,8 +15,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from compresskit.layerwise.moments import SiteMoments
 from compresskit.layerwise.objective import fit_weight, folded_bias, restrict
-from compresskit.layerwise.walk import SiteMoments
 
 Repair = Literal["none", "bias", "least_squares"]
 

@@ -18,11 +18,12 @@ from compresskit.data import Batch, Sequences
 from compresskit.data.cache import read_tensors, write_tensors
 from compresskit.data.sequences import require_tokens
 from compresskit.errors import CompressKitError
+from compresskit.layerwise.moments import SiteMoments
 from compresskit.layerwise.output_pca import OutputPCA, solve_output_pca
 from compresskit.layerwise.ranks import Group, SiteCurve
 from compresskit.layerwise.sensitivity import Fisher, collect_fisher
 from compresskit.layerwise.trials import Trials, trial_weight
-from compresskit.layerwise.walk import SiteMoments, Walk
+from compresskit.layerwise.walk import Walk
 from compresskit.layerwise.weights import layer_bias, row_indices, stacked_weight
 from compresskit.models import model_fingerprint
 from compresskit.progress import track

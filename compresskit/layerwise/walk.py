@@ -28,7 +28,7 @@ from compresskit.data.sequences import require_tokens
 from compresskit.errors import CompressKitError
 from compresskit.layers.linear import layer_widths
 from compresskit.layerwise.chain import check_chain, hidden_of, real_tokens
-from compresskit.layerwise.moments import Moments
+from compresskit.layerwise.moments import Moments, SiteMoments
 from compresskit.layerwise.watch import AllSeenError, Watch, check_token_rows, replaced_forwards
 from compresskit.layerwise.weights import stacked_weight
 from compresskit.progress import track
@@ -40,40 +40,6 @@ from compresskit.surgery.sites import Site, find_blocks, without_cache
 LEAST_CALIBRATION = 2
 #: Numbers of inputs and targets that are copied to float64 together; a whole batch of a wide layer is too much memory.
 _NUMBERS_IN_DOUBLE = 2**21
-
-
-@dataclass(frozen=True)
-class SiteMoments:
-    """Moments of one site: of the sequences to fit on, and of the quarter kept apart to choose the shrinkage by.
-
-    Of fewer than four sequences one is kept apart.
-    """
-
-    fit: Moments
-    held_out: Moments
-
-    @property
-    def all(self) -> Moments:
-        """Both together."""
-        return self.fit + self.held_out
-
-    @property
-    def span(self) -> tuple[Tensor, Tensor]:
-        """The least and the greatest x of each input, zero between them, (I,) float64."""
-        return torch.minimum(self.fit.low, self.held_out.low), torch.maximum(self.fit.high, self.held_out.high)
-
-    @property
-    def peak(self) -> Tensor:
-        """The greatest |x| of each input, (I,) float64."""
-        return torch.maximum(self.fit.peak, self.held_out.peak)
-
-    def with_linear_target(self, weight: Tensor, bias: Tensor | None) -> "SiteMoments":
-        """The moments for the target W x + b: what a layer gives today."""
-        return SiteMoments(self.fit.with_linear_target(weight, bias), self.held_out.with_linear_target(weight, bias))
-
-    def without_bias(self, bias: Tensor) -> "SiteMoments":
-        """The moments for the target less a bias (O,) that stays as it is: what the weights alone should give."""
-        return SiteMoments(self.fit.without_bias(bias), self.held_out.without_bias(bias))
 
 
 @dataclass(frozen=True)

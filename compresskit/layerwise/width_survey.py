@@ -13,6 +13,7 @@ from torch import Tensor
 
 from compresskit.cache import cache_folder
 from compresskit.data.cache import read_tensors, write_tensors
+from compresskit.layerwise.moments import SiteMoments
 from compresskit.layerwise.repair import Repaired
 from compresskit.layerwise.sensitivity import Fisher
 from compresskit.layerwise.survey import (
@@ -24,7 +25,6 @@ from compresskit.layerwise.survey import (
     trial_batches,
 )
 from compresskit.layerwise.trials import Trials, trial_weight
-from compresskit.layerwise.walk import SiteMoments
 from compresskit.layerwise.weights import layer_bias, stacked_weight
 from compresskit.student import Student
 from compresskit.surgery.parts import Part

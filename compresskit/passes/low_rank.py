@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from compresskit.errors import CompressKitError
 from compresskit.layers.low_rank import LowRankLinear
+from compresskit.layerwise.moments import SiteMoments
 from compresskit.layerwise.objective import fit_weight
 from compresskit.layerwise.output_pca import relative_error, solve_output_pca
 from compresskit.layerwise.ranks import (
@@ -43,7 +44,7 @@ from compresskit.layerwise.ranks import (
 )
 from compresskit.layerwise.refine import refine_block
 from compresskit.layerwise.survey import Survey, take_survey
-from compresskit.layerwise.walk import BlockBatch, SiteMoments, Walk
+from compresskit.layerwise.walk import BlockBatch, Walk
 from compresskit.layerwise.weights import (
     layer_bias,
     require_finite,

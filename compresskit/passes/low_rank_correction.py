@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from compresskit.errors import CompressKitError
 from compresskit.layers.corrected_linear import CorrectedLinear
 from compresskit.layers.quant_linear import QuantLinear
+from compresskit.layerwise.moments import SiteMoments
 from compresskit.layerwise.objective import fit_weight
 from compresskit.layerwise.output_pca import solve_output_pca, squared_error
-from compresskit.layerwise.walk import SiteMoments, Walk
+from compresskit.layerwise.walk import Walk
 from compresskit.layerwise.weights import layer_bias, row_indices, stacked_weight
 from compresskit.passes.base import PASSES, Pass, TextPart
 from compresskit.student import Student

@@ -26,10 +26,11 @@ from compresskit.errors import CompressKitError, ManyErrors
 from compresskit.layers.empty_linear import EmptyLinear
 from compresskit.layers.int8_linear import Int8Linear
 from compresskit.layers.quant_linear import QuantLinear
+from compresskit.layerwise.moments import SiteMoments
 from compresskit.layerwise.repair import Repair, Repaired, relative_error, repair_columns
 from compresskit.layerwise.scores import Score, choose_groups, needs_metric
 from compresskit.layerwise.sensitivity import Fisher
-from compresskit.layerwise.walk import SiteMoments, Walk
+from compresskit.layerwise.walk import Walk
 from compresskit.layerwise.weights import dense_weight, layer_bias, require_finite, set_bias, set_weight
 from compresskit.layerwise.width_survey import take_fisher, take_trials
 from compresskit.layerwise.widths import WidthCurve, allocate_widths

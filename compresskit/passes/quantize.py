@@ -34,8 +34,9 @@ from compresskit.errors import CompressKitError
 from compresskit.evaluate import state_dict_bytes
 from compresskit.float_types import FloatTypes, float_types
 from compresskit.layers.operators import BLOCK_SIZES
+from compresskit.layerwise.moments import SiteMoments
 from compresskit.layerwise.objective import fit_weight
-from compresskit.layerwise.walk import SiteMoments, Walk
+from compresskit.layerwise.walk import Walk
 from compresskit.layerwise.weights import layer_bias, require_finite, stacked_weight
 from compresskit.passes.base import PASSES, Pass, TextPart, Trait
 from compresskit.passes.quantize_bits import Budget, choose_bits, choose_by_shape, held_bytes

@@ -42,12 +42,12 @@ from compresskit.layers.factored_conv import (
 )
 from compresskit.layers.low_rank_embedding import LowRankEmbedding
 from compresskit.layers.tensor_train import TensorTrainEmbedding
-from compresskit.layerwise.moments import Moments
+from compresskit.layerwise.moments import Moments, SiteMoments
 from compresskit.layerwise.objective import fit_weight, folded_bias
 from compresskit.layerwise.output_pca import solve_output_pca, squared_error
 from compresskit.layerwise.probe import probe
 from compresskit.layerwise.ranks import break_even_rank, factor_weights, rank_for
-from compresskit.layerwise.walk import SiteMoments, held_out
+from compresskit.layerwise.walk import held_out
 from compresskit.passes.base import PASSES, Pass, TextPart, Trait
 from compresskit.passes.tensor_convs import (
     components,

@@ -180,7 +180,7 @@ def background(report: dict[str, Any]) -> list[str]:
     if report.get("loads_with"):
         found.append(f"The checkpoint loads with {loading(report['loads_with'])}.")
     for record in report["passes"]:
-        if apart := record["notes"].get("served_difference"):
+        if apart := (record.get("notes") or {}).get("served_difference"):
             served = "transformers serves it with bitsandbytes' own kernels, which moved its answer by"
             found.append(f"compresskit.load gives the student that was measured; {served} {apart:.2%} in the run.")
     data = dict(report.get("data") or {})

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from compresskit.layerwise.moments import Moments
+from compresskit.layerwise.moments import Moments, SiteMoments
 from compresskit.layerwise.repair import relative_error, repair_columns
-from compresskit.layerwise.walk import SiteMoments
 
 REPAIRS = ("none", "bias", "least_squares")
 

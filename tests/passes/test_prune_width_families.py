@@ -25,9 +25,10 @@ from transformers import (
 )
 
 from compresskit.errors import CompressKitError, ManyErrors
+from compresskit.layerwise.moments import SiteMoments
 from compresskit.layerwise.removal import Unit, without
 from compresskit.layerwise.repair import relative_error, repair_columns
-from compresskit.layerwise.walk import SiteMoments, Walk
+from compresskit.layerwise.walk import Walk
 from compresskit.layerwise.weights import dense_weight, layer_bias, set_weight
 from compresskit.models import TASKS, find_model, load_model
 from compresskit.passes.prune_width import PruneWidth
