@@ -6,7 +6,7 @@
 Subjects: `minilm-width` (all-MiniLM-L6-v2, prune_width keep 0.7), `smollm2-width` (SmolLM2-135M, prune_width keep 0.7),
 `smollm2-depth` (prune_depth, 30 → 24 blocks by block influence). Each is cut once, and every method and seed begins
 with that student. `tools/methods_distill.py` says what the methods are. 200 steps of 2 windows of 256 tokens are 100 k
-tokens; `--precision bfloat16` trains 2.5 times as fast on processors that multiply it (avx512_bf16, AMX).
+tokens; `--precision bfloat16` trains two to three times as fast on processors that multiply it (avx512_bf16, AMX).
 
 Rows give perplexity and KL to the original (decoders) or mean cosine (encoders) for each text, the share of the gap in
 log-perplexity that was closed, tokens/s and seconds. Prints one JSON object. Linux only.
