@@ -59,9 +59,9 @@ class Learner:
         self.learned = dict(chosen) | self.whole.bridge_parameters()
         self.in_blocks = self._in_blocks()
         self.factors = None if options.turns is None else find_factors(student, chosen)
-        width: int = student.config.get_text_config().hidden_size
-        default = default_learning_rate(width, writes_text=student.can_generate())
-        self.learning_rate = options.learning_rate or default
+        self.learning_rate: float = options.learning_rate or default_learning_rate(
+            student.config.get_text_config().hidden_size, writes_text=student.can_generate()
+        )
         self.optimizer = torch.optim.AdamW(
             self.learned.values(), lr=self.learning_rate, weight_decay=options.weight_decay, fused=True
         )

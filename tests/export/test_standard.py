@@ -215,7 +215,9 @@ def test_llm_int8_and_corrected_layers_have_a_standard_form():
     for steps in ([BitsAndBytes(format="int8")], [Quantize(bits=4, group_size=16), LowRankCorrection(rank=2)]):
         planned = tiny("bert").to("meta")
         for step in steps:
-            replay(step.plan(planned), planned)
+            edits = step.plan(planned)
+            assert edits
+            replay(edits, planned)
         OnnxExport(target="standard").check(planned, "feature-extraction")
 
 

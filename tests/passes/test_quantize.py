@@ -491,6 +491,9 @@ def test_a_mask_may_hold_infinity():
     student = tiny_student("bert")
     student.model.embeddings.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
     require_finite(student.model)
+    student.model.embeddings.mask[0] = torch.nan
+    with pytest.raises(CompressKitError, match=r"embeddings\.mask: 1 of 2"):
+        require_finite(student.model)
 
 
 def test_quantising_twice_is_refused():
