@@ -1,5 +1,6 @@
 """The bench of exported files: what stands beside them, and what it says where a peer is not installed."""
 
+import argparse
 import importlib.util
 from pathlib import Path
 
@@ -29,9 +30,14 @@ def run(bench, tmp_path_factory):
     return bench.Run(bench.quick_run(folder), folder / "baselines")
 
 
+def asked(**options):
+    given = {"threads": 1, "rounds": 3, "openvino": True, "operators": False, "spin": False}
+    return argparse.Namespace(**given | options)
+
+
 def test_a_peer_that_is_not_installed_is_a_row_that_says_so(bench, run, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    rows = list(bench.measure(run, 1, 3, openvino=True, spin=False))
+    rows = list(bench.measure(run, asked()))
     assert [row["method"] for row in rows] == ["float", "stock-int8", "student", "openvino-int8", "openvino-int4"]
     for row in rows[:3]:
         assert row["size_bytes"] > 0
@@ -44,12 +50,34 @@ def test_a_peer_that_is_not_installed_is_a_row_that_says_so(bench, run, monkeypa
 @pytest.mark.filterwarnings("default")
 def test_openvino_reads_the_original_in_integers(bench, run):
     pytest.importorskip("nncf")
-    rows = {row["method"]: row for row in bench.measure(run, 1, 3, openvino=True, spin=True)}
+    rows = {row["method"]: row for row in bench.measure(run, asked(spin=True))}
     assert list(rows) == ["float", "stock-int8", "student", "openvino-int8", "openvino-int4"]
     for method in ("openvino-int8", "openvino-int4"):
         assert rows[method]["size_bytes"] < 0.5 * rows["float"]["size_bytes"]
         assert rows[method]["perplexity"] == pytest.approx(rows["float"]["perplexity"], rel=0.1)
         assert rows[method]["latency"].keys() == rows["float"]["latency"].keys()
+
+
+def test_operators_are_timed_by_shape(bench, run):
+    rows = {row["method"]: row for row in bench.measure(run, asked(openvino=False, operators=True))}
+    held = {
+        "float": {"MatMul"},
+        "stock-int8": {"DynamicQuantizeMatMul", "MatMulIntegerToFloat"},
+        "student": {"MatMulNBits"},
+    }
+    for method, products in held.items():
+        assert rows[method]["operators_ms"].keys() == rows[method]["latency"].keys()
+        for taken in rows[method]["operators_ms"].values():
+            assert products & taken.keys()
+            assert all(0 < ms < 1e4 for ms in taken.values())
+
+
+def test_openvinos_operators_are_timed(peers, bench, tmp_path):
+    openvino = pytest.importorskip("openvino")
+    write_product(tmp_path / "product.onnx")
+    openvino.save_model(openvino.convert_model(tmp_path / "product.onnx"), tmp_path / "product.xml")
+    taken = bench.operator_ms(tmp_path / "product.xml", {"x": np.ones((2, 4), np.float32)}, 1, 3, spin=False)
+    assert any("FullyConnected" in name or "MatMul" in name for name in taken)
 
 
 def test_encoders_are_compared_with_static_int8_alone(peers):

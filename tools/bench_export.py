@@ -17,6 +17,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -31,7 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 import compresskit
 from compresskit import OnnxExport, Quantize
 from compresskit.cache import cache_folder
-from compresskit.data import DataSource, Sequences, prepare_examples, token_positions
+from compresskit.data import Batch, DataSource, Sequences, prepare_examples, token_positions
 from compresskit.evaluate import Fidelity
 from compresskit.export.baseline import export_baseline
 from compresskit.export.files import model_bytes
@@ -42,6 +43,7 @@ from compresskit.export.runtime import (
     decode_cases,
     default_threads,
     open_session,
+    session_feed,
     session_feeds,
     session_sizes,
 )
@@ -161,13 +163,52 @@ def _open(path: Path, threads: int, *, spin: bool) -> ort.InferenceSession:
     return open_session(path, threads=threads, spin=spin)
 
 
-def measure(run: Run, threads: int, rounds: int, *, openvino: bool, spin: bool) -> Iterator[dict[str, Any]]:
+def operator_ms(path: Path, case: Batch, threads: int, rounds: int, *, spin: bool) -> dict[str, float]:
+    """Milliseconds of each kind of operator in one run on `case`, the longest first: the mean of `rounds` runs."""
+    runs = _openvino_runs if path.suffix == ".xml" else _onnxruntime_runs
+    kept = runs(path, case, threads, rounds + 1, spin=spin)[1:]  # the first run of a session does more
+    taken = sum(kept, Counter[str]())
+    return {operator: round(ms / rounds, 4) for operator, ms in taken.most_common()}
+
+
+def _onnxruntime_runs(path: Path, case: Batch, threads: int, rounds: int, *, spin: bool) -> list[Counter[str]]:
+    """The milliseconds of each kind of operator, run by run."""
+    with tempfile.TemporaryDirectory() as scratch:
+        session = open_session(path, threads=threads, spin=spin, profile=Path(scratch) / "nodes")
+        feed = session_feed(session, case)
+        for _ in range(rounds):
+            session.run(None, feed)
+        events = json.loads(Path(session.end_profiling()).read_text())
+    runs = [Counter[str]()]
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            runs[-1][event["args"]["op_name"]] += event["dur"] / 1e3
+        elif event["name"] == "model_run":
+            runs.append(Counter[str]())
+    return runs[:-1]
+
+
+def _openvino_runs(path: Path, case: Batch, threads: int, rounds: int, *, spin: bool) -> list[Counter[str]]:
+    session = OpenVinoSession(path, threads=threads, profile=True)
+    feed = session_feed(cast(ort.InferenceSession, session), case)
+    runs = []
+    for _ in range(rounds):
+        session.run(None, feed)
+        runs.append(Counter[str]())
+        for operator, ms in session.node_ms():
+            runs[-1][operator] += ms
+    return runs
+
+
+def measure(run: Run, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A row for each file of a run."""
+    threads, spin, rounds = options.threads, options.spin, options.rounds
     shared: dict[str, Any] = {"run": str(run.folder), "model": run.model}
-    missing = missing_packages() if openvino else []
-    files = run.files(openvino=openvino and not missing)
+    missing = missing_packages() if options.openvino else []
+    files = run.files(openvino=options.openvino and not missing)
     sessions = {name: _open(path, threads, spin=spin) for name, path in files.items()}
-    times = compare_latency(sessions, run.cases(session_sizes(sessions["student"])), rounds=rounds)
+    cases = run.cases(session_sizes(sessions["student"]))
+    times = compare_latency(sessions, cases, rounds=rounds)
     for name, path in files.items():
         held_out = run.student.held_out if name == "student" else None
         row: dict[str, Any] = shared | {"method": name, "threads": threads, "spin": spin}
@@ -178,6 +219,10 @@ def measure(run: Run, threads: int, rounds: int, *, openvino: bool, spin: bool) 
             shape: {"p50_ms": one["p50"], "p95_ms": one["p95"], "speed": one["speed"]}
             for shape, one in times[name].items()
         }
+        if options.operators:
+            row["operators_ms"] = {
+                shape: operator_ms(path, case, threads, rounds, spin=spin) for shape, case in cases.items()
+            }
         if name == "student":
             row["parity"] = run.manifest["parity"]
         yield row
@@ -227,13 +272,14 @@ def bench(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             run = Run(folder, cache)
             if not isinstance(run.student.corpus.evaluation, Sequences):
                 raise SystemExit(f"{folder} is not of text")
-            yield from measure(run, options.threads, options.rounds, openvino=options.openvino, spin=options.spin)
+            yield from measure(run, options)
 
 
 def main() -> None:
     parser = bench_parser(__doc__, quick="a random decoder of one block, made on the spot")
     parser.add_argument("--run", action="append", metavar="DIR", help="a run's output with an onnx folder; repeatable")
     parser.add_argument("--openvino", action="store_true", help="the original in OpenVINO's integers too")
+    parser.add_argument("--operators", action="store_true", help="the time of each kind of operator too")
     parser.add_argument("--threads", type=int, default=default_threads(), help="of ONNX Runtime")
     parser.add_argument("--spin", action="store_true", help="threads of ONNX Runtime wait awake within a run")
     parser.add_argument("--rounds", type=int, default=25, help="timed runs of each file at each shape")

@@ -86,6 +86,7 @@ DECODER: dict[str, Method] = _BOTH | {
         for kind in ("reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation")
     },
     "kl-tau-2": _with({"kind": "kl", "temperature": 2.0}),
+    "kl-tenth-labels": _with({"kind": "kl", "alpha": 0.1}),
     "kl-half-labels": _with({"kind": "kl", "alpha": 0.5}),
     "kl-tsld": _with(_KL, token_weight="tsld"),
     "kl-entropy": _with(_KL, token_weight="entropy"),
