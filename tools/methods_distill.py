@@ -1,8 +1,9 @@
 """What `bench_distill.py` compares: losses and ways to train, for equal steps and tokens.
 
 A method is a row of `distill` passes, each with its share of the steps. `none` is the student before, `default` is
-what `distill` does by itself: in decoders forward KL, and the head rests. In the controls everything learns: `cross-
-entropy` learns the text and never asks the original, `kl` is plain forward KL, `kl-slow` the same at a rate of 1e-4.
+what `distill` does by itself: in decoders forward KL with a little cross-entropy, and the head rests; `kl-alone` is it
+without labels. In the controls everything learns: `cross-entropy` learns the text and never asks the original, `kl` is
+plain forward KL, `kl-slow` the same at a rate of 1e-4.
 `sampled` replaces half of the training windows by text that the original wrote (it continues their first tokens),
 `cached` keeps what the original says on the disk (making it is in the seconds, not in tokens/s), `fading` lets the
 hidden loss beside kl end at 0, `hidden-then-kl` gives the first third of the steps to hidden states, `blocks-first`
@@ -81,6 +82,7 @@ DECODER: dict[str, Method] = _BOTH | {
     "cross-entropy": _with({"kind": "kl", "alpha": 1.0}, freeze=()),
     "kl": _with(_KL, freeze=()),
     "kl-slow": _with(_KL, freeze=(), **SLOW),
+    "kl-alone": _with(_KL),
     **{
         f"kl-{kind}": _with({"kind": "kl", "divergence": kind})
         for kind in ("reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation")

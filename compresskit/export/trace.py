@@ -38,7 +38,14 @@ from compresskit.export.cached import (
     name_cached_axes,
     stepping,
 )
-from compresskit.export.fusion import drop_reshape_pairs, fuse_encoder, prefer_sums, share_tables
+from compresskit.export.fusion import (
+    drop_reshape_pairs,
+    fuse_encoder,
+    join_products,
+    join_roundings,
+    prefer_sums,
+    share_tables,
+)
 from compresskit.export.sizes import FREE, Sizes
 from compresskit.layers.forms import onnx_forms, swapped
 from compresskit.layers.int8_linear import Int8Linear
@@ -269,10 +276,13 @@ def _export(model: PreTrainedModel, batch: Batch, sizes: Sizes, *, as_node: bool
 
 
 def fuse_float(model: ir.Model) -> None:
-    """transformers' own fusions for ONNX Runtime on a CPU, in place; reshapes that lead nowhere after them go."""
+    """transformers' own fusions for ONNX Runtime on a CPU, in place, and those of nodes that they leave."""
     with quiet_exporters():
         fuse_for_onnxruntime(model, "cpu")
     drop_reshape_pairs(model)
+    join_products(model)
+    if any(node.op_type == "DynamicQuantizeLinear" for node in model.graph):
+        join_roundings(model)
 
 
 def _keep_outputs(model: ir.Model, wanted: list[str]) -> None:

@@ -93,7 +93,7 @@ class Distill(DistillOptions, Pass):
 
     kind: Literal["distill"] = "distill"
     refuses: ClassVar[frozenset[Trait]] = frozenset({"quantized"})
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
     needs: ClassVar[frozenset[TextPart]] = frozenset({"training"})
     inert: ClassVar[frozenset[str]] = frozenset({"checkpoint_minutes", "tracker", "tracker_folder"})
     learns: ClassVar[bool] = True

@@ -104,9 +104,23 @@ def test_nothing_is_reshaped_around_attention(cut_export: tuple[Student, Path, d
     made_by = {name: node.op_type for node in nodes for name in node.output}
     attentions = [node for node in nodes if node.op_type == "GroupQueryAttention"]
     read = {made_by[name] for node in attentions for name in node.input[:3]}
-    assert read <= {"RotaryEmbedding", "MatMul", "MatMulNBits", "Gemm"}
+    assert read <= {"RotaryEmbedding", "Split"}
     results = {node.output[0] for node in attentions}
     assert {node.op_type for node in nodes if results & set(node.input)} <= {"MatMul", "MatMulNBits", "Gemm"}
+
+
+def test_joined_products_hold_the_integers_of_their_layers(cut_export: tuple[Student, Path, dict[str, Any]]) -> None:
+    student, folder, _ = cut_export
+    stored = {one.name: one for one in onnx.load(str(folder / MODEL_FILE)).graph.initializer}
+    joined = [name for name in stored if "+" in name and name.endswith(".codes")]
+    layers = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
+    assert "+".join(f"model.layers.0.{layer}.codes" for layer in layers) in joined
+    for name in joined:
+        held = [student.model.get_submodule(part.removesuffix(".codes")).tensors() for part in name.split("+")]
+        for kind, parts in zip(("codes", "scales", "zeros"), zip(*held, strict=True), strict=True):
+            if parts[0] is not None:
+                array = onnx.numpy_helper.to_array(stored[name.replace(".codes", f".{kind}")])
+                assert np.array_equal(array, torch.cat(parts).numpy())
 
 
 def test_names_and_shapes_are_those_that_runtimes_look_for(cut_export: tuple[Student, Path, dict[str, Any]]) -> None:

@@ -80,3 +80,53 @@ def test_different_tables_of_one_size_stay_apart() -> None:
     fusion.share_tables(model)
     assert _operators(model) == ["Add", "Add"]
     assert set(model.graph.initializers) == {"first", "second"}
+
+
+def _integers(name: str, rows: int, draw: np.random.Generator, *, bias: bool) -> dict[str, np.ndarray]:
+    """4-bit codes of (rows, 32) in groups of 16, with scales and zeros."""
+    found = {
+        f"{name}.codes": draw.integers(0, 256, (rows, 2, 8), dtype=np.uint8),
+        f"{name}.scales": draw.random((rows, 2), dtype=np.float32),
+        f"{name}.zeros": draw.integers(0, 256, (rows, 1), dtype=np.uint8),
+    }
+    return found | ({f"{name}.bias": draw.random(rows, dtype=np.float32)} if bias else {})
+
+
+def _products(*, rows: tuple[int, ...], levels: tuple[int, ...], bias: bool = False) -> tuple[ir.Model, list[str]]:
+    """Products of one x with several weights, and their results one after another."""
+    draw, x, constants, nodes = np.random.default_rng(0), _value("x", (1, 3, 32)), {}, []
+    for index, (count, level) in enumerate(zip(rows, levels, strict=True)):
+        own = _integers(str(index), count, draw, bias=bias)
+        values: list[ir.Value | None] = [
+            ir.Value(name=name, shape=ir.Shape(one.shape), type=ir.TensorType(ir.DataType.from_numpy(one.dtype)))
+            for name, one in own.items()
+        ]
+        values[3:3] = [None] if bias else []
+        attributes = {"K": 32, "N": count, "bits": 4, "block_size": 16, "accuracy_level": level}
+        nodes.append(ir.node("MatMulNBits", [x, *values], attributes, domain="com.microsoft", name=f"product{index}"))
+        constants |= own
+    joined = ir.node("Concat", [node.outputs[0] for node in nodes], {"axis": -1})
+    return _model([*nodes, joined], [x], constants), list(constants)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_of_one_input_become_one(bias: bool) -> None:
+    model, names = _products(rows=(6, 2, 3), levels=(0, 0, 0), bias=bias)
+    x = np.random.default_rng(1).normal(size=(1, 3, 32)).astype(np.float32)
+    before = _run(model, x=x)
+    fusion.join_products(model)
+    assert _operators(model) == ["MatMulNBits", "Split", "Concat"]
+    parts = [part for name in model.graph.initializers if "+" in name for part in name.split("+")]
+    assert sorted(parts) == sorted(names)
+    assert np.array_equal(_run(model, x=x), before)
+
+
+def test_products_of_other_forms_stay_apart() -> None:
+    model, _ = _products(rows=(6, 2, 3), levels=(0, 4, 0))
+    fusion.join_products(model)
+    assert sorted(_operators(model)) == ["Concat", "MatMulNBits", "MatMulNBits", "Split"]
+    alone, _ = _products(rows=(6, 2), levels=(0, 4))
+    before = set(alone.graph.initializers)
+    fusion.join_products(alone)
+    assert _operators(alone) == ["MatMulNBits", "MatMulNBits", "Concat"]
+    assert set(alone.graph.initializers) == before

@@ -108,9 +108,7 @@ def chunked_linear_kl(problem: Problem, wants: Wants, memory_mb: int, slab_loss:
         if isinstance(theirs, TopK):
             loss += bucket_loss_(student, theirs, tokens, problem.divergence, readouts[0], **options)
         elif quick and wants and forward_kl.serves(student, theirs, tokens, problem.divergence, readouts):
-            loss += forward_kl.forward_kl_(
-                student, theirs, tokens.weight, problem.divergence.temperature, readouts, tile=tile
-            )
+            loss += forward_kl.forward_kl_(student, theirs, tokens, problem.divergence.temperature, readouts, tile=tile)
         else:
             loss += slab_loss(student, theirs, tokens, problem.divergence, readouts, **options)
         if gradients.hidden is not None:
