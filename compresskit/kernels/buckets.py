@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from compresskit.kernels.divergence import Divergence, summand_and_slope, working_dtype
+from compresskit.kernels.exponential import exp_
 from compresskit.kernels.slab import (
     Outward,
     Readout,
@@ -88,7 +89,7 @@ def bucket_loss_(
         return loss
     for part in tiles(student, tile):
         logits_here = student[part].to(dtype)
-        student[part] = outward.grad_(rest.log_softmax(logits_here).exp_().mul_(g[-1]), logits_here)
+        student[part] = outward.grad_(exp_(rest.log_softmax(logits_here)).mul_(g[-1]), logits_here)
     student.scatter_(0, indices, outward.grad_(g[:-1].clone(), logits).to(student.dtype))
     if label_logits is not None and tokens.labels is not None:
         named = indices == tokens.labels

@@ -27,6 +27,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from compresskit.kernels.exponential import exp
+
 #: Roundings of q by which p may differ from it and still be equal.
 TIE = 64
 Kind = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation"]
@@ -86,7 +88,7 @@ def summand_and_slope(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> t
     if divergence.kind in MIXED:
         # Every mixture is finite, so a finite stand-in for ln 0 keeps ln m and its derivative numbers where p = q = 0.
         log_p, log_q = (log.clamp_min(torch.finfo(log.dtype).min / 4) for log in (log_p, log_q))
-    p, q = log_p.exp(), log_q.exp()
+    p, q = exp(log_p), exp(log_q)
     match divergence.kind:
         case "forward_kl":
             return (q - p).addcmul_(p, _gap(log_p, log_q, p)), -p, q
@@ -99,10 +101,10 @@ def summand_and_slope(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> t
             return mix * p * (log_p - log_m) + slope, slope, q
         case "skew_forward_kl":
             log_m = _log_mixture(log_p, log_q, mix)
-            return p * (log_p - log_m), (mix - 1) * (log_p + log_q - log_m).exp(), q
+            return p * (log_p - log_m), (mix - 1) * exp(log_p + log_q - log_m), q
         case "skew_reverse_kl":
             gap = log_q - _log_mixture(log_q, log_p, mix)
-            return q * gap, q * (gap - mix * gap.exp()), q
+            return q * gap, q * (gap - mix * exp(gap)), q
         case _:
             apart = q - p
             differ = apart.abs() > TIE * torch.finfo(q.dtype).eps * q
@@ -123,4 +125,4 @@ def _log_mixture(log_x: Tensor, log_y: Tensor, share: float) -> Tensor:
     """ln(share · x + (1 − share) · y)."""
     log_x, log_y = log_x + math.log(share), log_y + math.log1p(-share)
     # torch.logaddexp takes several times as long on a CPU.
-    return torch.maximum(log_x, log_y) + (log_x - log_y).abs().neg().exp().log1p()
+    return torch.maximum(log_x, log_y) + exp((log_x - log_y).abs().neg()).log1p()

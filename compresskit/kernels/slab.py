@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from compresskit.kernels.divergence import Divergence, summand_and_slope, working_dtype
+from compresskit.kernels.exponential import exp, exp_
 
 # V vocabulary, C tokens of the slab, K entries of a top-k teacher
 #: Elements of a tile: a handful of float32 temporaries of this size fit a second-level cache.
@@ -155,16 +156,16 @@ def slab_statistics(
         drop = (peak - higher) / temperature
         shifted = logits - higher
         if at_one:
-            total_one = total_one * (peak - higher).exp() + shifted.exp().sum(0)
+            total_one = total_one * (peak - higher).exp() + exp(shifted).sum(0)
         if temperature != 1:
             shifted /= temperature
         if entropy:
-            weights = shifted.exp()
+            weights = exp(shifted)
             gained = (weights * shifted.clamp_min_(torch.finfo(dtype).min / 4)).sum(0)  # 0 · −∞ is no number
             moment = drop.exp() * torch.where(total > 0, moment + drop * total, 0) + gained
             total = total * drop.exp() + weights.sum(0)
         else:
-            total = total * drop.exp() + shifted.exp_().sum(0)
+            total = total * drop.exp() + exp_(shifted).sum(0)
         peak = higher
     return Statistics(
         temperature,
@@ -205,7 +206,7 @@ class Outward:
         """∂loss/∂product of some elements, without the −c of the labels' own; overwrites `slope`."""
         grad = slope.mul_(self.factor)
         if self.label_weight is not None:
-            grad += self.student.log_softmax_one(logits).exp_().mul_(self.label_weight)
+            grad += exp_(self.student.log_softmax_one(logits)).mul_(self.label_weight)
         return self.readout.backward_(grad, logits)
 
     def label_grad(self, slope: Tensor, logits: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from compresskit.kernels.buckets import TopK, bucket_loss_
 from compresskit.kernels.divergence import working_dtype
 from compresskit.kernels.linear_kl.head import Head, TiledWeight
 from compresskit.kernels.linear_kl.problem import Problem, Projected, Teacher
-from compresskit.kernels.linear_kl.products import WeightGradient, hidden_gradient, large_empty, product_
+from compresskit.kernels.linear_kl.products import ALIGNMENT, WeightGradient, borrowed, hidden_gradient, product_
 from compresskit.kernels.slab import TILE_ELEMENTS, Readout, TokenTerms, slab_loss_, tile_bytes, tile_elements
 
 # T tokens, V vocabulary, H hidden, C tokens of a chunk
@@ -29,6 +29,8 @@ from compresskit.kernels.slab import TILE_ELEMENTS, Readout, TokenTerms, slab_lo
 SlabLoss = Callable[..., Tensor]
 #: The part of the budget that tiles may take, and what they need at most; slabs take the rest.
 _TILE_SHARE = 0.25
+#: Tiles of other losses that one of `forward_kl_` may be as large as.
+_QUICK_TILES = 2
 #: Tokens of a chunk past which its products are no faster, by kind of device: more would only take memory.
 _MOST_TOKENS = {"cpu": 1024}
 
@@ -95,28 +97,21 @@ def chunked_linear_kl(problem: Problem, wants: Wants, memory_mb: int, slab_loss:
     gradients = _start(problem, wants)
     weight = problem.head.weight
     sums = WeightGradient(weight, -(-len(rows) // chunk)) if wants.weight and isinstance(weight, Tensor) else None
-    slabs = _Slabs(problem, min(chunk, len(rows)))
-    # Logits that a teacher gives as they are may hold −∞.
-    quick = slab_loss is slab_loss_ and isinstance(problem.teacher, Projected)
-    for start in range(0, len(rows), chunk):
-        # A slice where no token is dropped: views, no copies.
-        part = slice(start, min(start + chunk, len(rows))) if every else rows[start : start + chunk]
-        hidden, teacher = problem.hidden[part], _teacher_rows(problem.teacher, part)
-        tokens = _token_terms(problem, part, dtype)
-        student, theirs = slabs.fill(hidden, teacher)
-        readouts, options = slabs.readouts, {"wants_grad": bool(wants), "tile": tile}
-        if isinstance(theirs, TopK):
-            loss += bucket_loss_(student, theirs, tokens, problem.divergence, readouts[0], **options)
-        elif quick and wants and forward_kl.serves(student, theirs, tokens, problem.divergence, readouts):
-            loss += forward_kl.forward_kl_(student, theirs, tokens, problem.divergence.temperature, readouts, tile=tile)
-        else:
-            loss += slab_loss(student, theirs, tokens, problem.divergence, readouts, **options)
-        if gradients.hidden is not None:
-            gradients.hidden[part] = hidden_gradient(student, weight).to(gradients.hidden.dtype)
-        if gradients.bias is not None:
-            gradients.bias[: len(student)] += student.sum(1, dtype=gradients.bias.dtype)
-        if sums is not None:
-            sums.add(student, hidden)
+    largest = min(chunk, len(rows))
+    with borrowed(_Slabs.bytes_of(problem, largest), problem.hidden.device) as memory:
+        slabs = _Slabs(problem, memory, largest, slab_loss, wants_grad=bool(wants), tile=tile)
+        for start in range(0, len(rows), chunk):
+            # A slice where no token is dropped: views, no copies.
+            part = slice(start, min(start + chunk, len(rows))) if every else rows[start : start + chunk]
+            hidden, tokens = problem.hidden[part], _token_terms(problem, part, dtype)
+            student, theirs = slabs.fill(hidden, _teacher_rows(problem.teacher, part))
+            loss += slabs.loss_(student, theirs, tokens)
+            if gradients.hidden is not None:
+                gradients.hidden[part] = hidden_gradient(student, weight).to(gradients.hidden.dtype)
+            if gradients.bias is not None:
+                gradients.bias[: len(student)] += student.sum(1, dtype=gradients.bias.dtype)
+            if sums is not None:
+                sums.add(student, hidden)
     if sums is not None:
         gradients.weight = sums.result()
     if gradients.bias is not None and problem.head.bias is not None:
@@ -151,43 +146,84 @@ def _token_terms(problem: Problem, part: slice | Tensor, dtype: torch.dtype) -> 
 
 
 class _Slabs:
-    """The memory of the slabs, used again for every chunk, and how it is filled."""
+    """The slabs of every chunk in the same memory: how they are filled, and what their loss is.
 
-    def __init__(self, problem: Problem, tokens: int) -> None:
-        self.width, teacher = problem.vocabulary, problem.teacher
+    Args:
+        memory: `bytes_of` bytes, uint8.
+        tokens: of the largest chunk.
+        slab_loss: for whatever has no quicker way.
+    """
+
+    def __init__(
+        self, problem: Problem, memory: Tensor, tokens: int, slab_loss: SlabLoss, *, wants_grad: bool, tile: int
+    ) -> None:
+        self.width, teacher, self.divergence = problem.vocabulary, problem.teacher, problem.divergence
         self.head, self.shared = problem.head, isinstance(teacher, Projected) and _same_weight(problem.head, teacher)
+        self.slab_loss, self.wants_grad, self.tile = slab_loss, wants_grad, tile
         theirs = teacher.head.readout if isinstance(teacher, Projected) else Readout()
         self.readouts = self._cut(problem.head.readout), self._cut(theirs)
-        dtypes, device = _slab_dtypes(problem), problem.hidden.device
-        if self.shared:
-            self.memory = [large_empty(2 * self.width * tokens, dtype=dtypes[0], device=device)]
-        else:
-            self.memory = [large_empty(self.width * tokens, dtype=dtype, device=device) for dtype in dtypes]
+        self.dtypes = _slab_dtypes(problem)
+        first = self._slab_bytes(self.dtypes[0], self.width, tokens)
+        self.memory = [memory, memory if self.shared else memory[first:]]
+        self.quick = (
+            wants_grad
+            and slab_loss is slab_loss_
+            and isinstance(teacher, Projected)  # logits that a teacher gives as they are may hold −∞
+            and forward_kl.serves(self.dtypes, self.divergence, self.readouts, labels=problem.labels is not None)
+        )
+
+    @classmethod
+    def bytes_of(cls, problem: Problem, tokens: int) -> int:
+        """Bytes of the slabs of so many tokens."""
+        return sum(cls._slab_bytes(dtype, problem.vocabulary, tokens) for dtype in _slab_dtypes(problem))
+
+    @staticmethod
+    def _slab_bytes(dtype: torch.dtype, width: int, tokens: int) -> int:
+        return -(-width * tokens * dtype.itemsize // ALIGNMENT) * ALIGNMENT
 
     def _cut(self, one: Readout) -> Readout:
         """The readout of the vocabulary that is compared."""
         return Readout(None if one.bias is None else one.bias[: self.width], one.scale, one.softcap)
 
     def _slab(self, number: int, tokens: int) -> Tensor:
-        return self.memory[number][: self.width * tokens].view(self.width, tokens)
+        dtype = self.dtypes[number]
+        count = self.width * tokens
+        return self.memory[number][: count * dtype.itemsize].view(dtype).view(self.width, tokens)
 
     def fill(self, hidden: Tensor, teacher: Teacher) -> tuple[Tensor, Tensor | TopK]:
         """The student's slab of products and the teacher's, (V, C) each, or the cache as it is."""
-        tokens = len(hidden)
+        tokens, states = len(hidden), self._states(hidden, 0)
         if self.shared and isinstance(teacher, Projected):
             both = self._slab(0, 2 * tokens)
-            product_(both, self.head.weight, torch.cat([hidden, teacher.hidden]))
+            product_(both, self.head.weight, torch.cat([states, self._states(teacher.hidden, 1)]))
             return both[:, :tokens], both[:, tokens:]
         student = self._slab(0, tokens)
-        product_(student, self.head.weight, hidden)
+        product_(student, self.head.weight, states)
         if isinstance(teacher, TopK):
             return student, teacher
         theirs = self._slab(1, tokens)
         if isinstance(teacher, Projected):
-            product_(theirs, teacher.head.weight, teacher.hidden)
+            product_(theirs, teacher.head.weight, self._states(teacher.hidden, 1))
         else:
             theirs.copy_(teacher[:, : self.width].T)
         return student, theirs
+
+    def _states(self, hidden: Tensor, number: int) -> Tensor:
+        """Hidden states as the products take them."""
+        if not self.quick:
+            return hidden
+        return hidden * forward_kl.stretch(self.readouts[number], self.divergence.temperature)
+
+    def loss_(self, student: Tensor, teacher: Tensor | TopK, tokens: TokenTerms) -> Tensor:
+        """The loss of filled slabs, a scalar; the student's becomes ∂loss/∂product where gradients are wanted."""
+        ours, options = self.readouts[0], {"wants_grad": self.wants_grad, "tile": self.tile}
+        if isinstance(teacher, TopK):
+            return bucket_loss_(student, teacher, tokens, self.divergence, ours, **options)
+        if self.quick:
+            # It has few temporaries, so its tiles may be larger.
+            temperature, tile = self.divergence.temperature, _QUICK_TILES * self.tile
+            return forward_kl.forward_kl_(student, teacher, tokens, temperature, self.readouts, tile=tile)
+        return self.slab_loss(student, teacher, tokens, self.divergence, self.readouts, **options)
 
 
 def _same_weight(head: Head, teacher: Projected) -> bool:
