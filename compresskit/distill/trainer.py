@@ -36,6 +36,7 @@ from compresskit.distill.parameters import choose_parameters, only_these_learn, 
 from compresskit.distill.progress import TrainingBar
 from compresskit.distill.teachers import Teacher
 from compresskit.errors import CompressKitError, RunFailedError
+from compresskit.kernels.linear_kl import release_memory
 from compresskit.sentence import MEAN_POOLED, SentenceEmbedding
 
 log = logging.getLogger(__name__)
@@ -122,7 +123,10 @@ def train(
         running,
     ):
         learner = Learner(student, teacher, losses, chosen, options, accelerator, pooling, teacher_shape or student)
-        return _Run(learner, apart, others, checkpoint).finish(steps)
+        try:
+            return _Run(learner, apart, others, checkpoint).finish(steps)
+        finally:
+            release_memory()
 
 
 def _check(losses: Sequence[Loss], training: Sequences, options: TrainingOptions, accelerator: Accelerator) -> None:

@@ -7,6 +7,7 @@
 The gradients of hidden states, weight and bias are made during the forward pass, chunk by chunk, while a chunk's logits
 are at hand: `reference` is the definition in plain torch, `chunked` runs on any device within a budget of memory, and
 `triton` replaces what lies between the products by fused kernels. Divergences: `compresskit.kernels.divergence`.
+On a CPU the memory of the logits is kept for the next call, until `release_memory`.
 
 Not for heads over few classes: where (T, V) is small, `compresskit.kernels.kl_div` of the logits does less.
 """
@@ -25,11 +26,12 @@ from compresskit.kernels.linear_kl.chunked import least_memory_mb
 from compresskit.kernels.linear_kl.head import Head, TiledWeight
 from compresskit.kernels.linear_kl.op import fused_linear_kl
 from compresskit.kernels.linear_kl.problem import Problem, Projected, check_problem, choose_teacher
+from compresskit.kernels.linear_kl.products import release_memory
 from compresskit.kernels.linear_kl.reference import reference_linear_kl
 
 Impl = Literal["auto", "triton", "chunked", "reference"]
 
-__all__ = ["Divergence", "Head", "Impl", "TiledWeight", "TopK", "linear_kl", "why_not_triton"]
+__all__ = ["Divergence", "Head", "Impl", "TiledWeight", "TopK", "linear_kl", "release_memory", "why_not_triton"]
 
 
 def why_not_triton(student_hidden: Tensor, teacher: Tensor | TopK) -> str | None:

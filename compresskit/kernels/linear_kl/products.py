@@ -7,6 +7,7 @@ runs at about the speed of the best orientation; with tokens first, the first pr
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ def large_empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor
 
 #: The largest memory that a finished call left for the next one, on the CPU.
 _RESTING: list[Tensor] = []
+_LOCK = Lock()
 
 
 @contextmanager
@@ -49,15 +51,17 @@ def borrowed(size: int, device: torch.device) -> Iterator[Tensor]:
     if device.type != "cpu":
         yield torch.empty(size, dtype=torch.uint8, device=device)
         return
-    memory = _RESTING.pop() if _RESTING else None
+    with _LOCK:
+        memory = _RESTING.pop() if _RESTING else None
     if memory is None or memory.numel() < size:
         memory = None  # goes before the larger one comes
         memory = large_empty(size, dtype=torch.uint8, device=device)
     try:
         yield memory
     finally:
-        if not _RESTING or _RESTING[0].numel() < memory.numel():
-            _RESTING[:] = [memory]
+        with _LOCK:
+            if not _RESTING or _RESTING[0].numel() < memory.numel():
+                _RESTING[:] = [memory]
 
 
 def release_memory() -> None:
