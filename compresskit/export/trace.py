@@ -281,7 +281,7 @@ def fuse_float(model: ir.Model) -> None:
         fuse_for_onnxruntime(model, "cpu")
     drop_reshape_pairs(model)
     join_products(model)
-    if any(node.op_type == "DynamicQuantizeLinear" for node in model.graph):
+    if any(node.op_type in ("DynamicQuantizeLinear", "QuantizeLinear") for node in model.graph):
         join_roundings(model)
 
 
