@@ -19,6 +19,8 @@ from onnx_ir.passes.common import (
     RemoveUnusedNodesPass,
 )
 
+#: Where MatMulNBits takes the order of its columns, counted from its weight.
+_ORDER = 3
 # Smaller constants are not worth a node.
 _SHARED_ELEMENTS = 1024
 
@@ -110,15 +112,18 @@ def set_accuracy(model: ir.Model, level: int) -> int:
 def join_products(model: ir.Model) -> None:
     """Products of one input with integers of one form become one, whose result is split.
 
-    The names of its codes, scales, zeros and bias are those of its parts, with + between them.
+    The names of its codes, scales, zeros and bias are those of its parts, with + between them. A product that shares a
+    weight, computes one (scales that a node expands) or orders its columns (g_idx) stays as it is.
     """
     groups: dict[tuple[object, ...], list[ir.Node]] = {}
     for node in _nodes(model, "MatMulNBits"):
         form = tuple(sorted((name, one.value) for name, one in node.attributes.items() if name != "N"))
-        constants = [value for value in node.inputs[1:] if value is not None]
-        if all(map(_only_use, constants)) and not node.outputs[0].is_graph_output():
-            given = tuple(value is None for value in node.inputs)
-            groups.setdefault((id(node.inputs[0]), form, given), []).append(node)
+        weights = node.inputs[1:]
+        own = all(one is None or (one.is_initializer() and _only_use(one)) for one in weights)
+        orders = len(weights) > _ORDER and weights[_ORDER] is not None
+        if own and not orders and not node.outputs[0].is_graph_output():
+            kinds = tuple(None if one is None else (one.dtype, tuple(one.shape or ())[1:]) for one in weights)
+            groups.setdefault((id(node.inputs[0]), form, kinds), []).append(node)
     for nodes in groups.values():
         if len(nodes) > 1:
             _join(model.graph, nodes)
@@ -213,6 +218,13 @@ def _before_smoothing(value: ir.Value) -> ir.Value:
         return value
     source, factors = node.inputs
     return source if source is not None and str(getattr(factors, "name", "")).endswith(".smooth") else value
+
+
+def join_integers(model: ir.Model) -> None:
+    """Layers of one input share a product of integers, or the rounding of their activations."""
+    join_products(model)
+    if _nodes(model, "DynamicQuantizeLinear") or _nodes(model, "QuantizeLinear"):
+        join_roundings(model)
 
 
 def join_roundings(model: ir.Model) -> None:

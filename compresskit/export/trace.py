@@ -41,8 +41,7 @@ from compresskit.export.cached import (
 from compresskit.export.fusion import (
     drop_reshape_pairs,
     fuse_encoder,
-    join_products,
-    join_roundings,
+    join_integers,
     prefer_sums,
     share_tables,
 )
@@ -194,6 +193,7 @@ def trace(
     elif fuse:
         fuse_float(graph)
         prefer_sums(graph)
+        join_integers(graph)
     share_tables(graph)
     _name_axes(graph, list(batch), sizes)
     # Each node came with the stack trace of the machine it was traced on.
@@ -230,6 +230,7 @@ def trace_cached(
     if fuse and form == "group_query":
         fuse_float(graph)
         prefer_sums(graph)
+        join_integers(graph)
     share_tables(graph)
     name_cached_axes(graph, sizes)
     ClearMetadataAndDocStringPass()(graph)
@@ -276,13 +277,10 @@ def _export(model: PreTrainedModel, batch: Batch, sizes: Sizes, *, as_node: bool
 
 
 def fuse_float(model: ir.Model) -> None:
-    """transformers' own fusions for ONNX Runtime on a CPU, in place, and those of nodes that they leave."""
+    """transformers' own fusions for ONNX Runtime on a CPU, in place; reshapes that lead nowhere after them go."""
     with quiet_exporters():
         fuse_for_onnxruntime(model, "cpu")
     drop_reshape_pairs(model)
-    join_products(model)
-    if any(node.op_type in ("DynamicQuantizeLinear", "QuantizeLinear") for node in model.graph):
-        join_roundings(model)
 
 
 def _keep_outputs(model: ir.Model, wanted: list[str]) -> None:

@@ -13,7 +13,7 @@ LOG2_E = math.log2(math.e)
 
 
 def exp_(x: Tensor) -> Tensor:
-    """eˣ in place, 0 of −∞; on a CPU, float32 is right to about (1 + |x|) 2⁻²⁴ of itself."""
+    """eˣ in place, 0 of −∞; on a CPU, float32 is right to (2 + 1.25 |x|) 2⁻²⁴ of itself."""
     if x.device.type == "cpu" and x.dtype == torch.float32:
         return x.mul_(LOG2_E).exp2_()
     return x.exp_()

@@ -26,7 +26,7 @@ from compresskit.kernels.slab import Readout, TokenTerms, tiles
 def serves(
     dtypes: Sequence[torch.dtype], divergence: Divergence, readouts: tuple[Readout, Readout], *, labels: bool
 ) -> bool:
-    """Whether `forward_kl_` computes this loss: forward KL in one dtype of full precision, all logits finite."""
+    """Whether `forward_kl_` computes this loss: forward KL in one dtype of full precision, biases finite."""
     return (
         divergence.kind == "forward_kl"
         and divergence.weight_rule == "none"
@@ -66,7 +66,10 @@ def forward_kl_(
     peaks, totals = (student.new_empty(2, len(parts), student.shape[1]) for _ in range(2))
     cross = student.new_empty(len(parts), student.shape[1])
     gap = student.new_empty(len(student[parts[0]]), student.shape[1]) if parts else student
-    biases = [None if one.bias is None else one.bias[:, None] * stretch(one, temperature) for one in readouts]
+    biases = [
+        None if one.bias is None else one.bias[:, None].to(student.dtype) * stretch(one, temperature)
+        for one in readouts
+    ]
     labelled = None if label_row is None else _picked(student, label_row, biases[0])
     for n, part in enumerate(parts):
         a, b = student[part], teacher[part]

@@ -48,8 +48,9 @@ LABELS = 0.05
 def default_losses(model: PreTrainedModel) -> tuple[Loss, ...]:
     """KL on logits for a model with a head over classes or tokens; hidden states of every block for any other.
 
-    Language models learn a little of the text itself (`LABELS`): KL alone leaves them a perplexity that cross-entropy
-    undercuts by far where they were trained, and so small a share hardly moves them away from the original.
+    Language models learn a little of the text itself (`LABELS`): with little text, KL alone leaves a higher perplexity
+    where they are trained than cross-entropy does, and so small a share hardly moves them away from the original
+    (docs/measurements.md, Recovery).
 
     After a least-squares refit of all-MiniLM-L6-v2, hidden states at a learning rate of 1e-4 gained within 60 steps of
     32 sentences; `embedding` with its in-batch similarities did not gain within 80 (one seed each).
@@ -65,7 +66,7 @@ class DistillOptions(TrainingOptions):
     losses: tuple[AnyLoss, ...] | None = Field(
         default=None,
         min_length=1,
-        description="what to agree on; by default kl (language models: alpha 0.05), or without a head hidden",
+        description=f"what to agree on; by default kl (language models: alpha {LABELS}), or without a head hidden",
     )
 
     teacher: str | None = Field(
@@ -165,8 +166,10 @@ class DistillOptions(TrainingOptions):
         if self.teachers is None:
             moves = any(isinstance(loss, Contrastive) or (isinstance(loss, KL) and loss.alpha) for loss in losses)
             if self.names == (AVERAGE,) and not (self.losses and moves):
-                what = "the average of the student begins as the student, and agrees with it: nothing is learnt"
-                fix = "give kl an alpha (labels), use contrastive, or name it beside the original in teachers"
+                what = (
+                    "the average of the student begins as the student, and agrees with it: little or nothing is learnt"
+                )
+                fix = "say losses: kl with an alpha (labels) or contrastive, or name it beside the original in teachers"
                 raise CompressKitError(what, where="teacher", fix=fix)
             return
         inner = [loss.kind for loss in losses if loss.asks(model) - {"predictions", "sentence"}]

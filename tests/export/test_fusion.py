@@ -130,3 +130,57 @@ def test_products_of_other_forms_stay_apart() -> None:
     fusion.join_products(alone)
     assert _operators(alone) == ["MatMulNBits", "MatMulNBits", "Concat"]
     assert set(alone.graph.initializers) == before
+
+
+@pytest.mark.parametrize("reason", ["expanded", "shared", "output", "ordered"])
+def test_products_that_cannot_be_joined_stay_as_they_are(reason: str) -> None:
+    model, _ = _products(rows=(6, 6), levels=(0, 0))
+    graph = model.graph
+    first, second = (node for node in graph if node.op_type == "MatMulNBits")
+    if reason == "expanded":
+        scales = graph.initializers.pop("0.scales")
+        narrow = _value("narrow", (6, 1))
+        narrow.const_value = ir.tensor(np.full((6, 1), 0.5, np.float32), name="narrow")
+        size = _value("size", (2,), ir.DataType.INT64)
+        size.const_value = ir.tensor(np.array([6, 2]), name="size")
+        for value in (narrow, size):
+            graph.register_initializer(value)
+        expand = ir.node("Expand", [narrow, size])
+        graph.insert_before(first, expand)
+        scales.replace_all_uses_with(expand.outputs[0])
+    elif reason == "shared":
+        graph.initializers["1.codes"].replace_all_uses_with(graph.initializers["0.codes"])
+        del graph.initializers["1.codes"]
+    elif reason == "output":
+        first.outputs[0].name, first.outputs[0].dtype = "first", ir.DataType.FLOAT
+        graph.outputs.append(first.outputs[0])
+    else:
+        for node in (first, second):
+            order = _value(f"{node.name}.order", (32,), ir.DataType.INT32)
+            order.const_value = ir.tensor(np.repeat(np.arange(2, dtype=np.int32), 16), name=order.name)
+            graph.register_initializer(order)
+            node.resize_inputs(5)
+            node.replace_input_with(4, order)
+    before, initializers = _operators(model), set(graph.initializers)
+    fusion.join_products(model)
+    assert _operators(model) == before
+    assert set(graph.initializers) == initializers
+    if reason != "ordered":
+        assert np.isfinite(_run(model, x=np.ones((1, 3, 32), np.float32))).all()
+
+
+@pytest.mark.parametrize("operator", ["DynamicQuantizeLinear", "QuantizeLinear"])
+def test_one_input_is_rounded_once(operator: str) -> None:
+    x, nodes, constants = _value("x", (2, 8)), [], {}
+    for index in range(2):
+        fixed = []
+        if operator == "QuantizeLinear":
+            constants |= {f"scale{index}": np.array(0.1, np.float32), f"zero{index}": np.array(7, np.uint8)}
+            fixed = [_value(f"scale{index}", ()), _value(f"zero{index}", (), ir.DataType.UINT8)]
+        rounding = ir.node(operator, [x, *fixed], num_outputs=1 if fixed else 3)
+        nodes += [rounding, ir.node("Cast", [rounding.outputs[0]], {"to": ir.DataType.FLOAT})]
+    nodes.append(ir.node("Sub", [nodes[1].outputs[0], nodes[3].outputs[0]]))
+    model = _model(nodes, [x], constants)
+    fusion.join_integers(model)
+    assert _operators(model).count(operator) == 1
+    assert not _run(model, x=np.random.default_rng(0).normal(size=(2, 8)).astype(np.float32)).any()

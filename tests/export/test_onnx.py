@@ -265,6 +265,9 @@ def test_a_changed_decoder_runs_in_onnx_runtime_as_in_torch(tmp_path: Path, chan
     LLAMA_CHANGES[change](llama)
     entry = OnnxExport(**FAST).write(llama, tmp_path / "onnx")  # type: ignore[arg-type]
     assert entry["parity"]["relative_error"] <= 1e-5
+    roundings = {"integers": "DynamicQuantizeLinear", "static_integers": "QuantizeLinear"}.get(change)
+    if roundings:  # what queries, keys and values read, gates and ups, and the two writers
+        assert entry["operators"][roundings] == 4 * llama.model.config.num_hidden_layers
     _assert_all_shapes_agree(llama, tmp_path / "onnx" / MODEL_FILE, "logits")
     if change != "float":
         _assert_integers_are_the_students(llama, tmp_path / "onnx" / MODEL_FILE)

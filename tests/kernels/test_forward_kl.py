@@ -69,6 +69,18 @@ def test_near_the_teacher_float32_is_no_worse_than_plain_torch(near):
     assert abs(found - truth) <= 2 * abs(plain - truth) + 1e-7
 
 
+def test_a_narrow_bias_is_not_rounded_again():
+    student, teacher, weight = slabs()
+    bias = torch.randn(len(student)).bfloat16()
+    readouts = (Readout(bias), Readout(-bias))
+    wide = tuple(Readout(one.bias.double()) for one in readouts)
+    truth = student.double()
+    expected = slab_loss_(truth, teacher.double(), TokenTerms(weight.double()), Divergence(), wide, wants_grad=True)
+    found = quick(student, teacher, TokenTerms(weight), 1.0, readouts, tile=64)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(student.double(), truth, rtol=1e-4, atol=1e-7)
+
+
 def test_logits_of_eighty_stay_finite_and_exact():
     student, teacher, weight = slabs()
     student[5], teacher[9], student[7] = 80, 80, -80

@@ -9,24 +9,55 @@ from dataclasses import replace
 import pytest
 import torch
 from pydantic import ValidationError
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from compresskit.api import load
 from compresskit.cache import cache_folder
 from compresskit.data.sequences import Corpus, Sequences
 from compresskit.distill.learner import Learner
-from compresskit.distill.losses import Contrastive, Embedding, Hidden
+from compresskit.distill.losses import KL, Contrastive, Embedding, Hidden
 from compresskit.distill.teachers import LiveTeacher
 from compresskit.engine import run
 from compresskit.errors import CompressKitError, ManyErrors
 from compresskit.models import find_model, load_empty, load_model, load_tokenizer
 from compresskit.passes.base import PASSES
 from compresskit.passes.distill import Distill
+from compresskit.passes.distill_options import LABELS, default_losses
 from compresskit.recipe import parse_recipe
 from compresskit.student import Student
 
 TEXTS = [f"the {a} {b} {c} a {d}" for a in ("small", "large") for b in ("model", "layer", "text", "block")
          for c in ("reads", "writes", "keeps", "drops") for d in ("matrix", "token", "batch", "seed")]  # fmt: skip
+
+
+TINY = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "expected"),
+    [
+        (LlamaForCausalLM, LlamaConfig, KL(alpha=LABELS)),
+        (BertForMaskedLM, BertConfig, KL()),
+        (BertForSequenceClassification, BertConfig, KL()),
+        (BertModel, BertConfig, Hidden()),
+    ],
+)
+def test_language_models_alone_learn_labels_by_default(model, config, expected):
+    assert 0 < LABELS < 0.5
+    with torch.device("meta"):
+        assert default_losses(model(config(**TINY))) == (expected,)
 
 
 def noisy(model, size):

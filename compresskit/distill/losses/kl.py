@@ -9,10 +9,11 @@
                                               arXiv:2402.03898
     total_variation   ½ Σ |p − q|
 
-The mean runs over real tokens for heads over tokens, over sequences for heads over sequences. With α = 0, the default,
-no label is read: both models predict at the same place, so nothing is shifted. Labels of a language model are its next
-tokens. KL alone beats every mixture when a pruned language model is recovered (Minitron, arXiv:2407.14679, table 8:
-2.107 against 2.140 with reverse KL); τ = 1 was best there.
+The mean runs over real tokens for heads over tokens, over sequences for heads over sequences. With α = 0, the default
+of this loss, no label is read: both models predict at the same place, so nothing is shifted. Labels of a language model
+are its next tokens. Forward KL beats the other divergences when a pruned language model is recovered (Minitron,
+arXiv:2407.14679, table 8: 2.107 against 2.140 with reverse KL); τ = 1 was best there. So was no label, over far more
+text than a small budget holds; where `distill` chooses the losses itself, it takes a small α (`default_losses`).
 
 With α = 1 only labels are learnt and the teacher is not run: the control that a distillation has to beat.
 

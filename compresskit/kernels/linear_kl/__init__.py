@@ -73,7 +73,8 @@ def linear_kl(
         labels: (T,) int64 classes of the cross-entropy at temperature 1; any number where c is 0.
         label_weight: c (T,) ≥ 0, as `token_weight`.
         impl: `auto` takes Triton where it can run, else `chunked`.
-        memory_mb: working memory in MiB beside the gradients; it decides how many tokens a chunk has.
+        memory_mb: working memory in MiB beside the gradients; it decides how many tokens a chunk has. On a CPU it is
+            kept for the next call (`release_memory`).
 
     Returns:
         A scalar in float32, or float64 where the hidden states are. All weights 0 give 0 with zero gradients. A column

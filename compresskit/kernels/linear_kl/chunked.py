@@ -29,7 +29,7 @@ from compresskit.kernels.slab import TILE_ELEMENTS, Readout, TokenTerms, slab_lo
 SlabLoss = Callable[..., Tensor]
 #: The part of the budget that tiles may take, and what they need at most; slabs take the rest.
 _TILE_SHARE = 0.25
-#: Tiles of other losses that one of `forward_kl_` may be as large as.
+#: How many tiles of `slab_loss_` a tile of `forward_kl_` is as large as: it has few temporaries.
 _QUICK_TILES = 2
 #: Tokens of a chunk past which its products are no faster, by kind of device: more would only take memory.
 _MOST_TOKENS = {"cpu": 1024}
@@ -220,7 +220,6 @@ class _Slabs:
         if isinstance(teacher, TopK):
             return bucket_loss_(student, teacher, tokens, self.divergence, ours, **options)
         if self.quick:
-            # It has few temporaries, so its tiles may be larger.
             temperature, tile = self.divergence.temperature, _QUICK_TILES * self.tile
             return forward_kl.forward_kl_(student, teacher, tokens, temperature, self.readouts, tile=tile)
         return self.slab_loss(student, teacher, tokens, self.divergence, self.readouts, **options)

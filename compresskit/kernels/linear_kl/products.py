@@ -66,7 +66,8 @@ def borrowed(size: int, device: torch.device) -> Iterator[Tensor]:
 
 def release_memory() -> None:
     """Give the memory that `linear_kl` keeps between calls on a CPU (at most its `memory_mb`) back to the system."""
-    _RESTING.clear()
+    with _LOCK:
+        _RESTING.clear()
 
 
 def _row_slices(count: int) -> Iterator[slice]:
