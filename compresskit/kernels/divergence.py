@@ -88,7 +88,9 @@ def summand_and_slope(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> t
     if divergence.kind in MIXED:
         # Every mixture is finite, so a finite stand-in for ln 0 keeps ln m and its derivative numbers where p = q = 0.
         log_p, log_q = (log.clamp_min(torch.finfo(log.dtype).min / 4) for log in (log_p, log_q))
-    p, q = exp(log_p), exp(log_q)
+        p, q = exp(log_p), exp(log_q)
+    else:  # q − p in f leaves no room for the rounding of the quicker way
+        p, q = log_p.exp(), log_q.exp()
     match divergence.kind:
         case "forward_kl":
             return (q - p).addcmul_(p, _gap(log_p, log_q, p)), -p, q
