@@ -62,8 +62,9 @@ def _attribute(node: onnx.NodeProto, name: str) -> int:
 
 
 def _weights_of_ort(folder: Path) -> list[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
-    """Integers (code − middle, or code), scales and zeros of every product of the file."""
+    """Integers (code − middle, or code), scales and zeros of every layer; one product may stand for several."""
     nodes, stored = _nodes(folder, "MatMulNBits")
+    splits = {node.input[0]: numpy_helper.to_array(stored[node.input[1]]) for node in _nodes(folder, "Split")[0]}
     found = []
     for node in nodes:
         bits, columns = _attribute(node, "bits"), _attribute(node, "K")
@@ -73,7 +74,11 @@ def _weights_of_ort(folder: Path) -> list[tuple[np.ndarray, np.ndarray, np.ndarr
         if len(node.input) > 3 and node.input[3]:
             packed = torch.from_numpy(numpy_helper.to_array(stored[node.input[3]]).copy())
             zeros = unpack(packed, scales.shape[1], bits=bits).numpy().astype(int)
-        found.append((codes if zeros is not None else codes - 2 ** (bits - 1), scales, zeros))
+        ends = np.cumsum(splits.get(node.output[0], [len(codes)]))[:-1]
+        parts = [np.split(one, ends) for one in (codes, scales)]
+        joined = [None] * (len(ends) + 1) if zeros is None else np.split(zeros, ends)
+        for own, scale, zero in zip(*parts, joined, strict=True):
+            found.append((own if zero is not None else own - 2 ** (bits - 1), scale, zero))
     return found
 
 

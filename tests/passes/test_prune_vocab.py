@@ -189,7 +189,7 @@ def test_two_cuts_in_a_row_compose(folders, texts, tmp_path):
 
 
 def test_a_teacher_of_the_same_tokenizer_is_cut_too(folders, texts, tmp_path):
-    learn = Distill(steps=2, batch_size=8, held_out=4, teacher=str(folders["llama"]))
+    learn = Distill(steps=2, batch_size=8, held_out=4, teacher=str(folders["llama"]), losses=(KL(),))
     report = run(recipe_of(folders["llama"], texts, PruneVocab(corpus=few(texts)), learn, evaluate="never"), tmp_path)
     assert report["passes"][-1]["notes"]["held_out_loss_before"] < 1e-6, "the teacher is the original"
 
