@@ -13,7 +13,9 @@ PLAIN = (Readout(), Readout())
 
 def quick(student, teacher, tokens, temperature, readouts, *, tile):
     """`forward_kl_` of plain products; the student's slab becomes the gradient."""
-    ours, theirs = (slab * stretch(one, temperature) for slab, one in zip((student, teacher), readouts, strict=True))
+    ours, theirs = (
+        slab * stretch(one, temperature, slab.dtype) for slab, one in zip((student, teacher), readouts, strict=True)
+    )
     loss = forward_kl_(ours, theirs, tokens, temperature, readouts, tile=tile)
     student.copy_(ours)
     return loss
@@ -69,6 +71,28 @@ def test_near_the_teacher_float32_is_no_worse_than_plain_torch(near):
     assert abs(found - truth) <= 2 * abs(plain - truth) + 1e-7
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tile", [64, 1 << 16])
+@pytest.mark.parametrize("labelled", [False, True])
+def test_gradients_of_narrow_slabs_are_rounded_once(dtype, tile, labelled):
+    """Half a step of the dtype away, at most, from what float64 makes of the very same logits."""
+    student, teacher, weight = (one.to(dtype) for one in slabs(near=0.3))
+    weight = weight.float()
+    labels = torch.tensor([0, 300, 5, 5, 17, 1, 2]) if labelled else None
+    tokens = TokenTerms(weight, labels, None if labels is None else weight.flip(0))
+    wide = TokenTerms(weight.double(), labels, None if labels is None else weight.flip(0).double())
+    temperature = 1.0 if labelled else 2.5
+    readouts = (Readout(torch.linspace(-2, 2, len(student)), 0.5), Readout(None, 2.0))
+    assert serves([dtype] * 2, Divergence(temperature=temperature), readouts, labels=labelled)
+    truth = student.double()
+    expected = slab_loss_(truth, teacher.double(), wide, Divergence(temperature=temperature), readouts, wants_grad=True)
+    found = quick(student, teacher, tokens, temperature, readouts, tile=tile)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+    limits = torch.finfo(dtype)
+    step = truth.abs().clamp_min(limits.smallest_normal) * limits.eps
+    assert ((student.double() - truth).abs() <= 0.51 * step + 1e-7).all()
+
+
 def test_a_narrow_bias_is_not_rounded_again():
     student, teacher, weight = slabs()
     bias = torch.randn(len(student)).bfloat16()
@@ -98,7 +122,7 @@ def test_logits_of_eighty_stay_finite_and_exact():
         (Divergence(weight_rule="entropy"), Readout(), torch.float32, False),
         (Divergence(), Readout(softcap=30.0), torch.float32, False),
         (Divergence(), Readout(torch.tensor([0.0, float("-inf")])), torch.float32, False),
-        (Divergence(), Readout(), torch.bfloat16, False),
+        (Divergence(), Readout(), torch.bfloat16, False),  # beside a float32 teacher
         (Divergence(temperature=2.0), Readout(), torch.float32, True),
     ],
 )

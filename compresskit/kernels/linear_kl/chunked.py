@@ -210,9 +210,8 @@ class _Slabs:
 
     def _states(self, hidden: Tensor, number: int) -> Tensor:
         """Hidden states as the products take them."""
-        if not self.quick:
-            return hidden
-        return hidden * forward_kl.stretch(self.readouts[number], self.divergence.temperature)
+        factor = forward_kl.stretch(self.readouts[number], self.divergence.temperature, hidden.dtype)
+        return hidden * factor if self.quick and factor != 1 else hidden
 
     def loss_(self, student: Tensor, teacher: Tensor | TopK, tokens: TokenTerms) -> Tensor:
         """The loss of filled slabs, a scalar; the student's becomes ∂loss/∂product where gradients are wanted."""
