@@ -97,7 +97,9 @@ def quantize_linears(student: Student, names: list[str], **options) -> None:
             linear.weight,
             bits=options["bits"],
             group_size=options["group_size"],
+            symmetric=options.get("symmetric"),
             clip_points=1,  # type: ignore[arg-type]
+            whole=options.get("act", "none") != "none" and options["bits"] < 8,
         )
         new.set_codes(values)  # type: ignore[operator]
         if options.get("act") == "int8_static":

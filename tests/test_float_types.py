@@ -85,6 +85,7 @@ KINDS: dict[str, tuple[str, list[dict[str, Any]], type[nn.Module]]] = {
         [{"kind": "quantize", "bits": 8, "group_size": "channel", "act": "int8_static"}],
         Int8Linear,
     ),
+    "int8 of 4": ("bert", [{"kind": "quantize", "bits": 4, "group_size": 16, "act": "int8"}], Int8Linear),
     "t5": ("t5", [{"kind": "quantize", **GROUPS}], QuantLinear),
     "t5 int8": ("t5", [{"kind": "quantize", "bits": 8, "group_size": "channel", "act": "int8"}], Int8Linear),
     "pivoted": ("llama", [{"kind": "low_rank", "keep": 0.7, "round_to": 4}], PivotedLinear),

@@ -21,6 +21,8 @@ from onnx_ir.passes.common import (
 
 #: Where MatMulNBits takes the order of its columns, counted from its weight.
 _ORDER = 3
+#: What stands behind the name of 4-bit codes in that of the 8-bit matrix made of them.
+WIDENED = ".int8"
 # Smaller constants are not worth a node.
 _SHARED_ELEMENTS = 1024
 
@@ -207,7 +209,9 @@ def rounding_points(model: ir.Model) -> dict[str, str]:
                 raise ValueError(f"{user.op_type} reads rounded values in an unexpected place")
             codes = user.inputs[1]
             if codes is not None:
-                points[str(codes.name).removesuffix(".codes")] = str(_before_smoothing(source).name)
+                points[str(codes.name).removesuffix(WIDENED).removesuffix(".codes")] = str(
+                    _before_smoothing(source).name
+                )
     return points
 
 

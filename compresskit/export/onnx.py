@@ -65,6 +65,7 @@ from compresskit.export.runtime import (
 )
 from compresskit.export.sizes import FREE, Sizes
 from compresskit.export.trace import OUTPUTS, cached_form, computes_in_integers, trace, trace_cached
+from compresskit.export.widening import refuse_opset
 from compresskit.layers.forms import re_expressed, swapped
 from compresskit.sentence import SentenceEmbedding
 from compresskit.student import Student
@@ -135,6 +136,7 @@ class OnnxExport(Exporter):
         """
         if self.target == "standard":
             standard.refuse_layers(model)
+        refuse_opset(model, self.opset)
         positions = token_positions(model)
         wrong = None
         if self.length is None:

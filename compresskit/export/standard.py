@@ -82,7 +82,7 @@ def use_standard_operators(model: ir.Model) -> None:
             if is_output:
                 new.name = name
     RemoveUnusedNodesPass()(model)
-    _drop_unused_initializers(model.graph)
+    drop_unused_initializers(model.graph)
     foreign = sorted({f"{node.domain}::{node.op_type}" for node in model.graph.all_nodes() if node.domain})
     if foreign:
         raise _foreign_error(", ".join(foreign))
@@ -96,17 +96,18 @@ def has_blocks(model: ir.Model) -> bool:
     return any(node.op_type == "DequantizeLinear" for node in model.graph)
 
 
-def _drop_unused_initializers(graph: ir.Graph) -> None:
+def drop_unused_initializers(graph: ir.Graph) -> None:
+    """Remove what no node reads any more."""
     for name, value in list(graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():
             del graph.initializers[name]
 
 
-def _constant(value: ir.Value | None) -> tuple[str, np.ndarray]:
+def read_constant(value: ir.Value | None) -> tuple[str, np.ndarray]:
     """The initializer behind a value and its name, read through a tied head's view and a row's repeated scale."""
     node = value.producer() if value is not None else None
     if node is not None and node.op_type in ("Reshape", "Expand", "Mul"):
-        (name, array), (_, other) = (_constant(one) for one in node.inputs[:2])
+        (name, array), (_, other) = (read_constant(one) for one in node.inputs[:2])
         if node.op_type == "Reshape":
             return name, array.reshape(other)
         return name, np.broadcast_to(array, other) if node.op_type == "Expand" else array * other
@@ -119,7 +120,8 @@ def _input(node: ir.Node, index: int) -> ir.Value | None:
     return node.inputs[index] if index < len(node.inputs) else None
 
 
-def _initializer(graph: ir.Graph, name: str, array: np.ndarray, dtype: ir.DataType) -> ir.Value:
+def add_initializer(graph: ir.Graph, name: str, array: np.ndarray, dtype: ir.DataType) -> ir.Value:
+    """An initializer, or the one that has this name already."""
     if name in graph.initializers:
         return graph.initializers[name]
     value = ir.Value(name=name, const_value=ir.Tensor(array, dtype=dtype, name=name))
@@ -140,19 +142,19 @@ def _weight(
 ) -> tuple[list[ir.Value], int]:
     """Codes, scales and perhaps zeros as initializers, (O, I) and (O, G) or transposed, and the block size."""
     bits, unsigned = node.attributes.get_int("bits", 4), zeros is not None
-    (name, packed), (scale_name, steps) = _constant(codes), _constant(scales)
+    (name, packed), (scale_name, steps) = read_constant(codes), read_constant(scales)
     block = node.attributes.get_int("block_size", 0)
     columns = node.attributes.get_int("K", 0) or packed.shape[-1] * 8 // bits
     if steps.shape[1] == 1:
         block = columns
     arrays = [(name, _integers(packed, columns, bits, unsigned=unsigned)), (scale_name, steps)]
     if zeros is not None:
-        zero_name, packed_zeros = _constant(zeros)
+        zero_name, packed_zeros = read_constant(zeros)
         arrays.append((zero_name, _integers(packed_zeros, steps.shape[1], bits, unsigned=True)))
     dtypes = [_DTYPES[bits, unsigned][0], ir.DataType.FLOAT, _DTYPES[bits, True][0]]
     suffix = ".columns" if transpose else ".rows"
     return [
-        _initializer(graph, name + suffix, np.ascontiguousarray(array.T if transpose else array), dtype)
+        add_initializer(graph, name + suffix, np.ascontiguousarray(array.T if transpose else array), dtype)
         for (name, array), dtype in zip(arrays, dtypes, strict=False)
     ], block
 

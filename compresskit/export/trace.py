@@ -46,6 +46,7 @@ from compresskit.export.fusion import (
     share_tables,
 )
 from compresskit.export.sizes import FREE, Sizes
+from compresskit.export.widening import least_opset, spell_out_codes
 from compresskit.layers.forms import onnx_forms, swapped
 from compresskit.layers.int8_linear import Int8Linear
 from compresskit.layers.operators import emit_operators
@@ -183,10 +184,11 @@ def trace(
         and (opset or ATTENTION_OPSET) >= ATTENTION_OPSET
     )
     with _embedding(model, sentence) if sentence else contextlib.nullcontext():
-        graph = _export(model, batch, sizes, as_node=as_node, opset=opset or ATTENTION_OPSET if as_node else opset)
+        usual = opset or least_opset(model)
+        graph = _export(model, batch, sizes, as_node=as_node, opset=opset or ATTENTION_OPSET if as_node else usual)
         if as_node and any(node.op_type == "RotaryEmbedding" for node in graph.graph):
             # That operator set brings this operator too, and ONNX Runtime's does not broadcast its tables over a batch.
-            as_node, graph = False, _export(model, batch, sizes, as_node=False, opset=opset)
+            as_node, graph = False, _export(model, batch, sizes, as_node=False, opset=usual)
     _keep_outputs(graph, [output, EMBEDDING] if sentence else [output])
     if as_node:
         fuse_encoder(graph)
@@ -195,6 +197,7 @@ def trace(
         prefer_sums(graph)
         join_integers(graph)
     share_tables(graph)
+    spell_out_codes(graph)
     _name_axes(graph, list(batch), sizes)
     # Each node came with the stack trace of the machine it was traced on.
     ClearMetadataAndDocStringPass()(graph)
@@ -223,7 +226,7 @@ def trace_cached(
         sizes: the texts that the file takes at once; the tokens stay free.
     """
     inputs = cached_inputs(model, sizes.fit(batch)[0])
-    opset = opset or ATTENTION_OPSET if form == "attention" else opset
+    opset = opset or (ATTENTION_OPSET if form == "attention" else least_opset(model))
     config = OnnxConfig(opset_version=opset, dynamic_shapes=free_axes(inputs, sizes))
     with _tracing(model, ATTENTION[form]), stepping(model, last_only=last_only):
         graph: ir.Model = OnnxExporter().export(model, inputs, config=config).program
@@ -232,6 +235,7 @@ def trace_cached(
         prefer_sums(graph)
         join_integers(graph)
     share_tables(graph)
+    spell_out_codes(graph)
     name_cached_axes(graph, sizes)
     ClearMetadataAndDocStringPass()(graph)
     return graph

@@ -92,6 +92,7 @@ def find_scales(
     symmetric: bool | None = None,
     column_weight: Tensor | None = None,
     clip_points: int = CLIP_POINTS,
+    whole: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Scales and zeros for `weight`, each group's range shrunk where that lowers its weighted squared error.
 
@@ -103,6 +104,7 @@ def find_scales(
         column_weight: (I,), the weight of each column's squared error, not negative; None weighs all alike.
         clip_points: shrink factors tried from 1 down to 0.5, 1 first; 1 is no search. A factor wins only where its
             error is strictly less, so the result is never worse than no clip.
+        whole: whether the scales of a row are then moved to whole multiples of one (`whole_factors`).
 
     Returns:
         scales (O, G) float32 and zeros (O, G) uint8, or None for the symmetric grid.
@@ -126,7 +128,36 @@ def find_scales(
         chunk = _grouped(weight[start : start + step].detach().float(), groups, group_size)
         part = _search(chunk, importance, bits, with_zeros, clip_points)
         scales[start : start + step], zeros[start : start + step] = part
-    return scales, zeros if with_zeros else None
+        if whole:  # groups of zeros, whose scale says nothing, have no part in the row's step
+            idle = chunk.abs().amax(-1) < torch.finfo(torch.float32).tiny * 2**bits
+            scales[start : start + step].masked_fill_(idle, 0)
+    if not whole:
+        return scales, zeros if with_zeros else None
+    steps, factors = whole_factors(scales, zeros if with_zeros else None, bits=bits)
+    return steps * factors, zeros if with_zeros else None
+
+
+def whole_factors(scales: Tensor, zeros: Tensor | None, *, bits: int) -> tuple[Tensor, Tensor]:
+    """Scales as whole multiples of one step a row, so that (code − zero) · factor stays within −127…127.
+
+    A product of integers then takes the weight in 8 bits, with the step as the scale of its row. The group with the
+    largest scale keeps it; the others' move by half a step at most. Scales that are such multiples stay.
+
+    Args:
+        scales, zeros: (O, G), as `find_scales` gives them; a scale of 0 is that of a group without weights.
+        bits: of the codes.
+
+    Returns:
+        steps (O, 1) float32 and factors (O, G) uint8 from 1 on.
+
+    Source: progressive group quantisation, QServe (arXiv:2405.04532), section 4.1.
+    """
+    top, middle = 2**bits - 1, 2.0 ** (bits - 1)
+    zero = torch.full_like(scales, middle) if zeros is None else zeros.float()
+    most = (127 / torch.maximum(zero, top - zero)).floor()
+    steps = (scales / most).amax(1, keepdim=True)
+    steps = torch.where(steps == 0, 1.0, steps)
+    return steps, (scales / steps).round().clamp(min=1).to(torch.uint8)
 
 
 def _grouped(matrix: Tensor, groups: int, group_size: int) -> Tensor:
@@ -210,6 +241,7 @@ def quantize_weight(
     symmetric: bool | None = None,
     column_weight: Tensor | None = None,
     clip_points: int = CLIP_POINTS,
+    whole: bool = False,
 ) -> Codes:
     """`weight` rounded to nearest on the grid of `find_scales` (same arguments and errors)."""
     scales, zeros = find_scales(
@@ -219,6 +251,7 @@ def quantize_weight(
         symmetric=symmetric,
         column_weight=column_weight,
         clip_points=clip_points,
+        whole=whole,
     )
     return Codes(encode(weight, scales, zeros, bits=bits, group_size=group_size), scales, zeros)
 

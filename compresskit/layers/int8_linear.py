@@ -1,4 +1,4 @@
-"""A linear layer computed in integers: int8 weights, activations rounded to uint8.
+"""A linear layer computed in integers: int8 or 4-bit weights, activations rounded to uint8.
 
     before  y = W x + b
     after   s = (max x − min x) / 255,  z = −min x / s,  q = round(x / s) + z        one s and z for the whole tensor
@@ -7,6 +7,10 @@
 The range from min x to max x is that of the input as it comes (dynamic), or one that calibration fixed (static): then
 what lies outside is cut off. A smoothed layer rounds `x · smooth` and holds the codes of W / smooth: one factor for
 each input, so that channels with large activations do not take the whole range (SmoothQuant, arXiv:2211.10438).
+
+Codes of 4 bits are held in groups of columns and widened to 8 for the product: (code − zero) · factor, where a group's
+factor is a whole number and the row's scale its step (QServe's progressive groups, arXiv:2405.04532). They take half
+the bytes and lose what 4 bits lose; ONNX Runtime widens them once, when it loads the file, so they are as fast.
 
 This is ONNX's `DynamicQuantizeLinear` or `QuantizeLinear` followed by ONNX Runtime's integer product, which makes an
 encoder about three times as fast as float on a CPU with dot-product instructions. The forward pass here computes the
@@ -21,11 +25,14 @@ padding included, so a text's result depends a little on what it is batched with
 static one does not, and wants calibration text like the texts to come.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from compresskit.layers import grid
-from compresskit.layers.operators import dynamic_matmul, emitting, static_matmul
+from compresskit.layers.operators import dynamic_matmul, emitting, static_matmul, widened_codes
 from compresskit.layers.stand_in import LinearStandIn
 
 # Any sum of this many products of 8-bit numbers stays below 2^24, where float32 counts every integer.
@@ -94,12 +101,19 @@ class Int8Linear(LinearStandIn):
         in_features: width of x, shape (…, in_features).
         out_features: width of y, shape (…, out_features).
         bias: whether a float bias is added.
+        bits: 8 or 4, of a code.
+        group_size: of 4 bits: columns that share a factor and a zero; 0 is the row. The last group may be short.
+        symmetric: of 4 bits: whether the middle code stands for zero, and no zero points are stored; None: no.
         smooth: whether inputs are multiplied by a factor each before they are rounded.
         static: whether the range of inputs is fixed (`set_input_range`), instead of each call's own.
     """
 
-    codes: Tensor  # (in, out) int8 in −127…127, as the operator reads them
+    codes: (
+        Tensor  # 8 bits: (in, out) int8 in −127…127, as the operator reads them; 4: (out, groups, ⌈group / 2⌉) packed
+    )
     scales: Tensor  # (out,) float32
+    factors: Tensor | None  # of 4 bits: (out, ⌈groups / 2⌉) uint8, packed, 1…15
+    zeros: Tensor | None  # of 4 bits: likewise, 0…15
     smooth: Tensor | None  # (in,) float32
     input_scale: Tensor | None  # scalar float32; None where dynamic
     input_zero: Tensor | None  # scalar uint8; None where dynamic
@@ -110,30 +124,69 @@ class Int8Linear(LinearStandIn):
         out_features: int,
         *,
         bias: bool,
+        bits: Literal[4, 8] = 8,
+        group_size: int = 0,
+        symmetric: bool | None = None,
         smooth: bool = False,
         static: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.register_buffer("codes", torch.zeros(in_features, out_features, dtype=torch.int8, device=device))
-        self.register_buffer("scales", torch.zeros(out_features, dtype=torch.float32, device=device))
-        factors = torch.ones(in_features, dtype=torch.float32, device=device) if smooth else None
-        self.register_buffer("smooth", factors)
+        self.in_features, self.out_features, self.bits = in_features, out_features, bits
+        self.groups, self.group_size = grid.count_groups(in_features, group_size), group_size or in_features
+        held = {"codes": torch.zeros(in_features, out_features, dtype=torch.int8, device=device)}
+        if bits == 4:
+            per_row = grid.packed_columns(self.groups, 4)
+            shapes = {"codes": (self.groups, grid.packed_columns(self.group_size, 4)), "factors": (per_row,)}
+            if grid.has_zeros(4, symmetric):
+                shapes["zeros"] = (per_row,)
+            held = {
+                name: torch.zeros(out_features, *shape, dtype=torch.uint8, device=device)
+                for name, shape in shapes.items()
+            }
+        held["scales"] = torch.zeros(out_features, dtype=torch.float32, device=device)
+        for name in ("codes", "scales", "factors", "zeros"):
+            if name in held:
+                self.register_buffer(name, held[name])
+            else:  # and no buffer of None: torch.export 2.13 counts those among the inputs of what it traces
+                setattr(self, name, None)
+        peaks = torch.ones(in_features, dtype=torch.float32, device=device) if smooth else None
+        self.register_buffer("smooth", peaks)
         self.register_buffer("input_scale", torch.ones((), dtype=torch.float32, device=device) if static else None)
         self.register_buffer("input_zero", torch.zeros((), dtype=torch.uint8, device=device) if static else None)
         self.bias = nn.Parameter(torch.zeros(out_features, device=device)) if bias else None
 
     def set_codes(self, values: grid.Codes) -> None:
-        """Take over an (out, in) weight, divided by `smooth` where there is one, in 8 bits with one scale a row.
+        """Take over an (out, in) weight, divided by `smooth` where there is one.
+
+        Args:
+            values: of 8 bits with one scale a row; of 4 bits with scales that are whole multiples (`find_scales`).
 
         Raises:
             RuntimeError: shapes that do not agree.
-            ValueError: codes with zero points.
+            ValueError: codes with zero points where the layer stores none, or the other way round.
         """
-        grid.refuse_other_symmetry(values, with_zeros=False)
-        self.codes.copy_((values.codes.to(torch.int16) - 128).to(torch.int8).T)
-        self.scales.copy_(values.scales.squeeze(1))
+        grid.refuse_other_symmetry(values, with_zeros=self.zeros is not None)
+        if self.factors is None:
+            self.codes.copy_((values.codes.to(torch.int16) - 128).to(torch.int8).T)
+            self.scales.copy_(values.scales.squeeze(1))
+            return
+        steps, factors = grid.whole_factors(values.scales, values.zeros, bits=4)
+        codes = F.pad(values.codes, (0, self.groups * self.group_size - self.in_features))
+        self.codes.copy_(grid.pack(codes.unflatten(1, (self.groups, self.group_size)), bits=4))
+        self.scales.copy_(steps.squeeze(1))
+        self.factors.copy_(grid.pack(factors, bits=4))
+        if self.zeros is not None and values.zeros is not None:
+            self.zeros.copy_(grid.pack(values.zeros, bits=4))
+
+    def integers(self) -> Tensor:
+        """The int8 matrix that the product reads, (in, out) in −127…127."""
+        if self.factors is None:
+            return self.codes
+        codes = grid.unpack(self.codes, self.group_size, bits=4).to(torch.int8)
+        factors = grid.unpack(self.factors, self.groups, bits=4).to(torch.int8)
+        zeros = 8 if self.zeros is None else grid.unpack(self.zeros, self.groups, bits=4).to(torch.int8)[..., None]
+        return codes.sub_(zeros).mul_(factors[..., None]).flatten(1)[:, : self.in_features].T
 
     def set_input_range(self, low: Tensor, high: Tensor) -> None:
         """Fix the range of a static layer's input, from the least and the greatest value of each, (in,) or scalars.
@@ -149,7 +202,7 @@ class Int8Linear(LinearStandIn):
 
     def dequantize(self) -> Tensor:
         """The weight that codes and factors stand for, (out, in) float32."""
-        weight = self.codes.T.float() * self.scales[:, None]
+        weight = self.integers().T.float() * self.scales[:, None]
         return weight if self.smooth is None else weight * self.smooth
 
     def forward(self, x: Tensor) -> Tensor:
@@ -157,18 +210,26 @@ class Int8Linear(LinearStandIn):
         scaled = x if self.smooth is None else x * self.smooth
         if self.input_scale is None or self.input_zero is None:
             if emitting():
-                return dynamic_matmul(scaled, self.codes, self.scales, self.bias)
+                return dynamic_matmul(scaled, self._emitted_integers(), self.scales, self.bias)
             quantized, scale, zero = quantize_dynamic(scaled.float())
         else:
             if emitting():
-                return static_matmul(scaled, self.input_scale, self.input_zero, self.codes, self.scales, self.bias)
+                codes = self._emitted_integers()
+                return static_matmul(scaled, self.input_scale, self.input_zero, codes, self.scales, self.bias)
             scale, zero = self.input_scale.float(), self.input_zero.float()
             quantized = quantize_static(scaled.float(), scale, zero)
-        y = multiply_exactly(quantized.sub_(zero), self.codes.float()).mul_(scale * self.scales)
+        y = multiply_exactly(quantized.sub_(zero), self.integers().float()).mul_(scale * self.scales)
         return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
+
+    def _emitted_integers(self) -> Tensor:
+        """`integers`, as the file makes them."""
+        if self.factors is None:
+            return self.codes
+        size = {"columns": self.in_features, "group_size": self.group_size}
+        return widened_codes(self.codes, self.factors, self.zeros, **size)
 
     def extra_repr(self) -> str:
         """The shape, as nn.Linear prints it."""
         shape = f"in_features={self.in_features}, out_features={self.out_features}"
-        form = f"smooth={self.smooth is not None}, static={self.input_scale is not None}"
+        form = f"bits={self.bits}, smooth={self.smooth is not None}, static={self.input_scale is not None}"
         return f"{shape}, bias={self.bias is not None}, {form}"

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
-
+#: Domain and name of the node that `widened_codes` emits.
+WIDENING = ("compresskit", "WidenCodes")
 
 _EMITTING: ContextVar[bool] = ContextVar("emitting", default=False)
 
@@ -132,6 +133,25 @@ def gather_block_quantized(
         {"bits": bits, "block_size": block, "gather_axis": 0, "quantize_axis": 1},
         dtype=torch.float32,
         shape=(*indices.shape, columns),
+        version=1,
+    )
+
+
+def widened_codes(codes: Tensor, factors: Tensor, zeros: Tensor | None, *, columns: int, group_size: int) -> Tensor:
+    """4-bit codes as the int8 matrix (columns, out) that they stand for, (code − zero) · factor.
+
+    The node is of no runtime: an export spells it out (`compresskit.export.widening`).
+
+    Args:
+        codes: packed, (out, groups, ⌈group_size / 2⌉) uint8; the last group may reach past `columns`.
+        factors, zeros: packed, (out, ⌈groups / 2⌉) uint8; no zeros is the middle code.
+    """
+    return torch.onnx.ops.symbolic(
+        f"{WIDENING[0]}::{WIDENING[1]}",
+        [codes, factors] if zeros is None else [codes, factors, zeros],
+        {"columns": columns, "group_size": group_size},
+        dtype=torch.int8,
+        shape=(columns, codes.shape[0]),
         version=1,
     )
 

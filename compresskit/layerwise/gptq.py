@@ -104,7 +104,14 @@ def round_with(
 
 
 def improve(
-    compensation: Compensation, target: Tensor, start: Codes, *, bits: int, group_size: int, sweeps: int = SWEEPS
+    compensation: Compensation,
+    target: Tensor,
+    start: Codes,
+    *,
+    bits: int,
+    group_size: int,
+    sweeps: int = SWEEPS,
+    refit: bool = True,
 ) -> Codes:
     """Codes and scales for M whose error under C + λ I is no greater than that of `start`; zeros stay.
 
@@ -112,6 +119,7 @@ def improve(
         target: M (O, I), any float dtype.
         start: codes (O, I), scales and zeros (O, G), as `round_with` gives and takes them.
         sweeps: how often all scales and then all codes are set anew, at most.
+        refit: whether scales are; without it they stay.
 
     Cost: a sweep is 3·O·I² multiplications and O solutions of G equations, and for the rows that are worked on together
     (up to `_NUMBERS` / I) I short steps.
@@ -125,7 +133,8 @@ def improve(
         work = _Rows(compensation.moment, target[rows], start, rows, group, bits)
         error = work.error()
         for _ in range(sweeps):
-            work.refit_scales()
+            if refit:
+                work.refit_scales()
             work.descend()
             before, error = error, work.error()
             if error >= (1 - _GAIN) * before:

@@ -2,7 +2,8 @@
 
     before  y = W x + b
     after   y = S∘(Q − Z) x + b'          weight-only: 3, 4 or 8 bit codes Q, a scale (and zero) per group of columns
-            y = s S (q(m x) − z) Q + b'   act: int8, int8_static: one scale per output channel, activations rounded too
+            y = s S (q(m x) − z) Q + b'   act: int8, int8_static: one scale per output channel, activations rounded
+                                          too; of 4 bits (Q − Z) F, with whole factors F of groups of columns
 
 What is rounded is M, today's weight or the anchored target of `layerwise.objective`; the bias makes the layer exact in
 the mean. Ranges are found by a clip search that weighs each column's error by how strongly the calibration text
@@ -12,13 +13,15 @@ width at which it loses least under one budget for all (`passes.quantize_bits`).
 heads) and tables are rounded to nearest, weight-only; a head tied to a table reads the same integers.
 
 Weight-only files are small, faster where a decoder writes token by token, and hardly in encoders; integer activations
-are fast, and pay with one shared scale per tensor; the factors m, moved into the weights, even out the channels
-before that (SmoothQuant, arXiv:2211.10438). Departure: factors follow the activations alone; divided by the weights'
-peaks too, as in the paper, they gained nothing on all-MiniLM-L6-v2. An attention's output projection is left without
-factors: it reads averages, whose channels are even enough. `int8` takes s and z from each call's input, `int8_static`
-from the least and greatest value of the calibration text: a percentile of 1e-5 was no better on all-MiniLM-L6-v2, and
-1e-4, or the range of least squared error, were worse. Not before training: integers have no gradient, so distil
-first. 3 bits save bytes in the checkpoint only: ONNX Runtime has no 3 bits, and gets these integers in 4.
+are fast, and pay with one shared scale per tensor; the factors m, moved into the weights, even out the channels before
+that (SmoothQuant, arXiv:2211.10438). With 4 bits the weights take half the bytes and the product is the same: each
+group's scale is a whole multiple of its row's (`layers.grid.whole_factors`), so that codes widen to 8 bits exactly,
+once, when ONNX Runtime loads the file. Departure: factors follow the activations alone; divided by the weights' peaks
+too, as in the paper, they gained nothing on all-MiniLM-L6-v2. An attention's output projection is left without factors:
+it reads averages, whose channels are even enough. `int8` takes s and z from each call's input, `int8_static` from the
+least and greatest value of the calibration text: a percentile of 1e-5 was no better on all-MiniLM-L6-v2, and 1e-4, or
+the range of least squared error, were worse. Not before training: integers have no gradient, so distil first. 3 bits
+save bytes in the checkpoint only: ONNX Runtime has no 3 bits, and gets these integers in 4.
 """
 
 import copy
@@ -79,7 +82,9 @@ class Quantize(Pass):
         default="rtn", description="round to nearest after a clip search, or let later columns make good each error"
     )
     group_size: GroupSize = Field(
-        default=32, examples=[32], description="columns that share a scale; channel: a whole row"
+        default=32,
+        examples=[32],
+        description="columns that share a scale; channel: a whole row, as 8 bits under integer activations have always",
     )
     overrides: dict[str, Override] = Field(
         default_factory=dict,
@@ -89,8 +94,8 @@ class Quantize(Pass):
     )
     act: Literal["none", "int8", "int8_static"] = Field(
         default="none",
-        description="round activations too (ONNX Runtime's fast path): int8 in the range of each batch, int8_static in "
-        "the calibration text's",
+        description="round activations too (ONNX Runtime's fast path), over weights of 8 or 4 bits: int8 in the range "
+        "of each batch, int8_static in the calibration text's",
     )
     smooth: float = Field(
         default=0.5, ge=0, lt=1, description="of int8 activations: the power of their peaks that moves into the weights"
@@ -134,16 +139,21 @@ class Quantize(Pass):
         if self.act == "none":
             self._refuse_idle("smooth", "act: int8 or int8_static")
             return self
-        if self.bits != 8 or self.group_size != "channel":
-            needs = "bits: 8 and group_size: channel (one scale per output channel)"
-            raise ValueError(f"act: {self.act} needs {needs}")
-        if self.symmetric is False:
-            raise ValueError(f"act: {self.act} has symmetric weights; leave symmetric out")
+        return self._consistent_act()
+
+    def _consistent_act(self) -> "Quantize":
+        widths = self.widths if self.bits == "auto" else (self.bits,)
+        if 3 in widths:
+            raise ValueError(f"act: {self.act} has integer products of 8 and 4 bits, not 3")
+        if widths == (8,) and self.group_size != "channel":
+            raise ValueError(f"act: {self.act} needs group_size: channel for 8 bits (one scale per output channel)")
+        if widths == (8,) and self.symmetric is False:
+            raise ValueError(f"act: {self.act} has symmetric weights of 8 bits; leave symmetric out")
         return self
 
     def _wanted(self) -> Wanted:
         return Wanted(
-            bits=max(self.widths) if self.bits == "auto" else self.bits,
+            bits=min(self.widths) if self.bits == "auto" else self.bits,
             group_size=self.group_size if isinstance(self.group_size, int) else 0,
             symmetric=self.symmetric,
             targets=self.targets,

@@ -17,7 +17,6 @@ from compresskit.cache import cache_folder
 from compresskit.data.cache import read_tensors, write_tensors
 from compresskit.errors import CompressKitError
 from compresskit.layers.grid import decode, quantize_weight
-from compresskit.layers.quant_linear import QuantLinear
 from compresskit.layerwise.allocation import Option, allocate
 from compresskit.layerwise.survey import survey_fingerprint, trial_batches
 from compresskit.layerwise.trials import Trials, trial_weight
@@ -69,16 +68,8 @@ def held_bytes(model: nn.Module, edit: QuantizeLinears, bits: int) -> int:
     total = 0
     for name in edit.targets:
         layer: Any = model.get_submodule(name)
-        held = QuantLinear(
-            layer.in_features,
-            layer.out_features,
-            bits=bits,
-            group_size=edit.group_size,
-            symmetric=edit.symmetric,
-            bias=False,
-            device="meta",
-        )
-        total += sum(one.numel() * one.element_size() for one in held.tensors() if one is not None)
+        held = edit.at(bits).layer(layer.in_features, layer.out_features, bias=False, device="meta")
+        total += sum(one.nbytes for one in held.buffers())
     return total
 
 
@@ -172,8 +163,9 @@ def _try(student: Student, trials: Trials, site: Site, edits: Sequence[QuantizeL
     layers = [student.model.get_submodule(name) for name in site.linears]
     rounded = []
     for name, layer in zip(site.linears, layers, strict=True):
-        size, symmetric = form[name].group_size, form[name].symmetric
-        codes = quantize_weight(dense_weight(layer), bits=bits, group_size=size, symmetric=symmetric)
-        rounded.append(decode(codes.codes, codes.scales, codes.zeros, bits=bits, group_size=size))
+        edit = form[name].at(bits)
+        grid: dict[str, Any] = {"bits": bits, "group_size": edit.group_size}
+        codes = quantize_weight(dense_weight(layer), symmetric=edit.symmetric, whole=edit.whole, **grid)
+        rounded.append(decode(codes.codes, codes.scales, codes.zeros, **grid))
     with trial_weight(layers, torch.cat(rounded), stacked_weight(layers)[1]):
         return trials.divergence(site.block)

@@ -98,7 +98,8 @@ def _round_layer(
 ) -> dict[str, Any]:
     """Fill a layer with the codes of its rows; what was done and lost."""
     weight, grid = ready.target[rows], {"bits": edit.bits, "group_size": edit.group_size}
-    scales, zeros = find_scales(weight, symmetric=edit.symmetric, column_weight=ready.importance, **grid)
+    own_grid = {"symmetric": edit.symmetric, "whole": edit.whole}
+    scales, zeros = find_scales(weight, column_weight=ready.importance, **own_grid, **grid)
 
     def lost(codes: Codes) -> float:
         layer.set_codes(codes)
@@ -110,7 +111,7 @@ def _round_layer(
     if ready.compensation is None:
         return {"bits": edit.bits, "method": "rtn", "relative_error": nearest}
     codes = Codes(round_with(ready.compensation, weight, scales, zeros, **grid), scales, zeros)
-    own = lost(improve(ready.compensation, weight, codes, **grid))
+    own = lost(improve(ready.compensation, weight, codes, refit=not edit.whole, **grid))
     return {"bits": edit.bits, "method": "gptq", "relative_error": own, "rtn_error": nearest}
 
 

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BeforeValidator, SerializeAsAny, field_validator
 from torch import Tensor, nn
 
@@ -172,7 +173,7 @@ class MakeLowRank(Replacing):
 
 @EDITS.add
 class QuantizeLinears(Replacing):
-    """Hold linears as integers: weight-only in groups, or int8 weights with int8 activations."""
+    """Hold linears as integers: weight-only in groups, or 8- or 4-bit weights with int8 activations."""
 
     kind: Literal["quantize_linears"] = "quantize_linears"
     targets: tuple[str, ...]
@@ -190,20 +191,33 @@ class QuantizeLinears(Replacing):
         """Insert layers of zero codes; the pass fills them."""
         for name in self.targets:
             old = self._linear(model, name)
-            shape: dict[str, Any] = {"bias": old.bias is not None, "device": old.weight.device}
-            if self.act != "none":
-                static = self.act == "int8_static"
-                new: nn.Module = Int8Linear(
-                    old.in_features, old.out_features, smooth=self.smooth, static=static, **shape
-                )
-            else:
-                grid: dict[str, Any] = {
-                    "bits": self.bits,
-                    "group_size": self.group_size,
-                    "symmetric": self.symmetric,
-                }
-                new = QuantLinear(old.in_features, old.out_features, **grid, **shape)
-            set_module(model, name, new)
+            bias, device = old.bias is not None, old.weight.device
+            set_module(model, name, self.layer(old.in_features, old.out_features, bias=bias, device=device))
+
+    def layer(
+        self, in_features: int, out_features: int, *, bias: bool, device: torch.device | str
+    ) -> QuantLinear | Int8Linear:
+        """A layer of zero codes in this form."""
+        form: dict[str, Any] = {
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "symmetric": self.symmetric,
+            "bias": bias,
+            "device": device,
+        }
+        if self.act == "none":
+            return QuantLinear(in_features, out_features, **form)
+        return Int8Linear(in_features, out_features, smooth=self.smooth, static=self.act == "int8_static", **form)
+
+    def at(self, bits: int) -> "QuantizeLinears":
+        """The same at another width; 8 bits under integer activations have one scale a row."""
+        rows = {"group_size": 0, "symmetric": None} if self.act != "none" and bits == 8 else {}
+        return self.model_copy(update={"bits": bits, **rows})
+
+    @property
+    def whole(self) -> bool:
+        """Whether the scales of a row are whole multiples of one, which integer products of narrow codes need."""
+        return self.act != "none" and self.bits < 8
 
 
 @EDITS.add

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 import torch
 from changed_students import (
@@ -35,12 +36,13 @@ from transformers import (
     T5Config,
 )
 
-from compresskit.errors import RunFailedError
+from compresskit.errors import CompressKitError, RunFailedError
 from compresskit.export import EXPORTERS, OnnxExport, files, parity
 from compresskit.export import onnx as exporter
 from compresskit.export.folder import MODEL_FILE, read_exported
 from compresskit.export.onnx import complete_batch
 from compresskit.export.runtime import open_session, run_session
+from compresskit.layers.grid import unpack
 from compresskit.layers.int8_linear import Int8Linear
 from compresskit.student import Student
 from compresskit.surgery.cuts import PruneHeads
@@ -108,9 +110,10 @@ LLAMA_CHANGES: dict[str, Callable[[Student], None]] = {
     "static_integers": lambda student: quantize_linears(
         student, linears(student), bits=8, group_size=0, act="int8_static"
     ),
+    "integers4": lambda student: quantize_linears(student, linears(student), bits=4, group_size=16, act="int8"),
     "tied4": lambda student: quantize_table(student, "model.embed_tokens", bits=4, head="lm_head"),
 }
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("integers", "static_integers", "tied4")]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("integers", "static_integers", "integers4", "tied4")]
 
 
 def _stored(path: Path) -> dict[str, np.ndarray]:
@@ -194,6 +197,56 @@ def test_an_encoder_in_integers_is_one_fused_operator_per_attention(
     _assert_integers_are_the_students(student, folder / MODEL_FILE)
 
 
+def _assert_narrow_integers_are_the_students(student: Student, path: Path, *, zeros: bool = True) -> None:
+    """What 4-bit integer products read lies in the file in ONNX's 4-bit type, bit for bit."""
+    initializers = onnx.load(str(path)).graph.initializer
+    stored = [numpy_helper.to_array(one) for one in initializers if one.data_type == onnx.TensorProto.UINT4]
+    layers = {n: m for n, m in student.model.named_modules() if isinstance(m, Int8Linear) and "pooler" not in n}
+    assert layers
+    for name, layer in layers.items():
+        parts = {"codes": layer.codes, "factors": layer.factors} | ({"zeros": layer.zeros} if zeros else {})
+        assert zeros or layer.zeros is None
+        for part, packed in parts.items():
+            assert packed is not None
+            count = layer.group_size if part == "codes" else layer.groups
+            numbers = unpack(packed, count, bits=4).numpy().reshape(-1)
+            assert any(np.array_equal(numbers, one.astype(np.uint8).reshape(-1)) for one in stored), f"{name}.{part}"
+
+
+@pytest.mark.parametrize("act", ["int8", "int8_static"])
+@pytest.mark.parametrize("symmetric", [None, True])
+def test_an_encoder_of_4_bit_weights_multiplies_8_bit_integers(
+    bert: Student, tmp_path: Path, act: str, symmetric: bool | None
+) -> None:
+    """The file holds the student's 4-bit numbers; once loaded they are the constants of any integer product."""
+    quantize_linears(bert, linears(bert), bits=4, group_size=16, act=act, symmetric=symmetric)
+    path = tmp_path / "onnx" / MODEL_FILE
+    entry = OnnxExport(**FAST).write(bert, path.parent)  # type: ignore[arg-type]
+    assert entry["operators"]["com.microsoft::MatMulIntegerToFloat"] == 6
+    assert entry["operators"]["Attention"] == 1
+    assert entry["parity"]["relative_error"] <= 1e-5
+    assert max(entry["parity"]["levels"].values()) <= 1e-5
+    assert "compresskit" not in {one.domain for one in onnx.load(str(path)).opset_import}
+    _assert_all_shapes_agree(bert, path, "last_hidden_state")
+    _assert_narrow_integers_are_the_students(bert, path, zeros=not symmetric)
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(tmp_path / "loaded.onnx")
+    ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    loaded = onnx.load(str(tmp_path / "loaded.onnx")).graph
+    assert not {"Mul", "Sub"} & {node.op_type for node in loaded.node if "codes" in "".join(node.input)}
+    int8 = [one for one in loaded.initializer if one.data_type == onnx.TensorProto.INT8]
+    assert len(int8) == 6
+
+
+def test_4_bit_integer_products_refuse_an_operator_set_without_4_bits(bert: Student) -> None:
+    quantize_linears(bert, linears(bert), bits=4, group_size=16, act="int8")
+    with pytest.raises(CompressKitError, match="need opset 21 or later, not 20") as error:
+        OnnxExport(opset=20).check(bert.model, bert.task)
+    assert error.value.where == "opset"
+    OnnxExport(opset=21).check(bert.model, bert.task)
+
+
 def test_an_encoder_of_static_ranges_rounds_each_input_once_and_answers_alike_in_any_batch(
     bert: Student, tmp_path: Path
 ) -> None:
@@ -269,7 +322,9 @@ def test_a_changed_decoder_runs_in_onnx_runtime_as_in_torch(tmp_path: Path, chan
     if roundings:  # what queries, keys and values read, gates and ups, and the two writers
         assert entry["operators"][roundings] == 4 * llama.model.config.num_hidden_layers
     _assert_all_shapes_agree(llama, tmp_path / "onnx" / MODEL_FILE, "logits")
-    if change != "float":
+    if change == "integers4":
+        _assert_narrow_integers_are_the_students(llama, tmp_path / "onnx" / MODEL_FILE)
+    elif change != "float":
         _assert_integers_are_the_students(llama, tmp_path / "onnx" / MODEL_FILE)
     sizes = [llama.model.config.vocab_size * width for width in (32, 16)]  # 4-bit codes lie two in a byte
     tables = [name for name, array in _stored(tmp_path / "onnx" / MODEL_FILE).items() if array.size in sizes]

@@ -60,6 +60,7 @@ CHANGES: dict[str, Callable[[Student], None]] = {
     "static integers": lambda student: quantize_linears(
         student, linears(student), bits=8, group_size=0, act="int8_static"
     ),
+    "integers4": lambda student: quantize_linears(student, linears(student), bits=4, group_size=16, act="int8"),
     "table8": lambda student: _table(student, 8),
     "table4": lambda student: _table(student, 4),
 }

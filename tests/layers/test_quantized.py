@@ -1,5 +1,6 @@
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compresskit.export.trace import quiet_exporters
-from compresskit.layers.grid import Codes, quantize_weight
+from compresskit.layers.grid import Codes, decode, quantize_weight, whole_factors
 from compresskit.layers.int8_linear import Int8Linear, input_grid, multiply_exactly, quantize_dynamic, quantize_static
 from compresskit.layers.quant_embedding import QuantEmbedding
 from compresskit.layers.quant_linear import QuantLinear
@@ -59,6 +60,16 @@ def _in_onnx_runtime(module: nn.Module, sample: Tensor) -> tuple[Callable[[Tenso
     return lambda x: np.asarray(session.run(None, {name: x.numpy()})[0]), proto
 
 
+def _narrow(columns: int, rows: int, group_size: int, *, symmetric: bool | None = None, **form: bool) -> Int8Linear:
+    """4-bit codes for products of integers."""
+    grid: dict[str, Any] = {"bits": 4, "group_size": group_size, "symmetric": symmetric}
+    layer = Int8Linear(columns, rows, bias=True, **grid, **form)
+    layer.set_codes(quantize_weight(torch.randn(rows, columns), whole=True, **grid))
+    with torch.no_grad():
+        layer.bias.normal_()  # type: ignore[union-attr]
+    return layer
+
+
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "linear4": lambda: _linear(64, 4, 16),
     "linear8": lambda: _linear(64, 8, 0),
@@ -66,6 +77,8 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "table8": lambda: _table(64, 8, 0),
     "int8": lambda: _int8(33, 7),
     "int8_static": lambda: _int8(33, 7, static=True),
+    "int8_of_4": lambda: _narrow(72, 7, 32),
+    "int8_of_4_symmetric": lambda: _narrow(33, 7, 0, symmetric=True),
 }
 EMPTY: dict[str, Callable[[str], nn.Module]] = {
     "linear4": lambda device: QuantLinear(64, 24, bits=4, group_size=16, bias=True, device=device),
@@ -74,6 +87,8 @@ EMPTY: dict[str, Callable[[str], nn.Module]] = {
     "table8": lambda device: QuantEmbedding(40, 64, bits=8, group_size=0, device=device),
     "int8": lambda device: Int8Linear(33, 7, bias=True, device=device),
     "int8_static": lambda device: Int8Linear(33, 7, bias=True, static=True, device=device),
+    "int8_of_4": lambda device: Int8Linear(72, 7, bias=True, bits=4, group_size=32, device=device),
+    "int8_of_4_symmetric": lambda device: Int8Linear(33, 7, bias=True, bits=4, symmetric=True, device=device),
 }
 
 
@@ -189,6 +204,49 @@ def test_a_fixed_range_holds_what_calibration_showed_and_no_answer_depends_on_it
         assert torch.equal(layer(x)[:1], layer(x[:1]))
         dynamic = _int8(33, 7, smooth=smooth)
         assert not torch.equal(dynamic(x)[:1], dynamic(x[:1]))
+
+
+@pytest.mark.parametrize("symmetric", [None, True])
+@pytest.mark.parametrize(("columns", "group_size"), [(64, 16), (72, 32), (48, 64), (33, 0)])
+def test_codes_of_4_bits_widen_to_the_weight_that_they_stand_for(
+    columns: int, group_size: int, symmetric: bool | None
+) -> None:
+    grid: dict[str, Any] = {"bits": 4, "group_size": group_size}
+    weight = torch.randn(24, columns) * torch.rand(24, 1)
+    weight[3] = 0
+    weight[5, :16] = 0
+    values = quantize_weight(weight, symmetric=symmetric, whole=True, **grid)
+    layer = Int8Linear(columns, 24, bias=False, symmetric=symmetric, **grid)
+    layer.set_codes(values)
+    assert layer.integers().dtype == torch.int8
+    assert layer.integers().to(torch.int16).abs().max() <= 127
+    expected = decode(values.codes, values.scales, values.zeros, **grid)
+    torch.testing.assert_close(layer.dequantize(), expected, rtol=1e-6, atol=0)
+    assert torch.equal(layer.dequantize()[3], weight[3])
+    assert torch.equal(layer.dequantize()[5, :16], weight[5, :16])
+    free = quantize_weight(weight, symmetric=symmetric, **grid)
+    lost, least = ((decode(v.codes, v.scales, v.zeros, **grid) - weight).norm() for v in (values, free))
+    assert lost <= 1.1 * least
+    assert layer.codes.numel() == 24 * layer.groups * -(-layer.group_size // 2)
+    x = torch.randn(3, columns)
+    rounded, scale, zero = quantize_dynamic(x)
+    exact = (rounded - zero).double() @ layer.integers().double() * (scale * layer.scales)
+    torch.testing.assert_close(layer(x).double(), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_whole_factors_keep_the_largest_scale_and_stay_when_found_again() -> None:
+    scales, zeros = torch.rand(9, 6) + 0.01, torch.randint(0, 16, (9, 6), dtype=torch.uint8)
+    steps, factors = whole_factors(scales, zeros, bits=4)
+    reach = torch.maximum(zeros.float(), 15 - zeros.float())
+    assert (factors * reach <= 127).all()
+    assert (factors >= 1).all()
+    moved = steps * factors
+    assert ((moved - scales).abs() <= 0.5001 * steps).logical_or(factors == 1).all()
+    largest = (scales / (127 / reach).floor()).argmax(1, keepdim=True)
+    torch.testing.assert_close(moved.gather(1, largest), scales.gather(1, largest))
+    again, same = whole_factors(moved, zeros, bits=4)
+    assert torch.equal(same, factors)
+    torch.testing.assert_close(again, steps)
 
 
 def test_integer_sums_are_exact_at_their_largest() -> None:

@@ -33,6 +33,9 @@ from compresskit.surgery.edits import replay
         ({"bits": 8, "group_size": "channel", "act": "int8"}, 0.06),
         ({"bits": 8, "group_size": "channel", "act": "int8", "method": "gptq"}, 0.06),
         ({"bits": 8, "group_size": "channel", "act": "int8_static"}, 0.06),
+        ({"bits": 4, "group_size": 16, "act": "int8"}, 0.4),
+        ({"bits": 4, "group_size": "channel", "act": "int8_static", "symmetric": True, "method": "gptq"}, 0.5),
+        ({"bits": "auto", "mean_bits": 6, "group_size": 16, "act": "int8", "method": "gptq"}, 0.3),
     ],
 )
 def test_the_student_stays_close_and_no_float_matrix_is_left(family, options, bound):
@@ -147,9 +150,10 @@ def test_misfits_stay_float_and_are_listed_on_request():
     ("options", "match"),
     [
         ({"group_size": 100}, "100 is not a power of two in 16"),
-        ({"act": "int8"}, "needs bits: 8 and group_size: channel"),
-        ({"act": "int8", "bits": 4, "group_size": "channel"}, "needs bits: 8"),
-        ({"act": "int8_static", "group_size": 32}, "act: int8_static needs bits: 8 and group_size: channel"),
+        ({"act": "int8"}, "act: int8 needs group_size: channel for 8 bits"),
+        ({"act": "int8", "bits": 3}, "act: int8 has integer products of 8 and 4 bits, not 3"),
+        ({"act": "int8", "bits": "auto", "widths": [3, 8], "mean_bits": 5}, "of 8 and 4 bits, not 3"),
+        ({"act": "int8_static", "group_size": 32}, "act: int8_static needs group_size: channel for 8 bits"),
         ({"act": "static"}, "Input should be 'none', 'int8' or 'int8_static'"),
         ({"smooth": 0.4}, "act: int8 or int8_static"),
         ({"act": "int8", "group_size": "channel", "symmetric": False}, "act: int8 has symmetric weights"),

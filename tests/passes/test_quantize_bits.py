@@ -6,6 +6,7 @@ from families import answer, tiny, tiny_student
 
 from compresskit.errors import CompressKitError
 from compresskit.evaluate import state_dict_bytes
+from compresskit.layers.int8_linear import Int8Linear
 from compresskit.layers.quant_linear import QuantLinear
 from compresskit.passes import quantize_bits
 from compresskit.passes.quantize import Quantize
@@ -45,6 +46,31 @@ def test_the_mean_is_kept_and_the_table_says_why():
     assert all(0 < row["kl at 8 bits"] < row["kl at 4 bits"] for row in table.values())
     for names, row in table.items():
         assert {_bits(student)[name] for name in names.split(" + ")} == {row["chosen"]}
+
+
+def test_integer_products_of_both_widths_share_a_budget_of_bytes():
+    """8 bits have one scale a row, 4 bits groups; what each takes is what its layers hold."""
+    options = {"act": "int8", "embeddings": None}
+    sizes = {}
+    for bits, size in ((4, 16), (8, "channel")):
+        student = tiny_student("llama")
+        Quantize(bits=bits, group_size=size, **options).apply(student, generator=torch.Generator())
+        sizes[bits] = state_dict_bytes(student.model)
+    budget = (sizes[4] + sizes[8]) // 2
+    student, notes = _done(budget_bytes=budget, method="gptq", **options)
+    layers = {name: m for name, m in student.model.named_modules() if isinstance(m, Int8Linear)}
+    assert {(m.bits, m.groups == 1) for m in layers.values()} == {(4, False), (8, True)}
+    assert 0.9 * budget < state_dict_bytes(student.model) <= budget
+    assert all(
+        layers[name].bits == row["chosen"] for names, row in notes["bits"].items() for name in names.split(" + ")
+    )
+    assert all(0 < row["kl at 8 bits"] < row["kl at 4 bits"] for row in notes["bits"].values())
+
+
+def test_columns_that_no_group_divides_are_told_before_any_trial(monkeypatch):
+    monkeypatch.setattr(quantize_bits, "_try", lambda *_: pytest.fail("a trial"))
+    with pytest.raises(CompressKitError, match="group size 64 does not divide the columns"):
+        _done(mean_bits=6.0, act="int8", group_size=64)
 
 
 def test_more_bits_lose_less():
