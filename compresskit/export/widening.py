@@ -62,7 +62,7 @@ def _spell_out(graph: ir.Graph, node: ir.Node) -> None:
     rows, groups, _ = codes.shape
     nodes: list[ir.Node] = []
 
-    def emit(op_type: str, *inputs: ir.Value, **attributes: object) -> ir.Value:
+    def emit(op_type: str, *inputs: ir.Value, **attributes: int | list[int]) -> ir.Value:
         nodes.append(ir.node(op_type, inputs, attributes or None))
         return nodes[-1].outputs[0]
 

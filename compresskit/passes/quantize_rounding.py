@@ -98,8 +98,9 @@ def _round_layer(
 ) -> dict[str, Any]:
     """Fill a layer with the codes of its rows; what was done and lost."""
     weight, grid = ready.target[rows], {"bits": edit.bits, "group_size": edit.group_size}
-    own_grid = {"symmetric": edit.symmetric, "whole": edit.whole}
-    scales, zeros = find_scales(weight, column_weight=ready.importance, **own_grid, **grid)
+    scales, zeros = find_scales(
+        weight, symmetric=edit.symmetric, whole=edit.whole, column_weight=ready.importance, **grid
+    )
 
     def lost(codes: Codes) -> float:
         layer.set_codes(codes)
