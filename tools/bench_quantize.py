@@ -133,6 +133,7 @@ def round_by_auto_round(
     rows, pad = sequences.rows, sequences.pad_token_id
     length = max(map(len, rows)) + 1
     tuning = {"iters": options.auto_round_iters, "lr": options.auto_round_lr, "batch_size": min(8, len(rows))}
+    symmetric = bits == 8  # as ours are; auto-round refuses 8 bits with zero points
     copied = copy.deepcopy(student.model)
     names = find_anatomy(student.model).linears()
     work = auto_round.AutoRound(
@@ -140,7 +141,7 @@ def round_by_auto_round(
         student.tokenizer,
         bits=bits,
         group_size=group,
-        sym=False,
+        sym=symmetric,
         dataset=[torch.tensor([[*row, *[pad] * (length - len(row))]]) for row in rows],
         nsamples=len(rows),
         seqlen=length,
@@ -158,7 +159,8 @@ def round_by_auto_round(
         assert not torch.equal(layer.weight, rounded.weight), f"auto-round left {name} as it was"
         layer.weight.data = rounded.weight.detach().to(layer.weight.dtype)
         weights += layer.weight.numel()
-    return tuning, weights * bits // 8 + weights // group * 2 + weights // group * bits // 8
+    zeros = 0 if symmetric else weights // group * bits // 8
+    return tuning, weights * bits // 8 + weights // group * 2 + zeros
 
 
 def quantise(
