@@ -10,7 +10,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,13 +106,16 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, learned: Mapping[str, nn
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, learned: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer,
+    learned: Mapping[str, nn.Parameter],
+    tensors: Mapping[str, Tensor],
+    place: Callable[[Tensor, Tensor], Tensor],
 ) -> None:
-    """Put each parameter's state back."""
+    """Put each parameter's state back; `place` gives what is held of a tensor that belongs to a parameter."""
     for name, value in learned.items():
         state = under(name, tensors)
         if state:
-            optimizer.state[value] = {key: one.to(value.device) for key, one in state.items()}  # step too: it is fused
+            optimizer.state[value] = {key: place(one, value) for key, one in state.items()}  # step too: it is fused
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

@@ -1,11 +1,10 @@
 """A student at one step of its training: its losses, its gradient, its best weights so far."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -22,8 +21,9 @@ from compresskit.distill.checkpoint import (
 from compresskit.distill.goals import Blocks, Goal, Whole
 from compresskit.distill.losses import Loss
 from compresskit.distill.options import TrainingOptions, default_learning_rate, learning_rate_at
-from compresskit.distill.outputs import Outputs, Projection, StepWeights, Wanted, step_weights
+from compresskit.distill.outputs import Inner, Maps, Outputs, Projection, StepWeights, Wanted, step_weights
 from compresskit.distill.parameters import find_factors
+from compresskit.distill.processes import Processes
 from compresskit.distill.teachers import Teacher
 from compresskit.distill.token_counts import answers_alone, count_tokens
 from compresskit.errors import CompressKitError, RunFailedError
@@ -36,8 +36,10 @@ class Learner:
     """The student, what it learns from and how.
 
     Args:
-        student, teacher, losses, options, accelerator, pooling: as `compresskit.distill.trainer.train` takes them.
+        student: what `processes` hold; shared among them here.
+        teacher, losses, options, pooling: as `compresskit.distill.trainer.train` takes them.
         chosen: the student's parameters that learn, by name.
+        processes: those that train it.
         teacher_shape: a model of the teacher's widths.
     """
 
@@ -48,17 +50,23 @@ class Learner:
         losses: Sequence[Loss],
         chosen: Mapping[str, nn.Parameter],
         options: TrainingOptions,
-        accelerator: Accelerator,
+        processes: Processes,
         pooling: SentenceEmbedding,
         teacher_shape: PreTrainedModel,
     ) -> None:
-        self.student, self.teacher, self.chosen = student, teacher, chosen
-        self.options, self.accelerator = options, accelerator
-        self.whole = Whole(student, losses, pooling, teacher_shape, accelerator.device)
+        self.student, self.teacher, self.options = student, teacher, options
+        self.processes, self.accelerator = processes, processes.accelerator
+        self.whole = Whole(student, losses, pooling, teacher_shape, self.accelerator.device)
         self.blocks = Blocks(student, teacher_shape) if options.block_steps else None
-        self.learned = dict(chosen) | self.whole.bridge_parameters()
-        self.in_blocks = self._in_blocks()
+        self.in_blocks = self._in_blocks(chosen)
         self.factors = None if options.turns is None else find_factors(student, chosen)
+        self.learned = processes.share(
+            student,
+            [bridge for bridge in self.whole.bridges if bridge is not None],
+            dict(chosen) | self.whole.bridge_parameters(),
+            reads_inside=any(isinstance(one, Inner | Maps) for one in self.whole.wants),
+        )
+        self.chosen = {name: self.learned[name] for name in chosen}
         self.learning_rate: float = options.learning_rate or default_learning_rate(
             student.config.get_text_config().hidden_size, writes_text=student.can_generate()
         )
@@ -68,10 +76,10 @@ class Learner:
         self.best: dict[str, Tensor] = {}
         self.best_loss, self.best_step = math.inf, 0
 
-    def _in_blocks(self) -> frozenset[str]:
+    def _in_blocks(self, chosen: Collection[str]) -> frozenset[str]:
         if self.blocks is None:
             return frozenset()
-        found = frozenset(name for name in self.chosen if name.startswith(f"{self.blocks.stack}."))
+        found = frozenset(name for name in chosen if name.startswith(f"{self.blocks.stack}."))
         if not found:
             what = f"no parameter that learns is in a block of {self.blocks.stack}"
             raise CompressKitError(what, where="block_steps", fix="leave block_steps out, or freeze less")
@@ -94,13 +102,14 @@ class Learner:
         goal = goal or self.whole
         mode = self.student.training
         self.student.eval()
-        mine = self._mine(batches)
+        mine = self.processes.mine(batches)
         sums = [0.0] * len(goal.names)
         for batch, numbered, weights, _ in self._weighed(goal, mine, keep_targets=False):
             for i, part in enumerate(self._parts(goal, batch, weights, self._target(goal, batch, numbered))):
                 sums[i] += part.item()
+        self.processes.keep_pace(batches)
         self.student.train(mode)
-        return self._add_up(torch.tensor(sums, dtype=torch.float64)).tolist()
+        return self.processes.add_up(torch.tensor(sums, dtype=torch.float64)).tolist()
 
     def step(self, number: int, batches: Sequence[Numbered]) -> list[float]:
         """One optimiser step, the `number`-th from 0; returns each part of its goal.
@@ -112,22 +121,22 @@ class Learner:
         at, steps = self._within_stage(number)
         shares = goal.weights_at(at, steps)
         sums = [0.0] * len(goal.names)
-        for batch, numbered, weights, target in self._weighed(goal, self._mine(batches), keep_targets=True):
+        for batch, numbered, weights, target in self._weighed(goal, self.processes.mine(batches), keep_targets=True):
             parts = self._parts(goal, batch, weights, target or self._target(goal, batch, numbered))
             for i, part in enumerate(parts):
                 sums[i] += part.item()
-            if self.accelerator.num_processes == 1:  # a process that stops alone would leave the others waiting
+            if self.processes.count == 1:  # a process that stops alone would leave the others waiting
                 self._require_finite(number, goal, sums)
             self.accelerator.backward(torch.stack([s * part for s, part in zip(shares, parts, strict=True)]).sum())
-        sums = self._add_up(torch.tensor(sums, dtype=torch.float64)).tolist()
+        sums = self.processes.add_up(torch.tensor(sums, dtype=torch.float64)).tolist()
         self._require_finite(number, goal, sums)
-        self._add_up_gradients()
-        norm = torch.nn.utils.clip_grad_norm_(list(self.learned.values()), self.options.clip_norm)
-        if not math.isfinite(float(norm)):
-            self._fail(number, f"the gradient's norm is {float(norm)}")
+        self.processes.add_up_gradients(self.learned)
+        norm = self.processes.shorten_gradients(self.learned, self.options.clip_norm)
+        if not math.isfinite(norm):
+            self._fail(number, f"the gradient's norm is {norm}")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.teacher.follow(self.chosen)
+        self.teacher.follow(self.processes.whole(self.chosen))
         return sums
 
     def _within_stage(self, number: int) -> tuple[int, int]:
@@ -161,7 +170,7 @@ class Learner:
                 self.chosen[name].copy_(value)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything that the next step depends on, but for the text."""
+        """Everything that the next step depends on, but for the text; whole in the main process."""
         tensors = {
             **prefixed("weights", self.learned),
             **prefixed("best", self.best),
@@ -169,38 +178,19 @@ class Learner:
             **prefixed("random", random_state(self.accelerator.device)),
             **prefixed("teacher", self.teacher.memory()),
         }
-        return tensors, {"best_loss": self.best_loss, "best_step": self.best_step}
+        return self.processes.gather(tensors), {"best_loss": self.best_loss, "best_step": self.best_step}
 
     def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Go on from a state."""
-        device = self.accelerator.device
+        place = self.processes.place
         with torch.no_grad():
             for name, value in under("weights", tensors).items():
-                self.learned[name].copy_(value)
-        self.best = {name: value.to(device) for name, value in under("best", tensors).items()}
+                self.learned[name].copy_(place(value, self.learned[name]))
+        self.best = {name: place(value, self.chosen[name]) for name, value in under("best", tensors).items()}
         self.best_loss, self.best_step = facts["best_loss"], facts["best_step"]
-        restore_optimizer(self.optimizer, self.learned, under("optimizer", tensors))
-        restore_random_state(under("random", tensors), device)
+        restore_optimizer(self.optimizer, self.learned, under("optimizer", tensors), place)
+        restore_random_state(under("random", tensors), self.accelerator.device)
         self.teacher.remember(under("teacher", tensors))
-
-    def _mine(self, batches: Sequence[Numbered]) -> Sequence[Numbered]:
-        """This process's share."""
-        return batches[self.accelerator.process_index :: self.accelerator.num_processes]
-
-    def _add_up(self, values: Tensor) -> Tensor:
-        """The sum over all processes."""
-        if self.accelerator.num_processes == 1:
-            return values
-        return self.accelerator.reduce(values.to(self.accelerator.device), "sum").to(values.device)  # type: ignore[union-attr]
-
-    def _add_up_gradients(self) -> None:
-        if self.accelerator.num_processes == 1:
-            return
-        for value in self.learned.values():
-            if not value.requires_grad:
-                continue
-            grad = torch.zeros_like(value) if value.grad is None else value.grad
-            value.grad = self.accelerator.reduce(grad, "sum")  # type: ignore[assignment]
 
     def _weighed(
         self, goal: Goal, batches: Sequence[Numbered], *, keep_targets: bool
@@ -219,7 +209,7 @@ class Learner:
                     target = self._target(goal, batch, numbered, everything=keep_targets or self.teacher.leaves_out)
                     targets[i] = target if keep_targets else None
                 counts.append(self._counts(batch, numbered, target))
-        weights = step_weights([batch["attention_mask"] for batch in moved], counts, add_up=self._add_up)
+        weights = step_weights([batch["attention_mask"] for batch in moved], counts, add_up=self.processes.add_up)
         return list(zip(moved, batches, weights, targets, strict=True))
 
     def _counts(self, batch: Batch, numbered: Numbered, target: Outputs) -> Tensor:
@@ -245,7 +235,7 @@ class Learner:
 
     def _parts(self, goal: Goal, batch: Batch, weights: StepWeights, target: Outputs) -> list[Tensor]:
         with self._precision():
-            return goal.parts(batch, weights, target)
+            return self.processes.run(lambda: goal.parts(batch, weights, target))
 
     def _precision(self) -> torch.autocast:
         low = self.options.precision == "bfloat16"

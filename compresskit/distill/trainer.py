@@ -6,8 +6,9 @@ training part, and the weights of the least held-out loss stay. Step 0 counts, s
 `block_steps` a first stage trains each block alone (`compresskit.distill.goals`), with a rate that rises and falls for
 itself and an optimiser of its own; what is kept is chosen by the losses of the whole model all along.
 
-Under `accelerate launch` the processes share a step's batches, and add up their gradients once a step: one process, two
-of them, and twice the accumulation give the same step. Each holds the whole student; the first writes checkpoints.
+Under `accelerate launch` the processes share a step's batches, and add up their gradients: one process, two of them,
+and twice the accumulation give the same step. Each holds the whole student, or under FSDP2 its share of it
+(`compresskit.distill.sharded`); the first writes checkpoints.
 
 On a CPU two runs from the same generator end with the same bits, and so does one that was killed and goes on from its
 checkpoint. Dropout stays off unless asked for: the teacher runs without it, and a student that is to agree with it
@@ -34,6 +35,7 @@ from compresskit.distill.losses import Loss
 from compresskit.distill.options import TrainingOptions
 from compresskit.distill.parameters import choose_parameters, only_these_learn, recomputed_blocks
 from compresskit.distill.progress import TrainingBar
+from compresskit.distill.sharded import processes_of
 from compresskit.distill.teachers import Teacher
 from compresskit.errors import CompressKitError, RunFailedError
 from compresskit.kernels.linear_kl import release_memory
@@ -89,7 +91,7 @@ def train(
         training: sequences, of which `options.held_out` are kept apart.
         options: see there.
         generator: decides the split, the order and the dropout; the only randomness, the same in every process.
-        accelerator: of one process or several, each of which holds the whole student and teacher.
+        accelerator: of one process or several, each of which holds the whole teacher, and the student as FSDP2 or not.
         teacher_shape: a model of the teacher's widths, perhaps without weights, where they are not the student's.
         pooling: how the student's hidden states become sentence embeddings.
         elsewhere: text of another kind, in the student's tokens, on which the same losses are watched.
@@ -97,13 +99,14 @@ def train(
 
     Raises:
         CompressKitError: nothing to train, patterns that match nothing, fewer than two sequences, losses that all end
-            at 0, batches that the processes cannot share evenly, a checkpoint that is damaged.
+            at 0, batches that the processes cannot share evenly, settings of FSDP that are not followed, a checkpoint
+            that is damaged.
         RunFailedError: a loss that is not finite; the student then holds the best weights so far.
 
     Cost: `steps` · `accumulate` forward and backward passes, and one extra copy of the trained weights.
     """
     _check(losses, training, options, accelerator)
-    chosen = choose_parameters(student, options.train, options.freeze)
+    processes = processes_of(accelerator)
     rows, held_out = split_held_out(len(training.rows), options.held_out, generator=generator)
     apart = by_length(training, held_out, options.batch_size, max_length=options.max_length)
     others = [] if elsewhere is None else _numbered_apart(elsewhere, options)
@@ -116,17 +119,19 @@ def train(
         generator=generator,
     )
     seed = int(torch.randint(2**62, (), generator=generator))
-    running = recomputed_blocks(student) if options.recompute else nullcontext()
-    with (
-        only_these_learn(student, chosen, dropout=options.dropout),
-        _seeded(seed, accelerator.device),
-        running,
-    ):
-        learner = Learner(student, teacher, losses, chosen, options, accelerator, pooling, teacher_shape or student)
-        try:
-            return _Run(learner, apart, others, checkpoint).finish(steps)
-        finally:
-            release_memory()
+    with processes.holding(student) as held:
+        chosen = choose_parameters(held, options.train, options.freeze)
+        running = recomputed_blocks(held) if options.recompute else nullcontext()
+        with (
+            only_these_learn(held, chosen, dropout=options.dropout),
+            _seeded(seed, accelerator.device),
+            running,
+        ):
+            learner = Learner(held, teacher, losses, chosen, options, processes, pooling, teacher_shape or held)
+            try:
+                return _Run(learner, apart, others, checkpoint).finish(steps)
+            finally:
+                release_memory()
 
 
 def _check(losses: Sequence[Loss], training: Sequences, options: TrainingOptions, accelerator: Accelerator) -> None:
@@ -244,10 +249,12 @@ class _Run:
         """Put the state on the disk if the last one is old enough; a full disk costs the checkpoint, not the run."""
         learner, minutes = self.learner, self.learner.options.checkpoint_minutes
         due = minutes is not None and time.monotonic() - self.written >= 60 * minutes
-        if self.checkpoint is None or not due or not learner.accelerator.is_main_process:
+        if self.checkpoint is None or not learner.processes.join_in_writing(due):
             return
         names = ("done", "tokens", "training_s", "before", "after", "elsewhere", "blocks")
         tensors, facts = learner.state()
+        if not learner.accelerator.is_main_process:
+            return
         try:
             save_state(self.checkpoint, tensors, {"learner": facts, **{name: getattr(self, name) for name in names}})
         except RunFailedError as error:
