@@ -10,13 +10,14 @@ table is both. So a pass of losses too runs inside the unit: `Sharded.run`. Loss
 (`relation`, `attention`, `hidden` with modules) leave the blocks gathered until their backward pass: of a block whose
 output no loss reads, nothing else tells when that begins.
 
-Gradients are summed, not averaged: the losses are normalised over the whole step. The pass is the same as that of one
-process with the whole batch, but for the order of sums.
+Gradients are summed, not averaged: the losses are normalised over the whole step. Each of its backward passes sums its
+own, so that whole ones are never kept. The step is that of one process with the whole batch, but for the order of sums.
 
 A copy is sharded; the student itself waits in the memory of the host, and takes the best weights at the end. So it is
-never anything but an ordinary model, at the price of one whole student in host memory for each process. The teacher is
-whole in every process. `precision: bfloat16` keeps autocast's copies of the weights until they were used backwards;
-`recompute` frees them.
+never anything but an ordinary model, at the price of one whole student in host memory for each process. Writing a state
+gathers it in the host memory of the main one. The teacher is whole in every process, an average of the student too, for
+which all is gathered after each step. `precision: bfloat16` keeps autocast's copies of the weights until they were used
+backwards; `recompute` frees them.
 
 Source: PyTorch FSDP (arXiv:2304.11277), torch.distributed.fsdp.fully_shard.
 """
@@ -142,7 +143,7 @@ class Sharded(Processes):
 
         Where one process fails alone nothing can be gathered any more, and `student` stays as it was.
         """
-        student.to("cpu")
+        student.to(torch.device("cpu"))  # type: ignore[arg-type]
         try:
             yield copy.deepcopy(student)
             self._bring_back(student)
@@ -186,7 +187,7 @@ class Sharded(Processes):
         for unit in _units(root):
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
-            unit.set_reduce_scatter_unused_params(True, recurse=False)  # experts that one process alone asked
+            unit.set_reduce_scatter_unused_params(True, recurse=False)  # by one process alone: experts
         self.root = root
         with torch.no_grad():
             self.run(list)  # types of gradients are settled in the first pass, while all that ever learns does
@@ -197,7 +198,7 @@ class Sharded(Processes):
         return self.shards
 
     def _left_whole(self, root: nn.Module) -> set[nn.Parameter]:
-        """Parameters that have no rows or no gradient, on the device."""
+        """Parameters that have no rows (single numbers) or cannot learn (integers), on the device."""
         whole = {value for value in root.parameters() if value.ndim == 0 or not value.is_floating_point()}
         for value in root.parameters():
             value.data = value.data.to(self.accelerator.device) if value in whole else value.data.contiguous()

@@ -6,10 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ParallelismConfig
 from safetensors.torch import load_file
 from torch import nn
@@ -31,6 +33,8 @@ from compresskit.data.sequences import Sequences
 from compresskit.distill.learner import Learner
 from compresskit.distill.losses import LOSSES
 from compresskit.distill.options import TrainingOptions
+from compresskit.distill.processes import Processes
+from compresskit.distill.sharded import Sharded
 from compresskit.distill.teachers import AverageTeacher, LiveTeacher
 from compresskit.distill.trainer import train
 from compresskit.errors import RunFailedError
@@ -41,12 +45,19 @@ torch.set_num_threads(1)
 draw = torch.Generator().manual_seed(1)
 rows = [torch.randint(5, 80, (int(torch.randint(4, 17, (), generator=draw)),), generator=draw).tolist()
         for _ in range(120)]
-held, accelerator = {}, None
+held, accelerator = {"steps": torch.tensor([0]), "norms": torch.zeros(0)}, None
 keep, step = Learner.keep_if_best, Learner.step
 
 
 class Killed(BaseException):
     pass
+
+
+def noted(shorten):
+    def note(processes, learned, norm):
+        held["norms"] = torch.cat([held["norms"], torch.tensor([shorten(processes, learned, norm)]).double()])
+        return held["norms"][-1].item()
+    return note
 
 
 def spy(learner, at, loss):
@@ -56,6 +67,11 @@ def spy(learner, at, loss):
     moments = [state["exp_avg"] for state in learner.optimizer.state.values()]
     held["moments"] = torch.tensor([sum(getattr(value, "_local_tensor", value).numel() for value in moments)])
     held["units"] = torch.tensor([sum(hasattr(module, "reshard") for module in learner.student.modules())])
+
+
+def count(learner, number, batches):
+    held["steps"] += 1
+    return step(learner, number, batches)
 
 
 def die(learner, number, batches):
@@ -104,11 +120,12 @@ def run(folder, losses, low_rank=False, narrow=False, average=False, killed=None
             begin()
         except Killed:
             pass
-        Learner.step = step
+        Learner.step = count
         if accelerator.num_processes > 1 and held["units"]:
             assert all(torch.equal(start[name], value) for name, value in student.state_dict().items())
         for name, value in student.state_dict().items():
             value.copy_(start[name])
+    held["steps"], held["norms"] = torch.tensor([0]), torch.zeros(0)
     try:
         result = begin()
         facts = [result.held_out_loss_before, result.held_out_loss_after, result.trained_params]
@@ -121,7 +138,9 @@ def run(folder, losses, low_rank=False, narrow=False, average=False, killed=None
     return {**dict(student.named_parameters()), "facts": torch.tensor(facts).double()} | held
 
 
-Learner.keep_if_best = spy
+Learner.keep_if_best, Learner.step = spy, count
+for way in (Processes, Sharded):
+    way.shorten_gradients = noted(way.shorten_gradients)
 ends = {}
 for name, case in cases.items():
     ends |= {f"{name}|{key}": value.detach().clone() for key, value in run(**case).items()}
@@ -135,7 +154,7 @@ SHARDED = ["--use_fsdp", "--fsdp_version", "2", "--fsdp_cpu_ram_efficient_loadin
 
 
 def launch(out, processes, batch_size, accumulate, cases, flags=None):
-    """What each process ends with, or what it says where it fails; `flags` for `accelerate launch`."""
+    """What each process ends with; `flags` for `accelerate launch`."""
     root = str(Path(__file__).parents[2])
     script = out.with_suffix(".py")
     script.write_text(WORKER, encoding="utf-8")
@@ -149,18 +168,10 @@ def launch(out, processes, batch_size, accumulate, cases, flags=None):
             command += ["-m", "accelerate.commands.launch", "--main_process_port=0", "--num_machines=1"]
             command += [f"--num_processes={processes}", "--mixed_precision=no", "--dynamo_backend=no", *flags]
     command += [str(script), str(out), str(batch_size), str(accumulate), json.dumps(cases)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    if done.returncode:
-        return done.stderr
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.count(f"processes: {processes}") == processes, done.stdout + done.stderr
     return [load_file(f"{out}-{index}") for index in range(processes)]
-
-
-def finish(out, processes, batch_size, accumulate, cases, flags=None):
-    """What each process ends with."""
-    ends = launch(out, processes, batch_size, accumulate, cases, flags)
-    assert isinstance(ends, list), ends
-    return ends
 
 
 def same(ours, theirs):
@@ -171,21 +182,15 @@ def same(ours, theirs):
             torch.testing.assert_close(ours[key], value, rtol=1e-6, atol=1e-6, msg=key)
 
 
-@pytest.fixture(scope="module")
-def cases(tiny_llama_folder, tiny_bert_folder, tmp_path_factory):
+@pytest.fixture
+def cases(tiny_llama_folder, tiny_bert_folder):
     """Trainings whose ends are compared."""
     llama, bert = str(tiny_llama_folder), str(tiny_bert_folder)
+    tied = {"freeze": [], "recompute": True, "clip_norm": 0.01, "weight_decay": 0.1}
     return {
         "blocks": {"folder": llama, "losses": KL, "block_steps": 2},
         "tsld": {"folder": llama, "losses": KL, "token_weight": "tsld"},
-        "tied": {
-            "folder": llama,
-            "losses": KL,
-            "freeze": [],
-            "recompute": True,
-            "clip_norm": 0.01,
-            "weight_decay": 0.1,
-        },
+        "tied": {"folder": llama, "losses": KL, **tied},
         "labels": {"folder": llama, "losses": [{"kind": "kl", "alpha": 1.0}], "freeze": []},
         "relation": {"folder": llama, "losses": [{"kind": "relation"}], "recompute": True},
         "attention": {"folder": bert, "losses": [{"kind": "attention"}]},
@@ -198,25 +203,29 @@ def cases(tiny_llama_folder, tiny_bert_folder, tmp_path_factory):
     }
 
 
-@pytest.fixture(scope="module")
-def alone(cases, tmp_path_factory):
-    (end,) = finish(tmp_path_factory.mktemp("alone") / "end", 1, 16, 1, cases)
-    return end
-
-
-@pytest.mark.parametrize(("processes", "flags"), [(1, None), (2, None), (2, SHARDED)])
-def test_one_process_two_processes_and_twice_the_accumulation_end_with_the_same_weights(
-    processes, flags, cases, alone, tmp_path
-):
+def test_one_process_two_processes_and_twice_the_accumulation_end_with_the_same_weights(cases, tmp_path):
     """Four batches a step, and three of held-out text, which two processes cannot share evenly."""
-    for end in finish(tmp_path / "end", processes, 4, 4, cases, flags):
-        same(end, alone)
+    some = {name: cases[name] for name in ("blocks", "tsld", "diverging")}
+    (whole,) = launch(tmp_path / "whole", 1, 16, 1, some)
+    for processes in (1, 2):
+        for end in launch(tmp_path / str(processes), processes, 4, 4, some):
+            same(end, whole)
+    assert whole["tsld|facts"][1] < whole["tsld|facts"][0]
 
 
-def test_what_is_sharded_is_held_once_by_all_processes_together(cases, tmp_path):
-    names = ("tied", "relation", "bridge")
-    ends = finish(tmp_path / "end", 2, 4, 4, {name: cases[name] for name in names}, SHARDED)
-    for name in names:
+def test_two_processes_that_share_the_student_end_as_one_that_holds_it_all(cases, tmp_path):
+    """Under `accelerate launch`; one training is killed among the steps of blocks, when what stands outside rests."""
+    (whole,) = launch(tmp_path / "whole", 1, 16, 1, cases)
+    long = cases["blocks"] | {"steps": 6, "block_steps": 4, "held_out_every": 1, "checkpoint_minutes": 0.0}
+    resumed = {"long": long, "resumed": long | {"killed": str(tmp_path / "state")}}
+    ends = launch(tmp_path / "sharded", 2, 4, 4, cases | resumed, SHARDED)
+    for end in ends:
+        same({key: value for key, value in end.items() if key.split("|")[0] in cases}, whole)
+        assert (end["long|steps"], end["resumed|steps"]) == (6, 3)
+        names = [key.removeprefix("long|") for key in end if key.startswith("long|")]
+        for name in set(names) - {"steps", "norms"}:
+            assert torch.equal(end[f"long|{name}"], end[f"resumed|{name}"]), name
+    for name in ("tied", "relation", "bridge"):
         trained = ends[0][f"{name}|facts"][2]
         assert sum(end[f"{name}|best"] for end in ends) == trained
         assert all(end[f"{name}|best"] < 0.6 * trained for end in ends)
@@ -224,22 +233,11 @@ def test_what_is_sharded_is_held_once_by_all_processes_together(cases, tmp_path)
         assert all(end[f"{name}|units"] == 2 for end in ends)  # the blocks; the root is around the student
 
 
-def test_sharded_training_that_is_killed_goes_on_with_the_same_bits(cases, tmp_path):
-    """Among the steps of blocks, when what stands outside them rests."""
-    case = cases["blocks"] | {"steps": 6, "block_steps": 4, "held_out_every": 1, "checkpoint_minutes": 0.0}
-    both = {"whole": case, "resumed": case | {"killed": str(tmp_path / "state")}}
-    ends = finish(tmp_path / "end", 2, 4, 4, both, SHARDED)
-    for end in ends:
-        for key, value in end.items():
-            name, part = key.split("|", 1)
-            if name == "whole":
-                assert torch.equal(value, end[f"resumed|{part}"]), key
-
-
-def test_batches_that_the_processes_cannot_share_evenly_are_refused(cases, tmp_path):
-    said = launch(tmp_path / "uneven", 2, 8, 3, {"tsld": cases["tsld"]})
-    assert "3 batches of a step cannot be shared by 2 processes" in said
-    assert "use a multiple of 2" in said
+def test_batches_that_the_processes_cannot_share_evenly_are_refused(tiny_llama, damaged, run_training, monkeypatch):
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    with pytest.raises(CompressKitError, match="3 batches of a step cannot be shared by 2 processes") as caught:
+        run_training(damaged(tiny_llama), tiny_llama, [{"kind": "kl"}], accumulate=3)
+    assert "use a multiple of 2" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -264,11 +262,14 @@ def test_settings_of_fsdp_that_are_not_followed_are_refused(settings, said, fix,
 
 def asked(plugin, dimensions=None):
     """What accelerate is on GPUs where FSDP is asked for."""
-    return SimpleNamespace(
-        distributed_type=DistributedType.FSDP,
-        state=SimpleNamespace(fsdp_plugin=plugin),
-        mixed_precision="no",
-        parallelism_config=dimensions,
+    return cast(
+        Accelerator,
+        SimpleNamespace(
+            distributed_type=DistributedType.FSDP,
+            state=SimpleNamespace(fsdp_plugin=plugin),
+            mixed_precision="no",
+            parallelism_config=dimensions,
+        ),
     )
 
 
@@ -279,9 +280,9 @@ def test_processes_in_more_dimensions_are_refused():
 
 
 @pytest.fixture
-def one_shard(monkeypatch):
+def one_shard(monkeypatch, tmp_path):
     """Training is sharded over one process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "processes_of", Sharded)
         yield patch.undo
