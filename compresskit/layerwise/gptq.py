@@ -14,7 +14,7 @@ takes about three times as long as the first rounding did.
 
 Departures from the paper: M may be the anchored target (then Q also repairs what earlier layers lost); the groups'
 ranges come from a clip search weighted by diag(C), in float32; all else is float64, but for the scales, which stay
-float32's values. Not worth its time at 8 bits.
+float32's values; λ is larger than the paper's. Not worth its time at 8 bits.
 """
 
 # O rows (outputs), I columns (inputs), G groups of a row
@@ -28,8 +28,10 @@ from torch import Tensor
 from compresskit.layers.grid import Codes, round_codes
 from compresskit.layerwise.moments import ridged
 
-#: Of the mean of diag(C), added to the diagonal: how far the moments of few tokens are trusted.
-DAMPING = 0.01
+#: Of the mean of diag(C), added to the diagonal: how far the moments of few tokens are trusted. With the paper's 0.01
+#: the calibration text is fitted too well: SmolLM2-135M in 4 bits, by 4,096 tokens, ended at perplexities 21.5 and, on
+#: another domain, 65.3; with 0.3 at 20.9 and 61.7; with 1 at 21.3 in domain. all-MiniLM-L6-v2 likes 0.2 to 0.5.
+DAMPING = 0.3
 #: Columns whose errors are gathered before they are moved onto all later ones in one product.
 _BLOCK = 128
 #: Turns of scales and codes, at most.

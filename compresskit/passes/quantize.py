@@ -115,7 +115,7 @@ class Quantize(Pass):
 
     adds: ClassVar[frozenset[Trait]] = frozenset({"quantized"})
     refuses: ClassVar[frozenset[Trait]] = frozenset({"quantized"})
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     needs: ClassVar[frozenset[TextPart]] = frozenset({"calibration"})
 
     @field_validator("widths")
