@@ -28,15 +28,23 @@ def register_scalar_loss(operator: Any) -> None:
         factor = grad_outputs[0]
         if factor is None:
             return (None,) * ctx.arguments
+        traced = torch.compiler.is_compiling() or type(factor) is not Tensor  # there a factor has no number
+        multiply = _times if traced or torch._C._autograd._get_current_graph_task_keep_graph() else _times_
         pairs = zip(ctx.saved_tensors, ctx.wants, strict=True)
-        gradients = [_scaled(gradient, factor) if wanted else None for gradient, wanted in pairs]
+        gradients = [multiply(gradient, factor) if wanted else None for gradient, wanted in pairs]
         return (*gradients, *(None for _ in range(ctx.arguments - len(gradients))))
 
     operator.register_autograd(scale, setup_context=keep)
 
 
-def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """The gradient times a scalar; the gradient itself where that is 1, so that no second one of its size is made."""
-    if not torch.compiler.is_compiling() and factor.device.type == "cpu" and factor.item() == 1:
-        return gradient
-    return gradient * factor.to(gradient.dtype)
+def _times(gradient: Tensor, factor: Tensor) -> Tensor:
+    """The gradient times a scalar, rounded once, where it is needed again: by another backward pass of this graph."""
+    return (gradient * factor.reshape(1)).to(gradient.dtype)
+
+
+def _times_(gradient: Tensor, factor: Tensor) -> Tensor:
+    """As `_times`, in the gradient's own memory: a gradient of a head is as large as the head."""
+    if factor.device.type != "cpu":
+        return gradient.mul_(factor.reshape(1))  # one without dimensions would be rounded to the gradient's dtype
+    number = factor.item()
+    return gradient if number == 1 else gradient.mul_(number)

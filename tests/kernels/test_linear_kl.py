@@ -2,6 +2,8 @@ from typing import get_args
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from compresskit.kernels.divergence import Divergence, Kind
 from compresskit.kernels.linear_kl import Head, TiledWeight, TopK, linear_kl
@@ -255,10 +257,56 @@ def test_the_operator_is_one_node_of_a_compiled_graph():
     torch.testing.assert_close(results[0], results[1])
 
 
+def test_another_backward_pass_gives_the_same_gradients_whatever_was_done_to_the_first():
+    given = arguments()
+    once = value_and_grads(given, FUSED)[1]
+    loss = linear_kl(**given, impl=FUSED)
+    for factor, retain in ((1.0, True), (3.0, True), (1.0, False)):
+        grads = torch.autograd.grad(factor * loss, leaves(given), retain_graph=retain)
+        torch.testing.assert_close(grads, tuple(factor * one for one in once))
+        for grad in grads:
+            grad.zero_()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("factor", [1.0, 0.3])
+def test_one_backward_pass_makes_no_second_gradient_of_the_heads_size(dtype, factor):
+    given = arguments(dtype, vocabulary=5000)
+    loss = linear_kl(**given, impl=FUSED) * factor
+    with Fresh() as made:
+        torch.autograd.grad(loss, leaves(given))
+    assert made.sizes
+    assert max(made.sizes) < 5000 * HS
+
+
+@pytest.mark.parametrize("retain", [False, True])
+def test_the_losss_own_factor_is_rounded_with_the_gradient_only(retain):
+    given = arguments(torch.bfloat16)
+    once = value_and_grads(given, FUSED)[1]
+    grads = torch.autograd.grad(0.3 * linear_kl(**given, impl=FUSED), leaves(given), retain_graph=retain)
+    assert all(torch.equal(grad, (0.3 * one.float()).bfloat16()) for grad, one in zip(grads, once, strict=True))
+
+
 def test_a_second_derivative_is_refused():
     given = arguments()
     with pytest.raises(RuntimeError, match="use impl='reference'"):
         torch.autograd.grad(linear_kl(**given), given["student_hidden"], create_graph=True)
+
+
+class Fresh(TorchDispatchMode):
+    """Notes how many elements the memory behind each operator's results holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        given = {one.untyped_storage().data_ptr() for one in tree_leaves((args, kwargs)) if torch.is_tensor(one)}
+        result = func(*args, **kwargs)
+        made = [one for one in tree_leaves(result) if torch.is_tensor(one)]
+        self.sizes += [one.numel() for one in made if one.untyped_storage().data_ptr() not in given]
+        return result
 
 
 def bad(**changes):
