@@ -6,6 +6,15 @@ import torch
 from torch import Tensor
 
 
+def kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which dtype the gradient of something of `dtype` waits for backward.
+
+    float32 for float16: what the loss is scaled with, so that small gradients are not lost, arrives only then. Autograd
+    rounds the product.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def register_scalar_loss(operator: Any) -> None:
     """Let autograd use the gradients that `operator` returns beside its loss.
 

@@ -13,10 +13,11 @@ from compresskit.distill.losses.embedding import cosine_distance, relative_error
 from compresskit.distill.losses.hidden import normalised_error
 from compresskit.distill.losses.kl import logits_of, next_token_cross_entropy
 from compresskit.distill.losses.relation import relation_kl
-from compresskit.distill.outputs import Outputs, StepWeights, has_head, observe, step_weights
+from compresskit.distill.outputs import Outputs, Projection, StepWeights, has_head, observe, step_weights
 from compresskit.distill.token_counts import count_tokens
 from compresskit.errors import CompressKitError
 from compresskit.kernels.divergence import MIXED, Kind
+from compresskit.kernels.linear_kl import Head
 from compresskit.sentence import MEAN_POOLED
 
 
@@ -297,6 +298,19 @@ def test_labels_alone_ask_nothing_of_the_teacher(tiny_llama, damaged):
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     ours = loss(observe(student, batch, loss.wants(student)), Outputs(), batch, weights)
     torch.testing.assert_close(ours, student(**batch, labels=labels).loss)
+
+
+def test_labels_alone_make_no_logits_and_give_their_gradients(tiny_llama, damaged, monkeypatch):
+    batch, student = batch_of([7, 4]), damaged(tiny_llama)
+    (weights,) = step_weights([batch["attention_mask"]])
+    leaves = [student.get_output_embeddings().weight, student.model.layers[0].mlp.down_proj.weight]
+    plain = next_token_cross_entropy(student(**batch).logits, batch["input_ids"], weights.next_token)
+    expected = torch.autograd.grad(plain, leaves)
+    loss, ours = KL(alpha=1.0), observe(student, batch, KL.needs)
+    assert isinstance(ours.predictions, Projection)
+    monkeypatch.setattr(Head, "logits_of_reduced", None)
+    grads = torch.autograd.grad(loss(ours, Outputs(), batch, weights), leaves)
+    torch.testing.assert_close(grads, expected)
 
 
 def test_a_teacher_of_other_classes_is_refused():

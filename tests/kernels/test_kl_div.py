@@ -155,6 +155,33 @@ def test_jsd_is_its_definition(impl):
     torch.testing.assert_close(jsd(student, teacher, token_weight=weight, beta=0.3, temperature=2, impl=impl), expected)
 
 
+def test_another_backward_pass_gives_the_same_gradient_whatever_was_done_to_the_first():
+    student, teacher, weight = logits(3, 9)
+    once = value_and_grad(student, teacher, weight)[1]
+    loss = kl_div(student, teacher, token_weight=weight)
+    for factor, retain in ((1.0, True), (3.0, True), (1.0, False)):
+        (grad,) = torch.autograd.grad(factor * loss, student, retain_graph=retain)
+        torch.testing.assert_close(grad, factor * once)
+        grad.zero_()
+
+
+def test_float16_keeps_small_gradients_for_a_scaled_loss():
+    student, teacher, _ = logits(5, 16_384, dtype=torch.float16, spread=1.0)
+    weight = torch.full((5,), 1 / 8192)
+    truth = value_and_grad(student.double(), teacher.double(), weight.double(), impl="reference")[1]
+    loss = kl_div(student, teacher, token_weight=weight, impl="chunked")
+    (grad,) = torch.autograd.grad(2**23 * loss, student)
+    assert grad.dtype == torch.float16
+    assert (grad.double() - 2**23 * truth).norm() <= 1e-3 * 2**23 * truth.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_operator_keeps_what_torch_asks_of_one(dtype):
+    student, teacher, weight = logits(3, 9, dtype=dtype)
+    given = (student, teacher, weight, "jsd", "entropy", [0.5, 2.0], "chunked", 1, [True])
+    torch.library.opcheck(fused._divergence_loss, given)
+
+
 def test_a_second_derivative_is_refused():
     student, teacher, weight = logits(3, 9)
     loss = kl_div(student, teacher, token_weight=weight)
@@ -176,13 +203,27 @@ def test_a_teacher_that_requires_grad_is_refused():
         ({"token_weight": torch.ones(2, dtype=torch.int64)}, "floating point, got torch.int64"),
         ({"token_weight": torch.ones(3)}, r"token_weight must be \(2,\)"),
         ({"impl": "cuda"}, "none of auto"),
-        ({"impl": "chunked", "memory_mb": 0}, "at least 1"),
+        ({"token_weight": torch.tensor([1.0, float("inf")])}, "finite and at least 0 everywhere, got inf"),
+        ({"impl": "chunked", "memory_mb": 0}, "memory_mb=0 does not hold the logits of one token; at least 1"),
+        ({"impl": "chunked", "memory_mb": 1.5}, "whole number, got 1.5"),
     ],
 )
 def test_wrong_arguments_are_refused(change, message):
     student, teacher, weight = logits(2, 5)
     with pytest.raises(ValueError, match=message):
         kl_div(student, teacher, **{"token_weight": weight, **change})
+
+
+def test_a_budget_that_does_not_hold_one_token_is_refused():
+    student, teacher, weight = logits(1, 100_000)
+    with pytest.raises(ValueError, match=r"memory_mb=1 does not hold .* at least 2 are needed"):
+        kl_div(student, teacher, token_weight=weight, impl="chunked", memory_mb=1)
+
+
+@pytest.mark.parametrize("impl", HERE)
+def test_logits_over_nothing_are_refused(impl):
+    with pytest.raises(ValueError, match="vocabulary must have at least 1 entry"):
+        kl_div(torch.ones(2, 0), torch.ones(2, 0), token_weight=torch.ones(2), impl=impl)
 
 
 def test_asking_for_triton_where_it_cannot_run_says_why():

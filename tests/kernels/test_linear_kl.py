@@ -6,7 +6,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from compresskit.kernels.divergence import Divergence, Kind
-from compresskit.kernels.linear_kl import Head, TiledWeight, TopK, linear_kl
+from compresskit.kernels.linear_kl import Head, TiledWeight, TopK, linear_kl, op
+from compresskit.kernels.linear_kl.chunked import Wants, chunked_linear_kl, tokens_per_chunk
+from compresskit.kernels.linear_kl.problem import Projected, checked_problem
+from compresskit.kernels.linear_kl.products import WeightGradient
+from compresskit.kernels.slab import TILE_ELEMENTS, slab_loss_
 
 KINDS = get_args(Kind)
 FUSED = "chunked"  # Triton has its own test, in a process of its own
@@ -169,6 +173,31 @@ def test_a_token_that_counts_for_nothing_is_not_read(kind, impl):
 
 
 @pytest.mark.parametrize("impl", [FUSED, "reference"])
+def test_a_token_that_counts_for_nothing_is_not_read_by_a_low_rank_head(impl):
+    given = arguments()
+    given["student_head"] = Head(draw(V, 3, seed=10).requires_grad_(), reduce=draw(3, HS, seed=9).requires_grad_())
+    given["token_weight"][3] = 0
+    clean = value_and_grads(given, impl)
+    with torch.no_grad():
+        given["student_hidden"][3] = float("nan")
+    torch.testing.assert_close(value_and_grads(given, impl), clean, rtol=0, atol=0)
+
+
+def test_picked_rows_of_a_teachers_logits_make_no_second_slab():
+    given = arguments(tokens=40, vocabulary=5000)
+    given["token_weight"][::2] = 0
+    logits, head = draw(40, 5000, seed=12), Head(given["student_head"].weight.detach())
+    hidden = given["student_hidden"].detach()
+    problem = checked_problem(hidden, head, logits, given["token_weight"], None, None, Divergence())
+    with Fresh() as made:
+        loss, _ = chunked_linear_kl(problem, Wants(hidden=True, weight=True, bias=False), 64, slab_loss_)
+    assert len(made.sizes) > 10
+    assert max(made.sizes) <= TILE_ELEMENTS < 20 * 5000
+    reference = linear_kl(hidden, head, teacher_logits=logits, token_weight=given["token_weight"], impl="reference")
+    torch.testing.assert_close(loss, reference)
+
+
+@pytest.mark.parametrize("impl", [FUSED, "reference"])
 def test_all_weights_zero_give_zero_with_zero_gradients(impl):
     value, grads = value_and_grads(rich() | {"token_weight": torch.zeros(T), "label_weight": torch.zeros(T)}, impl)
     assert value == 0
@@ -243,6 +272,30 @@ def test_autocast_runs_the_products_in_its_dtype():
         assert (grad - truth).norm() <= 2e-2 * truth.norm()
 
 
+def test_a_shared_head_needs_one_cast_and_one_product_under_autocast(monkeypatch):
+    given = arguments(torch.float32)
+    given |= {"teacher_hidden": draw(T, HS, seed=11, dtype=torch.float32)}
+    given["teacher_head"] = given["student_head"].weight.detach()
+    calls = []
+    real = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *args, **options: calls.append(args[0].shape) or real(*args, **options))
+    with torch.autocast("cpu", torch.bfloat16):
+        shared = value_and_grads(given, FUSED)
+        assert len(calls) == 3
+        apart = value_and_grads(given | {"teacher_head": given["teacher_head"].clone()}, FUSED)
+    torch.testing.assert_close(shared, apart)
+
+
+def test_a_tiled_student_gives_hidden_states_the_gradient_of_its_whole_weight():
+    """In float64 to its precision, over more rows than are made at once."""
+    given = arguments(vocabulary=10_000)
+    weight = given["student_head"].weight.detach()
+    expected = value_and_grads(given, "reference")[1][0]
+    rows = lambda start, stop: weight[start:stop]  # noqa: E731
+    tiled = given | {"student_head": Head(TiledWeight((10_000, HS), rows, weight.dtype))}
+    torch.testing.assert_close(value_and_grads(tiled, FUSED)[1][0], expected, rtol=1e-10, atol=1e-12)
+
+
 def test_the_operator_is_one_node_of_a_compiled_graph():
     given = rich(torch.float32)
 
@@ -287,6 +340,78 @@ def test_the_losss_own_factor_is_rounded_with_the_gradient_only(retain):
     assert all(torch.equal(grad, (0.3 * one.float()).bfloat16()) for grad, one in zip(grads, once, strict=True))
 
 
+@pytest.mark.parametrize("weight", [1.0, 1 / 8192])
+@pytest.mark.parametrize("labels", [False, True])
+def test_float16_keeps_small_gradients_for_a_scaled_loss(weight, labels):
+    given = arguments(torch.float16, vocabulary=16_384)
+    given["token_weight"] = torch.full((T,), weight)
+    given["student_head"] = Head(given["student_head"].weight, torch.zeros(16_384).half().requires_grad_(), scale=0.25)
+    if labels:
+        given |= {"labels": torch.arange(T), "label_weight": torch.full((T,), weight)}
+    head = given["student_head"]
+    exact = {name: one.detach().double() if isinstance(one, torch.Tensor) else one for name, one in given.items()}
+    exact["student_hidden"].requires_grad_()
+    exact["student_head"] = Head(
+        *(one.detach().double().requires_grad_() for one in (head.weight, head.bias)), scale=0.25
+    )
+    if labels:
+        exact["labels"] = given["labels"]
+    truth, true_grads = value_and_grads(exact, "reference")
+    loss = linear_kl(**given, impl=FUSED)
+    grads = torch.autograd.grad(1024 / weight * loss, leaves(given))
+    torch.testing.assert_close(loss, truth.float(), rtol=2e-3, atol=0)
+    for grad, expected in zip(grads, true_grads, strict=True):
+        assert grad.dtype == torch.float16
+        assert (grad.double() - 1024 / weight * expected).norm() <= 2e-2 * 1024 / weight * expected.norm()
+
+
+@pytest.mark.parametrize("memory_mb", [1, 3, 64])
+def test_a_chunks_slabs_fill_the_budget_and_no_more(memory_mb):
+    given = arguments(tokens=5, vocabulary=4000)
+    weights = given["student_head"].weight, given["teacher_head"]
+    hidden = given["student_hidden"], given["teacher_hidden"]
+    ours, theirs = (Head(one.detach()) for one in weights)
+    problem = checked_problem(
+        hidden[0].detach(), ours, Projected(hidden[1], theirs), given["token_weight"], None, None, Divergence()
+    )
+    tokens = tokens_per_chunk(problem, 100_000, memory_mb)
+    used = tokens * 2 * 4000 * 8
+    assert used <= memory_mb * 2**20
+    assert used >= 0.7 * memory_mb * 2**20 or tokens > 1000
+
+
+def test_16_bit_gradients_of_chunks_are_summed_in_float32():
+    sums = WeightGradient(torch.zeros(2, 1, dtype=torch.bfloat16), 300)
+    for _ in range(300):
+        sums.add(torch.ones(2, 1, dtype=torch.bfloat16), torch.ones(1, 1, dtype=torch.bfloat16))
+    assert sums.result().tolist() == [[300.0], [300.0]]  # a sum in bfloat16 stops at 256
+
+
+def test_the_callers_autocast_ends_at_the_operator():
+    given, seen = arguments(torch.float32), []
+    weight = given["teacher_head"]
+
+    def rows(start, stop):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return weight[start:stop]
+
+    with torch.autocast("cpu", torch.bfloat16):
+        linear_kl(**given | {"teacher_head": Head(TiledWeight((V, HT), rows))}, impl=FUSED)
+    assert seen == [False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_operator_keeps_what_torch_asks_of_one(dtype, monkeypatch):
+    given, calls = rich(dtype), []
+    head = given["student_head"]
+    columns_first = head.weight.detach().T.contiguous().T.requires_grad_()
+    given["student_head"] = Head(columns_first, head.bias, scale=0.7, softcap=4.0)
+    real = op._linear_kl
+    monkeypatch.setattr(op, "_linear_kl", lambda *args: calls.append(args) or real(*args))
+    linear_kl(**given, impl=FUSED)
+    torch.library.opcheck(real, calls[0])
+
+
 def test_a_second_derivative_is_refused():
     given = arguments()
     with pytest.raises(RuntimeError, match="use impl='reference'"):
@@ -307,6 +432,10 @@ class Fresh(TorchDispatchMode):
         made = [one for one in tree_leaves(result) if torch.is_tensor(one)]
         self.sizes += [one.numel() for one in made if one.untyped_storage().data_ptr() not in given]
         return result
+
+
+def low_rank(wide=3, thin=(3, HS), dtype=torch.float64, device="cpu"):
+    return Head(torch.ones(V, wide).double(), reduce=torch.ones(thin, dtype=dtype, device=device))
 
 
 def bad(**changes):
@@ -330,7 +459,26 @@ def bad(**changes):
         (bad(labels=torch.zeros(T).long()), "label_weight is missing"),
         (bad(labels=torch.full((T,), V), label_weight=torch.ones(T)), rf"0…{V - 1} where they count, got {V}"),
         (bad(labels=torch.zeros(T), label_weight=torch.ones(T)), "labels must be int64"),
-        (bad(student_head=Head(torch.ones(V, HS).double(), softcap=-1.0)), "softcap must be above 0, got -1"),
+        (
+            bad(student_head=Head(torch.ones(V, HS).double(), softcap=-1.0)),
+            "softcap must be above 0 and finite, got -1",
+        ),
+        (bad(student_hidden=torch.tensor(1.0)), r"student_hidden must be \(any, any\), got \(\)"),
+        (bad(student_head=torch.ones(V)), r"student's weight must be \(V, H\), got \(23,\)"),
+        (bad(student_head=torch.ones(V, HS, 1)), r"student's weight must be \(V, H\), got \(23, 5, 1\)"),
+        (bad(student_head=torch.ones(0, HS).double()), "vocabulary must have at least 1 entry"),
+        (bad(student_head=low_rank(wide=4)), r"student's reduce must be \(4, any\), got \(3, 5\)"),
+        (bad(student_head=low_rank(thin=(3, HS + 1))), rf"student_hidden must be \({T}, 6\), got \({T}, 5\)"),
+        (bad(student_head=low_rank(thin=(3,))), r"student's reduce must be \(3, any\), got \(3,\)"),
+        (bad(student_head=low_rank(dtype=torch.float32)), "float64 and its head's reduce torch.float32"),
+        (bad(student_head=low_rank(dtype=torch.int64)), "student_reduce must be floating point"),
+        (bad(student_head=low_rank(device="meta")), "one device, got .*student_reduce on meta"),
+        (bad(student_head=Head(torch.ones(V, HS).double(), scale=float("nan"))), "scale must be finite, got nan"),
+        (bad(student_head=Head(torch.ones(V, HS).double(), softcap=float("inf"))), "above 0 and finite, got inf"),
+        (bad(teacher_hidden=None, teacher_head=None, teacher_logits=torch.tensor(1.0)), r"teacher_logits must be \(7,"),
+        (bad(token_weight=torch.full((T,), float("inf"))), "token_weight must be finite .* got inf"),
+        (bad(memory_mb=1.5), "memory_mb must be a whole number, got 1.5"),
+        (bad(memory_mb=float("nan")), "memory_mb must be a whole number, got nan"),
         (bad(memory_mb=0), "memory_mb=0 does not hold the logits of one token; at least 1 are needed"),
         (bad(impl="cuda"), "none of auto"),
         (bad(impl="triton"), "cannot run here"),
@@ -339,6 +487,40 @@ def bad(**changes):
 def test_wrong_arguments_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         linear_kl(**arguments() | changes)
+
+
+@pytest.mark.parametrize("name", ["student_hidden", "student_head", "teacher_hidden", "teacher_head"])
+def test_integers_are_refused_under_autocast_too(name):
+    given = arguments(torch.float32)
+    whole = {"student_head": (V, HS), "teacher_head": (V, HT), "student_hidden": (T, HS), "teacher_hidden": (T, HT)}
+    given[name] = torch.ones(whole[name]).long()
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="must be floating point"):
+        linear_kl(**given)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda log_probs, indices: (log_probs.sub(float("nan")), indices), "at most 0, got nan"),
+        (lambda log_probs, indices: (log_probs.neg(), indices), "at most 0, got"),
+        (lambda log_probs, indices: (log_probs * 0, indices), "must sum to at most 1, got 4"),
+        (lambda log_probs, indices: (log_probs, indices[:, [0, 1, 2, 0]]), "once in a token, got .* twice"),
+        (lambda log_probs, indices: (log_probs, indices + V), rf"must lie in 0…{V - 1}"),
+        (lambda log_probs, indices: (log_probs, indices - V), rf"must lie in 0…{V - 1}, got -"),
+    ],
+)
+def test_a_cache_that_is_no_part_of_a_distribution_is_refused_where_it_is_read(change, message):
+    given = teachers(arguments(), Divergence())["topk"]
+    given["token_weight"][2:4] = 0
+    cache, clean = given["teacher_topk"], value_and_grads(given, FUSED)
+    log_probs, indices = change(cache.log_probs, cache.indices)
+    with pytest.raises(ValueError, match=message):
+        linear_kl(**given | {"teacher_topk": TopK(log_probs, indices)})
+    if "lie in" in message:
+        return
+    for old, new in ((cache.log_probs, log_probs), (cache.indices, indices)):
+        old[2:4] = new[2:4]
+    torch.testing.assert_close(value_and_grads(given, FUSED), clean, rtol=0, atol=0)
 
 
 def test_more_cached_entries_than_the_vocabulary_are_refused():

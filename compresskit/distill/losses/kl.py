@@ -61,6 +61,12 @@ def _frozen(head: Head) -> Head:
     return replace(head, **parts)
 
 
+def _next_tokens(batch: Batch, weights: StepWeights) -> tuple[Tensor, Tensor]:
+    """Each token's label, the token after it, and what that counts, (B · L,) each; the last ones count nothing."""
+    labels = nn.functional.pad(batch["input_ids"][:, 1:], (0, 1)).flatten()
+    return labels, nn.functional.pad(weights.next_token, (0, 1)).flatten()
+
+
 _OTHER_ANSWERS = {"scores": "a single number, or several", "labels": "a yes or no for each label"}
 
 
@@ -126,8 +132,10 @@ class KL(Loss):
         """(1 − α) D + α cross-entropy."""
         ours = student.get("predictions")
         assert isinstance(ours, Tensor | Projection)
+        if self.alpha == 1 and isinstance(ours, Projection):
+            return self._labels_alone(ours, batch, weights)
         if self.alpha == 1:
-            return next_token_cross_entropy(logits_of(ours), batch["input_ids"], weights.next_token)
+            return next_token_cross_entropy(ours, batch["input_ids"], weights.next_token)
         theirs = teacher.get("predictions")
         assert isinstance(theirs, Tensor | Projection | TopK)
         if isinstance(ours, Projection):
@@ -148,12 +156,22 @@ class KL(Loss):
         labels = next_token_cross_entropy(ours, batch["input_ids"], weights.next_token)
         return torch.lerp(divergence, labels, self.alpha)
 
+    def _labels_alone(self, student: Projection, batch: Batch, weights: StepWeights) -> Tensor:
+        """Cross-entropy with the next token: forward KL from a teacher that is sure of it."""
+        labels, weight = _next_tokens(batch, weights)
+        return linear_kl(
+            student.hidden.flatten(0, 1),
+            student.head,
+            teacher_topk=TopK(torch.zeros_like(labels[:, None], dtype=torch.float32), labels[:, None]),
+            token_weight=weight,
+            memory_mb=self.memory_mb,
+        )
+
     def _fused(
         self, student: Projection, teacher: Tensor | Projection | TopK, batch: Batch, weights: StepWeights
     ) -> Tensor:
         """The same from hidden states and head; a token's label is the token after it."""
-        labels = nn.functional.pad(batch["input_ids"][:, 1:], (0, 1)).flatten()
-        label_weight = self.alpha * nn.functional.pad(weights.next_token, (0, 1)).flatten()
+        labels, label_weight = _next_tokens(batch, weights)
         return linear_kl(
             student.hidden.flatten(0, 1),
             student.head,
@@ -162,7 +180,7 @@ class KL(Loss):
             teacher_logits=teacher.flatten(0, 1) if isinstance(teacher, Tensor) else None,
             teacher_topk=teacher if isinstance(teacher, TopK) else None,
             labels=labels if self.alpha else None,
-            label_weight=label_weight if self.alpha else None,
+            label_weight=self.alpha * label_weight if self.alpha else None,
             token_weight=(1 - self.alpha) * weights.token.flatten(),
             divergence=self._divergence(),
             memory_mb=self.memory_mb,

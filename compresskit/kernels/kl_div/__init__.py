@@ -16,7 +16,7 @@ from torch import Tensor
 
 from compresskit.kernels import checks
 from compresskit.kernels.divergence import FORWARD_KL, Divergence
-from compresskit.kernels.kl_div.fused import fused_divergence
+from compresskit.kernels.kl_div.fused import fused_divergence, least_memory_mb
 from compresskit.kernels.reference import reference_loss
 from compresskit.kernels.slab import TokenTerms
 from compresskit.kernels.support import why_not_triton
@@ -52,26 +52,28 @@ def divergence_loss(
         A column that both give −∞ adds nothing; one that the student alone gives −∞ makes forward KL infinite.
 
     Raises:
-        ValueError: shapes that do not agree, a teacher that requires grad, negative weights, an unknown `impl`, or
-            `impl="triton"` where Triton cannot run (the message says why).
+        ValueError: shapes that do not agree, a teacher that requires grad, weights that are negative or not finite
+            (looked at on a CPU and outside of `torch.compile` only), a budget that does not hold one token, an unknown
+            `impl`, or `impl="triton"` where Triton cannot run (the message says why).
         RuntimeError: a second derivative is asked for (`impl="reference"` has one).
 
-    Cost: `chunked` reads the logits a few times and keeps the gradient (T, V_s) until backward.
+    Cost: `chunked` reads the logits a few times and keeps the gradient (T, V_s) until backward, in float32 for logits
+        of float16: there a scaled loss (`torch.amp.GradScaler`) then keeps small gradients.
     """
     if student_logits.ndim != 2 or teacher_logits.ndim != 2 or len(student_logits) != len(teacher_logits):
         shapes = f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
         raise ValueError(f"logits must be (T, V) with equal T, got {shapes}")
     checks.check_floats(student_logits=student_logits, teacher_logits=teacher_logits, token_weight=token_weight)
     checks.check_constant(teacher_logits=teacher_logits)
+    checks.check_vocabulary(min(student_logits.shape[1], teacher_logits.shape[1]))
     checks.check_weights(len(student_logits), token_weight=token_weight)
     reason = why_not_triton(student_logits, teacher_logits) if impl in ("auto", "triton") else None
     checks.check_impl(impl, get_args(Impl), reason)
-    if memory_mb < 1:
-        raise ValueError(f"memory_mb must be at least 1, got {memory_mb}")
     if impl == "reference":
         rows, width = token_weight.nonzero().flatten(), min(student_logits.shape[1], teacher_logits.shape[1])
         student, teacher = (logits[rows, :width] for logits in (student_logits, teacher_logits))
         return reference_loss(student, teacher, TokenTerms(token_weight[rows]), divergence)
+    checks.check_memory(memory_mb, least_memory_mb(student_logits, teacher_logits))
     chosen = "chunked" if impl == "chunked" or reason else "triton"
     return fused_divergence(student_logits, teacher_logits, token_weight, divergence, chosen, memory_mb)
 

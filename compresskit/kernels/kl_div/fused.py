@@ -9,7 +9,7 @@ from torch import Tensor
 
 from compresskit.kernels.choice import choose_slab_loss
 from compresskit.kernels.divergence import Divergence, working_dtype
-from compresskit.kernels.gradients import register_scalar_loss
+from compresskit.kernels.gradients import kept_dtype, register_scalar_loss
 from compresskit.kernels.slab import TILE_ELEMENTS, Readout, TokenTerms, tile_elements
 
 # T tokens, V vocabulary
@@ -28,15 +28,15 @@ def _divergence_loss(
     memory_mb: int,
     wants: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    """The loss and the student's gradient, an empty tensor where it is not wanted."""
+    """The loss and the student's gradient (`kept_dtype`), an empty tensor where it is not wanted."""
     divergence = Divergence(kind, numbers[0], numbers[1], weight_rule)  # type: ignore[arg-type]
     dtype, width = working_dtype(student.dtype), min(student.shape[1], teacher.shape[1])
     slab_loss, rows = choose_slab_loss(impl), weight.nonzero().flatten()
-    grad = torch.zeros_like(student) if wants[0] else student.new_empty(0)
+    grad = torch.zeros_like(student, dtype=kept_dtype(student.dtype)) if wants[0] else student.new_empty(0)
     loss = torch.zeros((), dtype=dtype, device=student.device)
     tile = tile_elements(memory_mb * 2**20 // 2, student.dtype)
     for part in rows.split(_tokens_per_slab(student, teacher, width, impl, memory_mb)):
-        ours, theirs = student[part, :width], teacher[part, :width]
+        ours, theirs = student[part, :width].to(kept_dtype(student.dtype)), teacher[part, :width]
         tokens = TokenTerms(weight[part].to(dtype))
         loss += slab_loss(ours.T, theirs.T, tokens, divergence, _PLAIN, wants_grad=wants[0], tile=tile)
         if wants[0]:
@@ -44,9 +44,18 @@ def _divergence_loss(
     return loss, grad
 
 
+def _token_bytes(student: Tensor, teacher: Tensor, width: int) -> int:
+    return width * (kept_dtype(student.dtype).itemsize + teacher.element_size())
+
+
+def least_memory_mb(student: Tensor, teacher: Tensor) -> int:
+    """The smallest budget in MiB that holds a slab of one token."""
+    return max(1, -(-_token_bytes(student, teacher, min(student.shape[1], teacher.shape[1])) // 2**19))
+
+
 def _tokens_per_slab(student: Tensor, teacher: Tensor, width: int, impl: str, memory_mb: int) -> int:
     """As many as half the budget holds; on a CPU no more than stay in its cache."""
-    most = memory_mb * 2**19 // (width * (student.element_size() + teacher.element_size()))
+    most = memory_mb * 2**19 // _token_bytes(student, teacher, width)
     return max(1, most if impl == "triton" else min(most, TILE_ELEMENTS // width))
 
 
@@ -55,7 +64,7 @@ def _(student: Tensor, teacher: Tensor, weight: Tensor, *rest: object) -> tuple[
     wants = rest[-1]
     assert isinstance(wants, list)
     loss = student.new_empty((), dtype=working_dtype(student.dtype))
-    return loss, torch.empty_like(student) if wants[0] else student.new_empty(0)
+    return loss, torch.empty_like(student, dtype=kept_dtype(student.dtype)) if wants[0] else student.new_empty(0)
 
 
 register_scalar_loss(_divergence_loss)

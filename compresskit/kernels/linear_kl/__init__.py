@@ -20,12 +20,18 @@ from torch import Tensor
 
 from compresskit.kernels import support
 from compresskit.kernels.buckets import TopK
-from compresskit.kernels.checks import check_impl
+from compresskit.kernels.checks import check_impl, check_memory
 from compresskit.kernels.divergence import FORWARD_KL, Divergence
 from compresskit.kernels.linear_kl.chunked import least_memory_mb
-from compresskit.kernels.linear_kl.head import Head, TiledWeight
+from compresskit.kernels.linear_kl.head import Head, TiledWeight, same_weight
 from compresskit.kernels.linear_kl.op import fused_linear_kl
-from compresskit.kernels.linear_kl.problem import Problem, Projected, check_problem, choose_teacher
+from compresskit.kernels.linear_kl.problem import (
+    Problem,
+    Projected,
+    autocast_dtype,
+    checked_problem,
+    choose_teacher,
+)
 from compresskit.kernels.linear_kl.products import release_memory
 from compresskit.kernels.linear_kl.reference import reference_linear_kl
 
@@ -65,7 +71,7 @@ def linear_kl(
         teacher_hidden: (T, H_t); with `teacher_head` one of three ways to give the teacher.
         teacher_head: a `Head`, or its weight (V_t, H_t). The student's own weight, detached, costs one product.
         token_weight: w (T,) ≥ 0, already normalised by the caller: nothing here divides by a count. A token that counts
-            for nothing is not read, so it may hold anything, NaN included, and costs no product.
+            for nothing is not read, so it may hold anything, NaN included, and costs no product over the vocabulary.
         teacher_logits: (T, V_t), already capped and scaled.
         teacher_topk: the cached entries at the temperature of `divergence`, compared over them and one bucket for the
             rest: at most the divergence over the vocabulary.
@@ -74,7 +80,8 @@ def linear_kl(
         label_weight: c (T,) ≥ 0, as `token_weight`.
         impl: `auto` takes Triton where it can run, else `chunked`.
         memory_mb: working memory in MiB beside the gradients; it decides how many tokens a chunk has. On a CPU it is
-            kept for the next call (`release_memory`).
+            kept for the next call (`release_memory`). A 16-bit head whose gradient takes several chunks is summed in
+            float32: 4 V H bytes more.
 
     Returns:
         A scalar in float32, or float64 where the hidden states are. All weights 0 give 0 with zero gradients. A column
@@ -84,27 +91,23 @@ def linear_kl(
     Raises:
         ValueError: shapes, dtypes or devices that do not agree, a teacher that requires grad, values out of range, a
             budget that does not hold one token, or `impl="triton"` where Triton cannot run (the message says why).
+            Values (weights, labels, a cache's entries) are looked at on a CPU and outside of `torch.compile` only.
         RuntimeError: a second derivative is asked for (`impl="reference"` has one).
 
     Cost: 2 T V (3 H_s + H_t) floating point operations, H_s less for a frozen head; the gradients are kept until
-        backward. Under autocast the products run in its dtype.
+        backward, in float32 for heads and hidden states of float16: there a scaled loss (`torch.amp.GradScaler`) then
+        keeps small gradients. Under autocast the products run in its dtype.
     """
     ours, theirs = _as_head(student_head), None if teacher_head is None else _as_head(teacher_head)
-    teacher, width = choose_teacher(teacher_hidden, theirs, teacher_logits, teacher_topk)
-    vocabulary = min(ours.weight.shape[0], width or ours.weight.shape[0])
-    student_hidden, ours = _ready(student_hidden, ours)
-    if isinstance(teacher, Projected):
-        teacher = Projected(*_ready(teacher.hidden, teacher.head))
-    problem = Problem(student_hidden, ours, teacher, token_weight, labels, label_weight, divergence, vocabulary)
-    check_problem(problem)
-    given = teacher.hidden if isinstance(teacher, Projected) else teacher
-    reason = why_not_triton(student_hidden, given) if impl in ("auto", "triton") else None
+    teacher = choose_teacher(teacher_hidden, theirs, teacher_logits, teacher_topk)
+    problem = checked_problem(student_hidden, ours, teacher, token_weight, labels, label_weight, divergence)
+    problem = _ready(problem)
+    given = problem.teacher.hidden if isinstance(problem.teacher, Projected) else problem.teacher
+    reason = why_not_triton(problem.hidden, given) if impl in ("auto", "triton") else None
     check_impl(impl, get_args(Impl), reason)
     if impl == "reference":
         return reference_linear_kl(problem)
-    least = least_memory_mb(problem)
-    if memory_mb < least:
-        raise ValueError(f"memory_mb={memory_mb} does not hold the logits of one token; at least {least} are needed")
+    check_memory(memory_mb, least_memory_mb(problem))
     return fused_linear_kl(problem, "chunked" if impl == "chunked" or reason else "triton", memory_mb)
 
 
@@ -112,13 +115,26 @@ def _as_head(head: Head | Tensor) -> Head:
     return head if isinstance(head, Head) else Head(head)
 
 
-def _ready(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
-    """Hidden states past a low-rank head's thin factor, and both in autocast's dtype where it is on."""
-    if hidden.ndim == 2 and head.reduce is not None:
-        hidden = head.reduced(hidden)
-    device = hidden.device.type
-    if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
+def _ready(problem: Problem) -> Problem:
+    """Hidden states past a low-rank head's thin factor, and all that meets in a product in autocast's dtype, if any."""
+    hidden, ours, teacher = problem.hidden, problem.head, problem.teacher
+    if ours.reduce is not None:  # its gradient is a product with all rows, so those that are not read must be numbers
+        hidden = torch.where(problem.counts()[:, None], hidden, 0)
+    hidden, head = _cast(ours.reduced(hidden), ours, None)
+    if isinstance(teacher, Projected):
+        theirs = teacher.head
+        shared = not torch.compiler.is_compiling() and same_weight(ours.weight, theirs.weight)
+        states, theirs = _cast(theirs.reduced(teacher.hidden), theirs, head.weight if shared else None)
+        teacher = Projected(states, theirs)
+    return replace(problem, hidden=hidden, head=head, teacher=teacher)
+
+
+def _cast(hidden: Tensor, head: Head, same: Tensor | TiledWeight | None) -> tuple[Tensor, Head]:
+    """Both in autocast's dtype, if any; `same` is the weight of the head where another has cast it before."""
+    dtype = autocast_dtype(hidden)
+    if dtype is None:
         return hidden, head
-    dtype = torch.get_autocast_dtype(device)
-    weight = head.weight.to(dtype) if isinstance(head.weight, Tensor) else head.weight
+    weight = head.weight
+    if isinstance(weight, Tensor):
+        weight = same.detach() if isinstance(same, Tensor) else weight.to(dtype)
     return hidden.to(dtype), replace(head, weight=weight)

@@ -19,10 +19,11 @@ from torch import Tensor
 from compresskit.kernels import forward_kl
 from compresskit.kernels.buckets import TopK, bucket_loss_
 from compresskit.kernels.divergence import working_dtype
-from compresskit.kernels.linear_kl.head import Head, TiledWeight
+from compresskit.kernels.gradients import kept_dtype
+from compresskit.kernels.linear_kl.head import same_weight
 from compresskit.kernels.linear_kl.problem import Problem, Projected, Teacher
 from compresskit.kernels.linear_kl.products import ALIGNMENT, WeightGradient, borrowed, hidden_gradient, product_
-from compresskit.kernels.slab import TILE_ELEMENTS, Readout, TokenTerms, slab_loss_, tile_bytes, tile_elements
+from compresskit.kernels.slab import TILE_ELEMENTS, Readout, TokenTerms, slab_loss_, tile_bytes, tile_elements, tiles
 
 # T tokens, V vocabulary, H hidden, C tokens of a chunk
 #: `slab_loss_`, or another implementation of it.
@@ -49,7 +50,7 @@ class Wants:
 
 @dataclass
 class Gradients:
-    """∂loss of each, in the dtype of what it belongs to; None where it was not asked for."""
+    """∂loss of each, in the `kept_dtype` of what it belongs to; None where it was not asked for."""
 
     hidden: Tensor | None = None
     weight: Tensor | None = None
@@ -97,14 +98,14 @@ def chunked_linear_kl(problem: Problem, wants: Wants, memory_mb: int, slab_loss:
     gradients = _start(problem, wants)
     weight = problem.head.weight
     sums = WeightGradient(weight, -(-len(rows) // chunk)) if wants.weight and isinstance(weight, Tensor) else None
-    largest = min(chunk, len(rows))
+    largest, lift = min(chunk, len(rows)), _lift(problem)
     with borrowed(_Slabs.bytes_of(problem, largest), problem.hidden.device) as memory:
         slabs = _Slabs(problem, memory, largest, slab_loss, wants_grad=bool(wants), tile=tile)
         for start in range(0, len(rows), chunk):
             # A slice where no token is dropped: views, no copies.
             part = slice(start, min(start + chunk, len(rows))) if every else rows[start : start + chunk]
-            hidden, tokens = problem.hidden[part], _token_terms(problem, part, dtype)
-            student, theirs = slabs.fill(hidden, _teacher_rows(problem.teacher, part))
+            hidden, tokens = problem.hidden[part], _token_terms(problem, part, dtype, lift)
+            student, theirs = slabs.fill(hidden, problem.teacher, part)
             loss += slabs.loss_(student, theirs, tokens)
             if gradients.hidden is not None:
                 gradients.hidden[part] = hidden_gradient(student, weight).to(gradients.hidden.dtype)
@@ -115,31 +116,45 @@ def chunked_linear_kl(problem: Problem, wants: Wants, memory_mb: int, slab_loss:
     if sums is not None:
         gradients.weight = sums.result()
     if gradients.bias is not None and problem.head.bias is not None:
-        gradients.bias = gradients.bias.to(problem.head.bias.dtype)
+        gradients.bias = gradients.bias.to(kept_dtype(problem.head.bias.dtype))
+    if lift is not None:
+        for one in (loss, gradients.hidden, gradients.weight, gradients.bias):
+            if one is not None:
+                one /= lift
     return loss, gradients
 
 
+def _lift(problem: Problem) -> Tensor | None:
+    """A power of two that brings what the largest slope is multiplied with near 1, a scalar; None but for float16.
+
+    There the slab of ∂loss/∂product would lose most of itself below 6e-8, the least that float16 tells from 0.
+    """
+    if problem.hidden.dtype != torch.float16 or not len(problem.hidden):
+        return None
+    weights = [problem.divergence.temperature * problem.weight.float()]
+    if problem.label_weight is not None:
+        weights.append(problem.label_weight.float())
+    largest = abs(problem.head.scale) * torch.cat(weights).amax()
+    return torch.where(largest > 0, (-largest.log2().ceil()).exp2(), 1)
+
+
 def _start(problem: Problem, wants: Wants) -> Gradients:
-    bias = problem.head.bias
+    hidden, bias = problem.hidden, problem.head.bias
     return Gradients(
-        hidden=torch.zeros_like(problem.hidden) if wants.hidden else None,
+        hidden=torch.zeros_like(hidden, dtype=kept_dtype(hidden.dtype)) if wants.hidden else None,
         bias=torch.zeros_like(bias, dtype=working_dtype(bias.dtype)) if wants.bias and bias is not None else None,
     )
 
 
-def _teacher_rows(teacher: Teacher, part: slice | Tensor) -> Teacher:
-    if isinstance(teacher, TopK):
-        return TopK(teacher.log_probs[part], teacher.indices[part])
-    if isinstance(teacher, Projected):
-        return Projected(teacher.hidden[part], teacher.head)
-    return teacher[part]
-
-
-def _token_terms(problem: Problem, part: slice | Tensor, dtype: torch.dtype) -> TokenTerms:
+def _token_terms(problem: Problem, part: slice | Tensor, dtype: torch.dtype, lift: Tensor | None) -> TokenTerms:
     weight = problem.weight[part].to(dtype)
+    if lift is not None:
+        weight = weight * lift
     if problem.labels is None or problem.label_weight is None:
         return TokenTerms(weight)
     label_weight = problem.label_weight[part].to(dtype)
+    if lift is not None:
+        label_weight = label_weight * lift
     # A label that is not read may be any number; entry 0 of weight 0 stands for it.
     labels = torch.where(label_weight != 0, problem.labels[part], 0)
     return TokenTerms(weight, labels, label_weight)
@@ -158,7 +173,10 @@ class _Slabs:
         self, problem: Problem, memory: Tensor, tokens: int, slab_loss: SlabLoss, *, wants_grad: bool, tile: int
     ) -> None:
         self.width, teacher, self.divergence = problem.vocabulary, problem.teacher, problem.divergence
-        self.head, self.shared = problem.head, isinstance(teacher, Projected) and _same_weight(problem.head, teacher)
+        self.head, self.shared = (
+            problem.head,
+            isinstance(teacher, Projected) and same_weight(problem.head.weight, teacher.head.weight),
+        )
         self.slab_loss, self.wants_grad, self.tile = slab_loss, wants_grad, tile
         theirs = teacher.head.readout if isinstance(teacher, Projected) else Readout()
         self.readouts = self._cut(problem.head.readout), self._cut(theirs)
@@ -190,22 +208,31 @@ class _Slabs:
         count = self.width * tokens
         return self.memory[number][: count * dtype.itemsize].view(dtype).view(self.width, tokens)
 
-    def fill(self, hidden: Tensor, teacher: Teacher) -> tuple[Tensor, Tensor | TopK]:
-        """The student's slab of products and the teacher's, (V, C) each, or the cache as it is."""
+    def fill(self, hidden: Tensor, teacher: Teacher, part: slice | Tensor) -> tuple[Tensor, Tensor | TopK]:
+        """The student's slab of products and the teacher's, (V, C) each, or the cache as it is.
+
+        Args:
+            hidden: the student's of the chunk, (C, H).
+            teacher: of all tokens.
+            part: the chunk's rows of it.
+        """
         tokens, states = len(hidden), self._states(hidden, 0)
         if self.shared and isinstance(teacher, Projected):
             both = self._slab(0, 2 * tokens)
-            product_(both, self.head.weight, torch.cat([states, self._states(teacher.hidden, 1)]))
+            product_(both, self.head.weight, torch.cat([states, self._states(teacher.hidden[part], 1)]))
             return both[:, :tokens], both[:, tokens:]
         student = self._slab(0, tokens)
         product_(student, self.head.weight, states)
         if isinstance(teacher, TopK):
-            return student, teacher
+            return student, TopK(teacher.log_probs[part], teacher.indices[part])
         theirs = self._slab(1, tokens)
         if isinstance(teacher, Projected):
-            product_(theirs, teacher.head.weight, self._states(teacher.hidden, 1))
-        else:
-            theirs.copy_(teacher[:, : self.width].T)
+            product_(theirs, teacher.head.weight, self._states(teacher.hidden[part], 1))
+        elif isinstance(part, slice):
+            theirs.copy_(teacher[part, : self.width].T)
+        else:  # by tiles: picked rows are a copy, and a whole one would be a slab beside the budget
+            for some in tiles(theirs, self.tile):
+                theirs[some] = teacher[:, some].index_select(0, part).T
         return student, theirs
 
     def _states(self, hidden: Tensor, number: int) -> Tensor:
@@ -222,13 +249,3 @@ class _Slabs:
             temperature, tile = self.divergence.temperature, _QUICK_TILES * self.tile
             return forward_kl.forward_kl_(student, teacher, tokens, temperature, self.readouts, tile=tile)
         return self.slab_loss(student, teacher, tokens, self.divergence, self.readouts, **options)
-
-
-def _same_weight(head: Head, teacher: Projected) -> bool:
-    """Whether both project with the very same weight, so that one product serves both."""
-    ours, theirs = head.weight, teacher.head.weight
-    if ours.dtype != theirs.dtype:
-        return False
-    if isinstance(ours, TiledWeight) or isinstance(theirs, TiledWeight):
-        return ours is theirs
-    return ours.data_ptr() == theirs.data_ptr() and ours.shape == theirs.shape and ours.stride() == theirs.stride()

@@ -20,6 +20,8 @@ _TILED: "weakref.WeakValueDictionary[int, TiledWeight]" = weakref.WeakValueDicti
 class TiledWeight:
     """A frozen weight that is made tile by tile, for example from 4-bit integers.
 
+    Make it outside of functions that `torch.compile` compiles: those can use it, but not make it.
+
     Args:
         shape: (V, H).
         rows: gives the float weight of the vocabulary from `start` to `stop`, (stop − start, H).
@@ -38,6 +40,15 @@ class TiledWeight:
     def of(handle: int) -> "TiledWeight":
         """The weight of that number, which must still be alive."""
         return _TILED[handle]
+
+
+def same_weight(ours: Tensor | TiledWeight, theirs: Tensor | TiledWeight) -> bool:
+    """Whether both are the very same numbers in memory, so that one product serves both."""
+    if isinstance(ours, TiledWeight) or isinstance(theirs, TiledWeight):
+        return ours is theirs
+    if ours.dtype != theirs.dtype or ours.shape != theirs.shape or ours.stride() != theirs.stride():
+        return False
+    return ours.data_ptr() == theirs.data_ptr()
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from compresskit.kernels.buckets import TopK
 from compresskit.kernels.choice import choose_slab_loss
 from compresskit.kernels.divergence import Divergence, working_dtype
-from compresskit.kernels.gradients import register_scalar_loss
+from compresskit.kernels.gradients import kept_dtype, register_scalar_loss
 from compresskit.kernels.linear_kl.chunked import Wants, chunked_linear_kl
 from compresskit.kernels.linear_kl.head import Head, TiledWeight
 from compresskit.kernels.linear_kl.problem import Problem, Projected, Teacher
@@ -39,7 +39,7 @@ def _linear_kl(
     memory_mb: int,
     wants: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss and the gradients of hidden, weight and bias; an empty tensor where one is not wanted."""
+    """The loss and the gradients of hidden, weight and bias (`kept_dtype`); an empty tensor where one is not wanted."""
     ours = _head(weight, bias, handles[0], readouts[:2])
     theirs: Teacher = teacher
     if teacher_indices is not None:
@@ -65,11 +65,14 @@ def _(hidden: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any) ->
     wants = rest[-1]
     return (
         hidden.new_empty((), dtype=working_dtype(hidden.dtype)),
-        *(
-            torch.empty_like(one) if wanted and one is not None else hidden.new_empty(0)
-            for one, wanted in zip((hidden, weight, bias), wants, strict=True)
-        ),
+        _empty(hidden) if wants[0] else hidden.new_empty(0),
+        _empty(weight.contiguous()) if wants[1] and weight is not None else hidden.new_empty(0),
+        _empty(bias) if wants[2] and bias is not None else hidden.new_empty(0),
     )
+
+
+def _empty(one: Tensor) -> Tensor:
+    return torch.empty_like(one, dtype=kept_dtype(one.dtype))
 
 
 register_scalar_loss(_linear_kl)

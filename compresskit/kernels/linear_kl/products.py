@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compresskit.kernels.divergence import working_dtype
+from compresskit.kernels.gradients import kept_dtype
 from compresskit.kernels.linear_kl.head import TiledWeight
 
 # V vocabulary, C tokens of a chunk, H hidden
@@ -88,7 +90,7 @@ def hidden_gradient(slab: Tensor, weight: Tensor | TiledWeight) -> Tensor:
     """∂X (C, H) of a chunk from the slab of ∂loss/∂product."""
     if not isinstance(weight, TiledWeight):
         return torch.mm(weight[: len(slab)].T, slab).T
-    total = slab.new_zeros(weight.shape[1], slab.shape[1], dtype=torch.float32)
+    total = slab.new_zeros(weight.shape[1], slab.shape[1], dtype=working_dtype(slab.dtype))
     for part in _row_slices(len(slab)):
         total += torch.mm(weight.rows(part.start, part.stop).to(slab.dtype).T, slab[part])
     return total.T
@@ -96,6 +98,9 @@ def hidden_gradient(slab: Tensor, weight: Tensor | TiledWeight) -> Tensor:
 
 class WeightGradient:
     """Σ over chunks of slab · X, (V, H), summed in float32 (float64 for float64) whatever the weight's dtype.
+
+    In 16 bits each chunk's product is rounded before it is added, as the library returns it, and several chunks take
+    memory for a float32 sum beside the result, 4 V H bytes more than the gradient's own.
 
     Args:
         weight: whose gradient it is; rows past the slab's get 0.
@@ -124,5 +129,6 @@ class WeightGradient:
             self.total[part] += torch.mm(slab[part], hidden)
 
     def result(self) -> Tensor:
-        """The sum in the weight's dtype."""
-        return torch.zeros_like(self.weight) if self.total is None else self.total.to(self.weight.dtype)
+        """The sum in the weight's `kept_dtype`, contiguous however the weight lies."""
+        dtype = kept_dtype(self.weight.dtype)
+        return self.weight.new_zeros(self.weight.shape, dtype=dtype) if self.total is None else self.total.to(dtype)
