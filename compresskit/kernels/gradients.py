@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _get_current_graph_task_keep_graph
 
 
 def kept_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -38,7 +39,7 @@ def register_scalar_loss(operator: Any) -> None:
         if factor is None:
             return (None,) * ctx.arguments
         traced = torch.compiler.is_compiling() or type(factor) is not Tensor  # there a factor has no number
-        multiply = _times if traced or torch._C._autograd._get_current_graph_task_keep_graph() else _times_
+        multiply = _times if traced or _get_current_graph_task_keep_graph() else _times_
         pairs = zip(ctx.saved_tensors, ctx.wants, strict=True)
         gradients = [multiply(gradient, factor) if wanted else None for gradient, wanted in pairs]
         return (*gradients, *(None for _ in range(ctx.arguments - len(gradients))))

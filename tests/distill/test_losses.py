@@ -301,7 +301,7 @@ def test_labels_alone_ask_nothing_of_the_teacher(tiny_llama, damaged):
 
 
 def test_labels_alone_make_no_logits_and_give_their_gradients(tiny_llama, damaged, monkeypatch):
-    batch, student = batch_of([7, 4]), damaged(tiny_llama)
+    batch, student = batch_of([7, 4]), damaged(tiny_llama).requires_grad_(True)
     (weights,) = step_weights([batch["attention_mask"]])
     leaves = [student.get_output_embeddings().weight, student.model.layers[0].mlp.down_proj.weight]
     plain = next_token_cross_entropy(student(**batch).logits, batch["input_ids"], weights.next_token)

@@ -132,9 +132,9 @@ class KL(Loss):
         """(1 − α) D + α cross-entropy."""
         ours = student.get("predictions")
         assert isinstance(ours, Tensor | Projection)
-        if self.alpha == 1 and isinstance(ours, Projection):
-            return self._labels_alone(ours, batch, weights)
         if self.alpha == 1:
+            if isinstance(ours, Projection):
+                return self._labels_alone(ours, batch, weights)
             return next_token_cross_entropy(ours, batch["input_ids"], weights.next_token)
         theirs = teacher.get("predictions")
         assert isinstance(theirs, Tensor | Projection | TopK)
