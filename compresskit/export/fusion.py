@@ -11,6 +11,9 @@ three. The residuals are no taste: ONNX Runtime turns an Add before a LayerNorma
 whose CPU kernel takes about three times as long for one short text as the two nodes do. It leaves a Sum alone.
 """
 
+import ast
+from collections import Counter
+
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import (
@@ -21,8 +24,10 @@ from onnx_ir.passes.common import (
 
 #: Where MatMulNBits takes the order of its columns, counted from its weight.
 _ORDER = 3
-#: What stands behind the name of 4-bit codes in that of the 8-bit matrix made of them.
-WIDENED = ".int8"
+#: Where torch's exporter says which module emitted a node: a list of names, outermost first, the operator's last.
+_SCOPES = "pkg.torch.onnx.name_scopes"
+#: Between the name of a layer and which run of it a product is.
+_AGAIN = "#"
 # Smaller constants are not worth a node.
 _SHARED_ELEMENTS = 1024
 
@@ -199,19 +204,30 @@ def _view(graph: ir.Graph, first: ir.Value, second: ir.Value) -> ir.Node | None:
     return node
 
 
+def name_products(model: ir.Model) -> None:
+    """Each integer product is called as the layer that emitted it, which its codes no longer tell once they are shared.
+
+    A layer that runs several times has a number behind its name from the second time on: names of nodes are unique.
+    """
+    seen: Counter[str] = Counter()
+    for node in _nodes(model, "MatMulIntegerToFloat"):
+        *_, layer, _ = ast.literal_eval(node.metadata_props[_SCOPES])
+        seen[layer] += 1
+        node.name = layer if seen[layer] == 1 else f"{layer}{_AGAIN}{seen[layer]}"
+
+
 def rounding_points(model: ir.Model) -> dict[str, str]:
-    """For each layer that rounds its input to 8 bits, the name of the float value that the layer reads."""
+    """For each layer that rounds its input to 8 bits, the name of the float value that the layer reads.
+
+    Layers are told apart by the names of their products (`name_products`).
+    """
     points: dict[str, str] = {}
     for node in (*_nodes(model, "DynamicQuantizeLinear"), *_nodes(model, "QuantizeLinear")):
         source = node.inputs[0]
         for user, slot in node.outputs[0].uses():
             if source is None or slot != 0:
                 raise ValueError(f"{user.op_type} reads rounded values in an unexpected place")
-            codes = user.inputs[1]
-            if codes is not None:
-                points[str(codes.name).removesuffix(WIDENED).removesuffix(".codes")] = str(
-                    _before_smoothing(source).name
-                )
+            points[str(user.name).partition(_AGAIN)[0]] = str(_before_smoothing(source).name)
     return points
 
 

@@ -42,6 +42,7 @@ from compresskit.export.fusion import (
     drop_reshape_pairs,
     fuse_encoder,
     join_integers,
+    name_products,
     prefer_sums,
     share_tables,
 )
@@ -190,6 +191,7 @@ def trace(
             # That operator set brings this operator too, and ONNX Runtime's does not broadcast its tables over a batch.
             as_node, graph = False, _export(model, batch, sizes, as_node=False, opset=usual)
     _keep_outputs(graph, [output, EMBEDDING] if sentence else [output])
+    name_products(graph)
     if as_node:
         fuse_encoder(graph)
     elif fuse:
@@ -230,6 +232,7 @@ def trace_cached(
     config = OnnxConfig(opset_version=opset, dynamic_shapes=free_axes(inputs, sizes))
     with _tracing(model, ATTENTION[form]), stepping(model, last_only=last_only):
         graph: ir.Model = OnnxExporter().export(model, inputs, config=config).program
+    name_products(graph)
     if fuse and form == "group_query":
         fuse_float(graph)
         prefer_sums(graph)

@@ -15,7 +15,6 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import nn
 
 from compresskit.errors import CompressKitError
-from compresskit.export.fusion import WIDENED
 from compresskit.export.standard import IR_VERSION, OPSET, add_initializer, drop_unused_initializers, read_constant
 from compresskit.layers import grid
 from compresskit.layers.int8_linear import Int8Linear
@@ -58,8 +57,8 @@ def spell_out_codes(model: ir.Model) -> None:
 def _spell_out(graph: ir.Graph, node: ir.Node) -> None:
     packed, factors, zeros = [*node.inputs, None][:3]
     columns, size = (node.attributes.get_int(name, 0) for name in ("columns", "group_size"))
-    name, codes = read_constant(packed)
-    rows, groups, _ = codes.shape
+    rows, groups, _ = read_constant(packed)[1].shape
+    old = node.outputs[0]
     nodes: list[ir.Node] = []
 
     def emit(op_type: str, *inputs: ir.Value, **attributes: int | list[int]) -> ir.Value:
@@ -70,12 +69,14 @@ def _spell_out(graph: ir.Graph, node: ir.Node) -> None:
         """Packed numbers of each row, or of each group, as float (O, G, `per_group`)."""
         own, array = read_constant(source)
         numbers = grid.unpack(torch.from_numpy(array.copy()), count, bits=4).numpy().astype(ml_dtypes.uint4)
-        numbers = numbers.reshape(rows, groups, per_group)
-        return emit("Cast", add_initializer(graph, f"{own}.uint4", numbers, ir.DataType.UINT4), to=ir.DataType.FLOAT)
+        shape = (rows, groups, per_group)  # equal bytes may be shared by layers of other shapes
+        name = f"{own}.{'x'.join(map(str, shape))}"
+        held = add_initializer(graph, name, numbers.reshape(shape), ir.DataType.UINT4)
+        return emit("Cast", held, to=ir.DataType.FLOAT)
 
     def constant(what: str, *values: int, dtype: type = np.int64) -> ir.Value:
         array = np.array(values, dtype)
-        return add_initializer(graph, f"{name}.{what}", array, ir.DataType.from_numpy(array.dtype))
+        return add_initializer(graph, f"{old.name}.{what}", array, ir.DataType.from_numpy(array.dtype))
 
     middle = constant("middle", 8, dtype=np.float32) if zeros is None else decoded(zeros, groups, 1)
     steps = emit("Mul", emit("Sub", decoded(packed, size, size), middle), decoded(factors, groups, 1))
@@ -86,7 +87,6 @@ def _spell_out(graph: ir.Graph, node: ir.Node) -> None:
         )
     matrix = emit("Transpose", whole, perm=[1, 0])
     graph.insert_before(node, nodes)
-    old = node.outputs[0]
-    matrix.shape, matrix.type, matrix.name = old.shape, old.type, f"{name}{WIDENED}"
+    matrix.shape, matrix.type, matrix.name = old.shape, old.type, f"{old.name}.int8"
     old.replace_all_uses_with(matrix)
     graph.remove(node, safe=True)

@@ -10,7 +10,8 @@ each input, so that channels with large activations do not take the whole range 
 
 Codes of 4 bits are held in groups of columns and widened to 8 for the product: (code − zero) · factor, where a group's
 factor is a whole number and the row's scale its step (QServe's progressive groups, arXiv:2405.04532). They take half
-the bytes and lose what 4 bits lose; ONNX Runtime widens them once, when it loads the file, so they are as fast.
+the bytes and lose a little more than other 4 bits do, since a row has fifteen scales at most: a group of far larger
+weights costs the others of its row their precision. ONNX Runtime widens them once, when it loads the file.
 
 This is ONNX's `DynamicQuantizeLinear` or `QuantizeLinear` followed by ONNX Runtime's integer product, which makes an
 encoder about three times as fast as float on a CPU with dot-product instructions. The forward pass here computes the
@@ -106,6 +107,9 @@ class Int8Linear(LinearStandIn):
         symmetric: of 4 bits: whether the middle code stands for zero, and no zero points are stored; None: no.
         smooth: whether inputs are multiplied by a factor each before they are rounded.
         static: whether the range of inputs is fixed (`set_input_range`), instead of each call's own.
+
+    Raises:
+        ValueError: bits other than 4 and 8, or 8 bits in groups or with zero points.
     """
 
     codes: (
@@ -132,6 +136,9 @@ class Int8Linear(LinearStandIn):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        if bits not in (4, 8) or (bits == 8 and (group_size or symmetric is False)):
+            form = f"{bits} bits, group size {group_size}, symmetric {symmetric}"
+            raise ValueError(f"integer products have 4 bits, or 8 with one scale a row and no zero points, not {form}")
         self.in_features, self.out_features, self.bits = in_features, out_features, bits
         self.groups, self.group_size = grid.count_groups(in_features, group_size), group_size or in_features
         held = {"codes": torch.zeros(in_features, out_features, dtype=torch.int8, device=device)}
@@ -164,7 +171,8 @@ class Int8Linear(LinearStandIn):
 
         Raises:
             RuntimeError: shapes that do not agree.
-            ValueError: codes with zero points where the layer stores none, or the other way round.
+            ValueError: codes with zero points where the layer stores none, or the other way round; scales of 4 bits
+                that are no whole multiples of one.
         """
         grid.refuse_other_symmetry(values, with_zeros=self.zeros is not None)
         if self.factors is None:
@@ -172,6 +180,8 @@ class Int8Linear(LinearStandIn):
             self.scales.copy_(values.scales.squeeze(1))
             return
         steps, factors = grid.whole_factors(values.scales, values.zeros, bits=4)
+        if not torch.allclose(steps * factors, values.scales, rtol=1e-5, atol=0):
+            raise ValueError("the scales of a row are no whole multiples of one: quantise with `whole`")
         codes = F.pad(values.codes, (0, self.groups * self.group_size - self.in_features))
         self.codes.copy_(grid.pack(codes.unflatten(1, (self.groups, self.group_size)), bits=4))
         self.scales.copy_(steps.squeeze(1))

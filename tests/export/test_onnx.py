@@ -42,6 +42,7 @@ from compresskit.export import onnx as exporter
 from compresskit.export.folder import MODEL_FILE, read_exported
 from compresskit.export.onnx import complete_batch
 from compresskit.export.runtime import open_session, run_session
+from compresskit.export.trace import OUTPUTS
 from compresskit.layers.grid import unpack
 from compresskit.layers.int8_linear import Int8Linear
 from compresskit.student import Student
@@ -237,6 +238,30 @@ def test_an_encoder_of_4_bit_weights_multiplies_8_bit_integers(
     assert not {"Mul", "Sub"} & {node.op_type for node in loaded.node if "codes" in "".join(node.input)}
     int8 = [one for one in loaded.initializer if one.data_type == onnx.TensorProto.INT8]
     assert len(int8) == 6
+
+
+@pytest.mark.parametrize("form", [{"bits": 4, "group_size": 16}, {"bits": 8, "group_size": 0}])
+@pytest.mark.parametrize("task", ["feature-extraction", "text-generation"])
+@pytest.mark.parametrize("fuse", [True, False])
+def test_layers_of_equal_integers_share_them_and_stay_apart(
+    form: dict[str, int], task: str, fuse: bool, tmp_path: Path
+) -> None:
+    """Two blocks alike, as in models grown by copying; one layer more has the same codes and scales of its own."""
+    student = make_student(task, blocks=2)
+    twins = linears(student)
+    for name in twins:
+        if ".1." in name:
+            student.model.get_submodule(name).load_state_dict(
+                student.model.get_submodule(name.replace(".1.", ".0.")).state_dict()
+            )
+    quantize_linears(student, twins, **form, act="int8")
+    last = student.model.get_submodule(next(name for name in reversed(twins) if ".1." in name))
+    last.scales.mul_(1.5)  # type: ignore[operator, union-attr]
+    entry = OnnxExport(**FAST | {"fuse": fuse}).write(student, tmp_path / "onnx")  # type: ignore[arg-type]
+    assert entry["parity"]["relative_error"] <= 1e-5
+    _assert_all_shapes_agree(student, tmp_path / "onnx" / MODEL_FILE, OUTPUTS[task])
+    graph = ir.load(tmp_path / "onnx" / MODEL_FILE).graph
+    assert len({value.name for node in graph for value in node.outputs}) == sum(len(node.outputs) for node in graph)
 
 
 def test_4_bit_integer_products_refuse_an_operator_set_without_4_bits(bert: Student) -> None:

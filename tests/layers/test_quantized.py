@@ -330,6 +330,15 @@ def test_codes_of_the_other_symmetry_are_refused(symmetric: bool) -> None:
         assert torch.equal(layer.dequantize(), before)
 
 
+def test_integer_products_refuse_other_forms_and_scales_that_would_be_rounded_again() -> None:
+    for form in ({"bits": 3}, {"bits": 8, "group_size": 16}, {"bits": 8, "symmetric": False}):
+        with pytest.raises(ValueError, match="integer products have 4 bits, or 8 with one scale a row"):
+            Int8Linear(64, 4, bias=False, **form)  # type: ignore[arg-type]
+    layer = Int8Linear(64, 4, bias=False, bits=4, group_size=16)
+    with pytest.raises(ValueError, match="no whole multiples of one"):
+        layer.set_codes(quantize_weight(torch.randn(4, 64), bits=4, group_size=16))
+
+
 def test_layers_refuse_what_their_operators_cannot_read() -> None:
     with pytest.raises(ValueError, match="group size 48"):
         QuantLinear(96, 8, bits=4, group_size=48, bias=False)
