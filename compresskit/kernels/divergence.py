@@ -1,4 +1,7 @@
-"""The divergences between a teacher's p and a student's q: the one place where each is defined.
+"""The divergences between a teacher's p and a student's q, as `reference`, `slab` and `buckets` compute them.
+
+`slab_triton` has the same formulas as Triton code and `forward_kl` a form of its own of one of them; tests tie both to
+what stands here.
 
 A divergence D(p, q) = Σ_v f(p_v, q_v) of a token is given by its summand f and, for the gradient with respect to the
 student's logits a (q = softmax(a)), by its slope r_v = q_v ∂f/∂q_v:
@@ -9,15 +12,17 @@ student's logits a (q = softmax(a)), by its slope r_v = q_v ∂f/∂q_v:
 | forward_kl      | p (ln p − ln q) − p + q             | −p                     |                  |
 | reverse_kl      | q (ln q − ln p) − q + p             | q (ln q − ln p)        |                  |
 | jsd             | β p (ln p − ln m) + (1−β) q (ln q − ln m) | (1−β) q (ln q − ln m) | β p + (1−β) q |
-| skew_forward_kl | p (ln p − ln m)                     | −(1−α) p q / m         | α p + (1−α) q    |
-| skew_reverse_kl | q (ln q − ln m)                     | q (ln q − ln m − α q / m) | α q + (1−α) p |
+| skew_forward_kl | p (ln p − ln m) − p + m             | (1−α) q (1 − p / m)    | α p + (1−α) q    |
+| skew_reverse_kl | q (ln q − ln m) − q + m             | q (ln q − ln m − α (q / m − 1)) | α q + (1−α) p |
 | total_variation | ½ |p − q|                           | ½ q sign(q − p)        |                  |
 
-Sources: generalised JSD as in GKD (arXiv:2306.13649), skew divergences as in DistiLLM (arXiv:2402.03898). ln m is
-always the log of a sum of exponentials with their larger one taken out, so that two probabilities that underflow still
-give a number. The terms q − p sum to 0; with them, the rounding of a token's normaliser leaves D in second order only,
-which near the teacher is most of the error. For total variation p and q that differ by rounding alone are equal
-(`TIE`): the sign of noise would make a gradient of full size, where student and teacher agree.
+Sources: generalised JSD as in GKD (arXiv:2306.13649), skew divergences as in DistiLLM (arXiv:2402.03898).
+
+Near the teacher D is of second order in ln q − ln p, so what is rounded at the size of ln p would drown it. The terms
+q − p (m − p, m − q) sum to 0; with them, the rounding of a token's normaliser leaves D in second order only; those of
+jsd cancel element by element. ln p − ln m and ln q − ln m are made from ln q − ln p, never from ln m. For total
+variation p and q that differ by rounding alone are equal (`tie`): the sign of noise would make a gradient of full size,
+where student and teacher agree.
 """
 
 import math
@@ -29,8 +34,11 @@ from torch import Tensor
 
 from compresskit.kernels.exponential import exp
 
-#: Roundings of q by which p may differ from it and still be equal.
-TIE = 64
+#: Roundings of q by which p may differ from it and still be equal: those of the logits, which τ divides, and at least
+#: those of ln p and ln q.
+TIE, LEAST_TIE = 64, 16
+#: Past this ln q − ln p, the smaller of both adds nothing to a mixture, in float64 as well.
+FAR = 80.0
 Kind = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation"]
 #: What a token's weight is multiplied with: nothing, the teacher's largest probability, or its entropy / ln V.
 WeightRule = Literal["none", "confidence", "entropy"]
@@ -65,6 +73,11 @@ class Divergence:
             raise ValueError(f"temperature must be above 0 and finite, got {self.temperature}")
 
     @property
+    def tie(self) -> float:
+        """By how many roundings of q total variation lets p differ from it."""
+        return max(TIE / self.temperature, LEAST_TIE)
+
+    @property
     def slope_sum(self) -> float | None:
         """Σ_v r_v where it is the same for all distributions; None where it must be summed."""
         return -1.0 if self.kind == "forward_kl" else None
@@ -86,11 +99,11 @@ def summand_and_slope(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> t
     """
     mix = divergence.mix
     if divergence.kind in MIXED:
-        # Every mixture is finite, so a finite stand-in for ln 0 keeps ln m and its derivative numbers where p = q = 0.
+        # Every mixture is finite, so a finite stand-in for ln 0 keeps numbers where p = q = 0.
         log_p, log_q = (log.clamp_min(torch.finfo(log.dtype).min / 4) for log in (log_p, log_q))
-        p, q = exp(log_p), exp(log_q)
-    else:  # q − p in f leaves no room for the rounding of the quicker way
-        p, q = log_p.exp(), log_q.exp()
+    # q − p in f leaves no room for the rounding of the quicker way.
+    raised = exp if divergence.kind == "jsd" else torch.exp
+    p, q = raised(log_p), raised(log_q)
     match divergence.kind:
         case "forward_kl":
             return (q - p).addcmul_(p, _gap(log_p, log_q, p)), -p, q
@@ -98,18 +111,18 @@ def summand_and_slope(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> t
             slope = q * _gap(log_q, log_p, q)
             return slope + (p - q), slope, q
         case "jsd":
-            log_m = _log_mixture(log_p, log_q, mix)
-            slope = (1 - mix) * q * (log_q - log_m)
-            return mix * p * (log_p - log_m) + slope, slope, q
+            over_p, over_q = _over_mixture(log_p, log_q, mix)
+            slope = (1 - mix) * q * over_q
+            return mix * p * over_p + slope, slope, q
         case "skew_forward_kl":
-            log_m = _log_mixture(log_p, log_q, mix)
-            return p * (log_p - log_m), (mix - 1) * exp(log_p + log_q - log_m), q
+            over, _ = _over_mixture(log_p, log_q, mix)
+            return p * over + (1 - mix) * (q - p), (mix - 1) * q * over.expm1(), q
         case "skew_reverse_kl":
-            gap = log_q - _log_mixture(log_q, log_p, mix)
-            return q * gap, q * (gap - mix * exp(gap)), q
+            over, _ = _over_mixture(log_q, log_p, mix)
+            return q * over + (1 - mix) * (p - q), q * (over - mix * over.expm1()), q
         case _:
             apart = q - p
-            differ = apart.abs() > TIE * torch.finfo(q.dtype).eps * q
+            differ = apart.abs() > divergence.tie * torch.finfo(q.dtype).eps * q
             return 0.5 * apart.abs(), 0.5 * q * apart.sign() * differ, q
 
 
@@ -123,8 +136,13 @@ def _gap(log_x: Tensor, log_y: Tensor, x: Tensor) -> Tensor:
     return torch.minimum(gap, (x * limits.max).mul_(limits.max))
 
 
-def _log_mixture(log_x: Tensor, log_y: Tensor, share: float) -> Tensor:
-    """ln(share · x + (1 − share) · y)."""
-    log_x, log_y = log_x + math.log(share), log_y + math.log1p(-share)
-    # torch.logaddexp takes several times as long on a CPU.
-    return torch.maximum(log_x, log_y) + exp((log_x - log_y).abs().neg()).log1p()
+def _over_mixture(log_x: Tensor, log_y: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """ln x − ln m and ln y − ln m of m = share · x + (1 − share) · y, exact to their own size; both logs finite.
+
+    With the smaller one taken out, m = x (1 + (1 − share) (y/x − 1)) where y is larger: a sum of positive terms.
+    """
+    apart = (log_y - log_x).clamp_(-FAR, FAR)
+    larger = (apart > 0).to(apart.dtype)  # not |…| and max: at 0 their derivative would be another
+    log_m = ((share + (1 - 2 * share) * larger) * (apart * (2 * larger - 1)).expm1()).log1p()
+    over_y = apart * larger - log_m
+    return over_y - apart, over_y

@@ -1,13 +1,14 @@
 """Forward KL of two slabs that may both be overwritten: fewer passes than `slab_loss_`, for one divergence.
 
-    exponentials   b, a ← 2^(b − m_b), 2^(a − m_a)    m: the maxima of a tile; sums of both and of 2^b (b − a)
+    exponentials   b, a ← 2^(b − m_b), 2^(a − m_a)    m: the maxima of a tile; sums of both, and of the new b times
+                                                      (b − m_b) − (a − m_a), which no offset between the two rounds
     gradient       a ← w (q − p) = (w s_a) a − (w s_b) b    s = 2^(m − max m) / Σ, of each tile and token
 
 With a, b the logits of student and teacher in base 2, D / ln 2 = Σ p (b − a) + log₂ Σ 2^a − log₂ Σ 2^b. The sums over
-tiles run in float64, since the three terms cancel near the teacher. Labels of weight c, at temperature 1, add c to the
-first factor and take c from the label's own row. Thirteen passes over tiles that stay in a core's cache, where
-`slab_loss_`, which keeps the logits and rounds its gradient once, needs about thirty; in base 2, because exponentials
-are the slowest of them (`compresskit.kernels.exponential`).
+tiles run in float64 with the maxima put back, since the three terms cancel near the teacher. Labels of weight c, at
+temperature 1, add c to the first factor and take c from the label's own row. Thirteen passes over tiles that stay in a
+core's cache, where `slab_loss_`, which keeps the logits and rounds its gradient once, needs about thirty; in base 2,
+because exponentials are the slowest of them (`compresskit.kernels.exponential`).
 
 Slabs of float32 and float64 hold the exponentials between the two steps. Slabs of 16 bits would round them, so there
 both steps read the logits into float32 tiles and make them; the gradient alone is rounded, once.
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from compresskit.kernels.divergence import Divergence, working_dtype
 from compresskit.kernels.exponential import LOG2_E
-from compresskit.kernels.slab import Readout, TokenTerms, tiles
+from compresskit.kernels.slab import Readout, TokenTerms, drop_idle_, tiles, weighted
 
 # V vocabulary, C tokens of the slab, N tiles
 
@@ -117,6 +118,7 @@ def forward_kl_(
         readouts: the student's and the teacher's, without a cap.
         tile: elements that are worked on at once.
     """
+    drop_idle_(teacher, tokens)
     work = _Tiles((student, teacher), readouts, temperature, tile)
     shape = len(work.parts), student.shape[1]
     peaks, totals = (student.new_empty(shape[0], 2, shape[1], dtype=work.dtype) for _ in range(2))
@@ -125,24 +127,28 @@ def forward_kl_(
     labelled = None if label_row is None else work.picked(label_row)
     for n, part in enumerate(work.parts):
         a, b = work.logits(part)
-        difference = torch.sub(b, a, out=work.spare(part))
-        for logits, peak, total in zip((a, b), peaks[n], totals[n], strict=True):
+        for logits, peak in zip((a, b), peaks[n], strict=True):
             torch.amax(logits, 0, out=peak)
-            torch.sum(logits.sub_(peak).exp2_(), 0, out=total)
+            logits.sub_(peak)
+        difference = torch.sub(b, a, out=work.spare(part))
+        for logits, total in zip((a, b), totals[n], strict=True):
+            torch.sum(logits.exp2_(), 0, out=total)
         torch.sum(difference.mul_(b), 0, out=cross[n])
     tops = peaks.amax(0).double()
-    shares = (peaks.double() - tops).exp2_()
+    below = peaks.double() - tops
+    shares = below.exp2()
     sums = (shares * totals).sum(0)
     shares /= sums
-    log_sums = tops + sums.log2()
-    divergence = math.log(2) * ((shares[:, 1] * cross).sum(0) + log_sums[0] - log_sums[1])
+    log_sums = sums.log2()
+    gaps = cross + totals[:, 1] * (below[:, 1] - below[:, 0])
+    divergence = math.log(2) * ((shares[:, 1] * gaps).sum(0) + log_sums[0] - log_sums[1])
     weight, scale = tokens.weight.double(), readouts[0].scale
     counts = temperature * torch.stack([weight, weight])
-    loss = temperature**2 * (weight * divergence).sum()
+    loss = temperature**2 * weighted(weight, divergence).sum()
     label_grad = None
     if labelled is not None and tokens.label_weight is not None:
         label_weight = tokens.label_weight.double()
-        log_q, log_p = math.log(2) * (labelled - log_sums)
+        log_q, log_p = math.log(2) * (labelled - tops - log_sums)
         loss -= (label_weight * log_q).sum()
         label_grad = scale * (counts[0] * (log_q.exp() - log_p.exp()) + label_weight * log_q.expm1())
         counts[0] += label_weight

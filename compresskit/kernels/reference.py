@@ -7,7 +7,7 @@ from torch import Tensor
 
 from compresskit.kernels.buckets import TopK, with_tail
 from compresskit.kernels.divergence import Divergence, summand_and_slope, working_dtype
-from compresskit.kernels.slab import TokenTerms
+from compresskit.kernels.slab import TokenTerms, weighted
 
 
 def reference_loss(student: Tensor, teacher: Tensor | TopK, tokens: TokenTerms, divergence: Divergence) -> Tensor:
@@ -23,13 +23,17 @@ def reference_loss(student: Tensor, teacher: Tensor | TopK, tokens: TokenTerms, 
     """
     dtype, tau = working_dtype(student.dtype), divergence.temperature
     log_q = (student.to(dtype) / tau).log_softmax(-1)
+    counts = tokens.weight > 0
     if isinstance(teacher, TopK):
-        log_p, log_q = with_tail(teacher.log_probs.to(dtype)), _bucketed(log_q, teacher.indices)
+        log_q = _bucketed(log_q, teacher.indices)
+        log_p = with_tail(teacher.log_probs.to(dtype), log_q[:, -1:])
     else:
         log_p = (teacher.to(dtype) / tau).log_softmax(-1)
+    # A teacher that does not count is not read: not a number times 0 is none.
+    log_p = torch.where(counts[:, None], log_p, log_q.detach())
     value, _, _ = summand_and_slope(divergence, log_p, log_q)
     weight = tokens.weight.to(dtype) * _rule(divergence, log_p, teacher, student.shape[-1])
-    loss = tau**2 * (weight * value.sum(-1)).sum()
+    loss = tau**2 * weighted(weight, value.sum(-1)).sum()
     if tokens.labels is None or tokens.label_weight is None:
         return loss
     per_token = torch.nn.functional.cross_entropy(student.to(dtype), tokens.labels, reduction="none")
@@ -41,8 +45,10 @@ def _bucketed(log_q: Tensor, indices: Tensor) -> Tensor:
     kept = log_q.gather(-1, indices)
     if indices.shape[-1] == log_q.shape[-1]:
         return torch.cat([kept, torch.full_like(kept[:, :1], float("-inf"))], -1)
-    others = log_q.scatter(-1, indices, float("-inf")).logsumexp(-1, keepdim=True)
-    return torch.cat([kept, others], -1)
+    others = log_q.scatter(-1, indices, float("-inf"))
+    absent = others.amax(-1, keepdim=True) == float("-inf")  # the derivative of ln Σ of these is no number
+    others = torch.where(absent, 0, others).logsumexp(-1, keepdim=True)
+    return torch.cat([kept, torch.where(absent, float("-inf"), others)], -1)
 
 
 def _rule(divergence: Divergence, log_p: Tensor, teacher: Tensor | TopK, vocabulary: int) -> Tensor | float:

@@ -8,6 +8,11 @@ stay in a core's cache, and the products around it run in the orientation that i
     gradient     student slab ← ∂loss/∂product
 
 All numbers are float32 (float64 for float64 slabs), whatever the slab's dtype. Nothing here divides by a count.
+
+A slab of 16 bits holds what the library's product rounded, as the model's own logits are. To take each token's centre
+out before that rounding, the product would have to know it: by an epilogue that library products do not offer, or by
+a copy of the head with one column more. Neither is here; where the rounding matters (a student near its teacher),
+float32 hidden states give float32 slabs.
 """
 
 import math
@@ -44,7 +49,7 @@ class Readout:
     Attributes:
         bias: (V,), or None.
         scale: a factor on the logits (Granite divides by 8, Cohere multiplies).
-        softcap: cap > 0 (Gemma), or None.
+        softcap: cap > 0 (Gemma), or None. Under a cap a bias of −∞ gives the logit −cap: no absent column.
     """
 
     bias: Tensor | None = None
@@ -126,15 +131,6 @@ class Statistics:
         assert self.log_total_one is not None
         return (logits - self.peak).sub_(self.log_total_one)
 
-    def log_sum(self) -> Tensor:
-        """ln Σ exp(z/τ)."""
-        return self.peak / self.temperature + self.log_total
-
-    def log_sum_one(self) -> Tensor:
-        """ln Σ exp(z)."""
-        assert self.log_total_one is not None
-        return self.peak + self.log_total_one
-
 
 def tiles(slab: Tensor, elements: int) -> Iterator[slice]:
     """Slices over the vocabulary of a slab, of about `elements` elements each."""
@@ -174,6 +170,17 @@ def slab_statistics(
         total_one.log() if at_one else None,
         total.log() - moment / total if entropy else None,
     )
+
+
+def drop_idle_(teacher: Tensor, tokens: TokenTerms) -> None:
+    """Make the teacher's columns (V, C) of tokens that are there for their label alone 0: not a number · 0 is none."""
+    if tokens.labels is not None:
+        teacher.index_fill_(1, (tokens.weight == 0).nonzero().flatten(), 0)
+
+
+def weighted(weight: Tensor, value: Tensor | float) -> Tensor:
+    """w · D of each token, (C,); 0 where w is, whatever D is there, also where that is no number."""
+    return torch.where(weight > 0, weight * value, 0)
 
 
 def rule_factor(divergence: Divergence, teacher: Statistics, vocabulary: int) -> Tensor | float:
@@ -279,13 +286,14 @@ def slab_loss_(
 
     Args:
         student: (V, C), float, any strides; overwritten with the gradient, or left as it is.
-        teacher: (V, C), only read.
+        teacher: (V, C), only read; beside labels, a token of weight 0 is overwritten, whatever it holds.
         tokens: what each of the C tokens counts.
         divergence: what is measured.
         readouts: the student's and the teacher's.
         wants_grad: whether the gradient is written.
         tile: elements that are worked on at once; see `tile_elements`.
     """
+    drop_idle_(teacher, tokens)
     pair = _DensePair(student, teacher, divergence, readouts, at_one=tokens.labels is not None, tile=tile)
     weight = tokens.weight * rule_factor(divergence, pair.theirs, len(teacher))
     outward = Outward(readouts[0], divergence.temperature * weight, tokens.label_weight, pair.ours)
@@ -310,4 +318,4 @@ def slab_loss_(
         value = gained
     if wants_grad and label_row is not None and label_grad is not None:
         student.scatter_(0, label_row, label_grad.to(student.dtype))
-    return loss + divergence.temperature**2 * (weight * value).sum()
+    return loss + divergence.temperature**2 * weighted(weight, value).sum()

@@ -1,6 +1,6 @@
 """`slab_loss_` as fused Triton kernels between library products: each logit is read two or three times, never copied.
 
-    statistics   running max and Σ exp of student and teacher, for reverse KL Σ e (a − b), for entropy Σ e ln e
+    statistics   running max and Σ exp of student and teacher, for reverse KL Σ e (s_q − s_p), for entropy Σ e ln e
     slopes       Σ r, only for the divergences whose gradient needs it and that no running sum gives
     gradient     student slab ← ∂loss/∂product in place, and D
 
@@ -14,7 +14,6 @@ read it: 18 for forward and reverse KL, 22 for the rest.
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false, reportOperatorIssue=false
 # pyright: reportPossiblyUnboundVariable=false, reportArgumentType=false
 
-import math
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -23,8 +22,8 @@ import triton
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-from compresskit.kernels.divergence import TIE, Divergence, Kind
-from compresskit.kernels.slab import Readout, Statistics, TokenTerms, rule_factor
+from compresskit.kernels.divergence import FAR, Divergence, Kind
+from compresskit.kernels.slab import Readout, Statistics, TokenTerms, rule_factor, weighted
 
 # V vocabulary, C tokens of the slab, P parts of the vocabulary
 BLOCK_V, BLOCK_C, NUM_WARPS = 32, 64, 8
@@ -32,15 +31,19 @@ BLOCK_V, BLOCK_C, NUM_WARPS = 32, 64, 8
 #: a few dozen of its logits.
 _PROGRAMS, _SHORTEST_PART = 512, 1024
 _FORWARD, _REVERSE, _JSD, _SKEW_FORWARD, _SKEW_REVERSE, _TOTAL_VARIATION = range(6)
+_FARTHEST = tl.constexpr(FAR)
 _FORWARD_KL, _REVERSE_KL = tl.constexpr(_FORWARD), tl.constexpr(_REVERSE)
 _JENSEN_SHANNON, _SKEW_P, _SKEW_Q = tl.constexpr(_JSD), tl.constexpr(_SKEW_FORWARD), tl.constexpr(_SKEW_REVERSE)
-_TIED = tl.constexpr(TIE * torch.finfo(torch.float32).eps)
+# A kernel knows a kind by its place in `Kind`.
+_ORDER = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation")
+assert get_args(Kind) == _ORDER, get_args(Kind)
 
 
 @triton.jit
 def _logits(slab, bias, v, c, inside, stride_v, stride_c, scale, softcap, HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr):
     """A tile of logits in float32; −∞ outside."""
-    x = tl.load(slab + v.to(tl.int64) * stride_v + c * stride_c, mask=inside, other=float("-inf")).to(tl.float32)
+    at = slab + v.to(tl.int64) * stride_v + c.to(tl.int64) * stride_c
+    x = tl.load(at, mask=inside, other=float("-inf")).to(tl.float32)
     if HAS_BIAS:
         x += tl.load(bias + v, mask=inside, other=0.0).to(tl.float32)
     x *= scale
@@ -57,7 +60,8 @@ def _add_tile(x, peak, total, moment, inverse_tau, MOMENT: tl.constexpr):
     shifted = (x - higher[None, :]) * inverse_tau
     e = tl.exp(shifted)
     if MOMENT:
-        moment = tl.exp(drop) * (moment + drop * total) + tl.sum(tl.where(e > 0, e * shifted, 0.0), 0)
+        moment = tl.exp(drop) * tl.where(total > 0, moment + drop * total, 0.0)  # drop may be −∞, and 0 · −∞ is none
+        moment += tl.sum(tl.where(e > 0, e * shifted, 0.0), 0)
     return higher, total * tl.exp(drop) + tl.sum(e, 0), moment
 
 
@@ -69,7 +73,10 @@ def statistics_kernel(
     S_BIAS: tl.constexpr, S_CAPPED: tl.constexpr, T_BIAS: tl.constexpr, T_CAPPED: tl.constexpr,
     AT_ONE: tl.constexpr, REVERSE: tl.constexpr, ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """out (7, P, C): max and Σ of student and of teacher, the student's Σ at τ = 1, Σ e_q (a − b), Σ e_p ln e_p."""
+    """out (7, P, C): max and Σ of student and of teacher, the student's Σ at τ = 1, Σ e_q (s_q − s_p), Σ e_p s_p.
+
+    e and s are those of `_add_tile`: a difference of logits themselves would round at the size of an offset.
+    """
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     part = tl.program_id(1)
     # A finite least value: −∞ − −∞ is no number, and what is far above float32's range of exponents is 0 anyway.
@@ -89,10 +96,12 @@ def statistics_kernel(
         if AT_ONE:
             _, one_total, _ = _add_tile(a, s_peak, one_total, gap, 1.0, False)
         if REVERSE:
-            higher = tl.maximum(s_peak, tl.max(a, 0))
-            e = tl.exp((a - higher[None, :]) * inverse_tau)
-            gap *= tl.exp((s_peak - higher) * inverse_tau)
-            gap += tl.sum(tl.where(e > 0, e * ((a - b) * inverse_tau), 0.0), 0)
+            s_higher, t_higher = tl.maximum(s_peak, tl.max(a, 0)), tl.maximum(t_peak, tl.max(b, 0))
+            s, t = (a - s_higher[None, :]) * inverse_tau, (b - t_higher[None, :]) * inverse_tau
+            s_drop, t_drop = (s_peak - s_higher) * inverse_tau, (t_peak - t_higher) * inverse_tau
+            e = tl.exp(s)
+            gap = tl.exp(s_drop) * tl.where(s_total > 0, gap + s_total * (s_drop - t_drop), 0.0)
+            gap += tl.sum(tl.where(e > 0, e * (s - t), 0.0), 0)
         s_peak, s_total, _ = _add_tile(a, s_peak, s_total, gap, inverse_tau, False)
         t_peak, t_total, moment = _add_tile(b, t_peak, t_total, moment, inverse_tau, ENTROPY)
     at = out + part * tokens + c
@@ -107,16 +116,31 @@ def statistics_kernel(
 
 
 @triton.jit
-def _log_mixture(x, y, log_share, log_rest):
-    x += log_share
-    y += log_rest
-    high = tl.maximum(x, y)
-    return high + tl.log(tl.exp(x - high) + tl.exp(y - high))
+def _expm1(x):
+    """eˣ − 1; the series where the difference would cancel."""
+    series = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6)))))
+    return tl.where(tl.abs(x) < 0.25, series, tl.exp(x) - 1)
 
 
 @triton.jit
-def _value_and_slope(lp, lq, mix, log_mix, log_rest, KIND: tl.constexpr):
-    """f, r and q of `compresskit.kernels.divergence.summand_and_slope`."""
+def _log1p(x):
+    """ln(1 + x) of x ≥ 0; near 0 the series of 2 artanh(x / (2 + x))."""
+    s = x / (2 + x)
+    series = 2 * s * (1 + s * s * (1.0 / 3 + s * s * (1.0 / 5 + s * s * (1.0 / 7))))
+    return tl.where(x < 0.25, series, tl.log(1 + x))
+
+
+@triton.jit
+def _over_mixture(lx, ly, share):
+    apart = tl.minimum(tl.maximum(ly - lx, -_FARTHEST), _FARTHEST)
+    log_m = _log1p(tl.where(apart > 0, 1 - share, share) * _expm1(tl.abs(apart)))
+    over_y = tl.maximum(apart, 0.0) - log_m
+    return over_y - apart, over_y
+
+
+@triton.jit
+def _value_and_slope(lp, lq, mix, tie, KIND: tl.constexpr):
+    """f, r and q of `compresskit.kernels.divergence.summand_and_slope`; `tie` is a share of q."""
     if KIND >= _JENSEN_SHANNON:
         lp, lq = tl.maximum(lp, -1.0e37), tl.maximum(lq, -1.0e37)
     p, q = tl.exp(lp), tl.exp(lq)
@@ -126,18 +150,18 @@ def _value_and_slope(lp, lq, mix, log_mix, log_rest, KIND: tl.constexpr):
         slope = q * tl.where(q > 0, lq - lp, 0.0)
         value = slope + (p - q)
     elif KIND == _JENSEN_SHANNON:
-        lm = _log_mixture(lp, lq, log_mix, log_rest)
-        slope = (1 - mix) * q * (lq - lm)
-        value = mix * p * (lp - lm) + slope
+        over_p, over_q = _over_mixture(lp, lq, mix)
+        slope = (1 - mix) * q * over_q
+        value = mix * p * over_p + slope
     elif KIND == _SKEW_P:
-        lm = _log_mixture(lp, lq, log_mix, log_rest)
-        value, slope = p * (lp - lm), (mix - 1) * tl.exp(lp + lq - lm)
+        over, _ = _over_mixture(lp, lq, mix)
+        value, slope = p * over + (1 - mix) * (q - p), (mix - 1) * q * _expm1(over)
     elif KIND == _SKEW_Q:
-        gap = lq - _log_mixture(lq, lp, log_mix, log_rest)
-        value, slope = q * gap, q * (gap - mix * tl.exp(gap))
+        over, _ = _over_mixture(lq, lp, mix)
+        value, slope = q * over + (1 - mix) * (p - q), q * (over - mix * _expm1(over))
     else:
         value = 0.5 * tl.abs(p - q)
-        differ = tl.abs(q - p) > _TIED * q
+        differ = tl.abs(q - p) > tie * q
         slope = 0.5 * q * tl.where(differ, tl.where(q > p, 1.0, -1.0), 0.0)
     return value, slope, q
 
@@ -146,7 +170,7 @@ def _value_and_slope(lp, lq, mix, log_mix, log_rest, KIND: tl.constexpr):
 def terms_kernel(
     student, teacher, student_bias, teacher_bias, token, labels, out,
     vocabulary, tokens, span, parts, s_stride_v, s_stride_c, t_stride_v, t_stride_c,
-    inverse_tau, s_scale, s_softcap, t_scale, t_softcap, mix, log_mix, log_rest,
+    inverse_tau, s_scale, s_softcap, t_scale, t_softcap, mix, tie,
     S_BIAS: tl.constexpr, S_CAPPED: tl.constexpr, T_BIAS: tl.constexpr, T_CAPPED: tl.constexpr,
     AT_ONE: tl.constexpr, KIND: tl.constexpr, WRITES: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -179,11 +203,11 @@ def terms_kernel(
         )
         lp = (b - t_peak) * inverse_tau - t_log
         lq = (a - s_peak) * inverse_tau - s_log
-        value, slope, q = _value_and_slope(lp, lq, mix, log_mix, log_rest, KIND)
+        value, slope, q = _value_and_slope(lp, lq, mix, tie, KIND)
         values += tl.sum(value, 0)
         if not WRITES:
             slopes += tl.sum(slope, 0)
-        grad = factor * (slope - q * slope_sum)
+        grad = tl.where(factor > 0, factor * (slope - q * slope_sum), 0.0)  # a token that is there for its label alone
         if AT_ONE:
             log_q_one = a - s_peak - one_log
             named = v == label
@@ -193,7 +217,7 @@ def terms_kernel(
             grad *= s_scale
             if S_CAPPED:
                 grad *= 1 - (a / s_softcap) * (a / s_softcap)
-            at = student + v.to(tl.int64) * s_stride_v + c[None, :] * s_stride_c
+            at = student + v.to(tl.int64) * s_stride_v + c[None, :].to(tl.int64) * s_stride_c
             tl.store(at, grad.to(student.dtype.element_ty), mask=inside)
     at = out + part * tokens + c
     tl.store(at, values, mask=here)
@@ -242,17 +266,19 @@ class _Launch:
         flags = {"REVERSE": kind == "reverse_kl", "ENTROPY": rule == "entropy"}
         s_peaks, s_totals, t_peaks, t_totals, ones, gaps, moments = self.run(statistics_kernel, 7, **flags)
         s_peak, t_peak = s_peaks.amax(0), t_peaks.amax(0)
-        s_kept, t_kept = ((s_peaks - s_peak) / tau).exp(), ((t_peaks - t_peak) / tau).exp()
+        s_below, t_below = (s_peaks - s_peak) / tau, (t_peaks - t_peak) / tau
+        s_kept, t_kept = s_below.exp(), t_below.exp()
         s_total, t_total = (s_totals * s_kept).sum(0), (t_totals * t_kept).sum(0)
         log_one = (ones * (s_peaks - s_peak).exp()).sum(0).log() if self.at_one else None
-        t_log_sum = t_peak / tau + t_total.log()
-        moment = (t_kept * (moments + (t_peaks - t_peak) / tau * t_totals)).sum(0)
+        # A part without a logit has the least peak and a total of 0, and 0 · −∞ is no number.
+        moment = (t_kept * torch.where(t_totals > 0, moments + t_below * t_totals, 0)).sum(0)
+        gap = (s_kept * torch.where(s_totals > 0, gaps + (s_below - t_below) * s_totals, 0)).sum(0)
         entropy = t_total.log() - moment / t_total
         ours, theirs = (
             Statistics(tau, s_peak, s_total.log(), log_one),
             Statistics(tau, t_peak, t_total.log(), entropy=entropy),
         )
-        return ours, theirs, (gaps * s_kept).sum(0) / s_total - ours.log_sum() + t_log_sum
+        return ours, theirs, gap / s_total + (theirs.log_total - ours.log_total)
 
 
 @torch.no_grad()
@@ -267,11 +293,12 @@ def triton_slab_loss_(
     tile: int = 0,
 ) -> Tensor:
     """As `slab_loss_`, on a CUDA device or under TRITON_INTERPRET=1; `tile` is not read."""
+    if not len(tokens.weight):
+        return tokens.weight.sum()
     launch = _Launch(student, teacher, divergence, readouts, tokens.labels is not None)
     ours, theirs, reverse_sum = launch.statistics()
-    weight, known = tokens.weight * rule_factor(divergence, theirs, len(teacher)), divergence.slope_sum
-    share = divergence.mix if 0 < divergence.mix < 1 else 0.5
-    numbers = (share, math.log(share), math.log1p(-share))
+    weight, known = weighted(tokens.weight, rule_factor(divergence, theirs, len(teacher))), divergence.slope_sum
+    numbers = (divergence.mix, divergence.tie * torch.finfo(torch.float32).eps)
     label_weight = torch.zeros_like(weight) if tokens.label_weight is None else tokens.label_weight
     labels = weight if tokens.labels is None else tokens.labels
 
@@ -286,5 +313,5 @@ def triton_slab_loss_(
     if wants_grad and known is None and divergence.kind != "reverse_kl":
         _, slope_sum, _ = terms(slope_sum, False)
     value, _, label_loss = terms(slope_sum, wants_grad)
-    loss = divergence.temperature**2 * (weight * value).sum()
+    loss = divergence.temperature**2 * weighted(weight, value).sum()
     return loss if tokens.labels is None else loss + (label_weight * label_loss).sum()
