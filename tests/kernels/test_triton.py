@@ -145,7 +145,8 @@ def compile(kernel, logits, **flags):
     signature = {name: "constexpr" if name in constants else given[name] for name in kernel.arg_names}
     aligned = [["tt.divisibility", 16]]
     attrs = {(i,): aligned for i, name in enumerate(kernel.arg_names)
-             if name in ("s_stride_v", "t_stride_v", "tokens") and name not in strides or signature[name].startswith("*")}
+             if (name in ("s_stride_v", "t_stride_v", "tokens") and name not in strides)
+             or signature[name].startswith("*")}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attrs)
     made = triton.compile(source, target=GPUTarget("cuda", int(capability), 32), options={"num_warps": ours.NUM_WARPS})
