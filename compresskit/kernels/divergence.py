@@ -12,7 +12,7 @@ student's logits a (q = softmax(a)), by its slope r_v = q_v ∂f/∂q_v:
 | forward_kl      | p (ln p − ln q) − p + q             | −p                     |                  |
 | reverse_kl      | q (ln q − ln p) − q + p             | q (ln q − ln p)        |                  |
 | jsd             | β p (ln p − ln m) + (1−β) q (ln q − ln m) | (1−β) q (ln q − ln m) | β p + (1−β) q |
-| skew_forward_kl | p (ln p − ln m) − p + m             | (1−α) q (1 − p / m)    | α p + (1−α) q    |
+| skew_forward_kl | p (ln p − ln m) − p + m             | −(1−α) q p / m         | α p + (1−α) q    |
 | skew_reverse_kl | q (ln q − ln m) − q + m             | q (ln q − ln m − α (q / m − 1)) | α q + (1−α) p |
 | total_variation | ½ |p − q|                           | ½ q sign(q − p)        |                  |
 
@@ -116,7 +116,7 @@ def summand_and_slope(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> t
             return mix * p * over_p + slope, slope, q
         case "skew_forward_kl":
             over, _ = _over_mixture(log_p, log_q, mix)
-            return p * over + (1 - mix) * (q - p), (mix - 1) * q * over.expm1(), q
+            return p * over + (1 - mix) * (q - p), (mix - 1) * q * over.exp(), q
         case "skew_reverse_kl":
             over, _ = _over_mixture(log_q, log_p, mix)
             return q * over + (1 - mix) * (p - q), q * (over - mix * over.expm1()), q

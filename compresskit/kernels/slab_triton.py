@@ -155,7 +155,7 @@ def _value_and_slope(lp, lq, mix, tie, KIND: tl.constexpr):
         value = mix * p * over_p + slope
     elif KIND == _SKEW_P:
         over, _ = _over_mixture(lp, lq, mix)
-        value, slope = p * over + (1 - mix) * (q - p), (mix - 1) * q * _expm1(over)
+        value, slope = p * over + (1 - mix) * (q - p), (mix - 1) * q * tl.exp(over)
     elif KIND == _SKEW_Q:
         over, _ = _over_mixture(lq, lp, mix)
         value, slope = q * over + (1 - mix) * (p - q), q * (over - mix * _expm1(over))
