@@ -90,7 +90,7 @@ class Quantize(Pass):
         default_factory=dict,
         examples=[{"*": {"bits": 4}}],
         description="other bits (or float) and group_size by glob over names, tables' too; the last match "
-        "alone counts: what it leaves out is the pass's own, not an earlier match's",
+        "alone counts: what it leaves out is the pass's own, not an earlier match's; what has one keeps float activations",
     )
     act: Literal["none", "int8", "int8_static"] = Field(
         default="none",
@@ -144,9 +144,10 @@ class Quantize(Pass):
     def _consistent_act(self) -> "Quantize":
         widths = self.widths if self.bits == "auto" else (self.bits,)
         if 3 in widths:
-            raise ValueError(f"act: {self.act} has integer products of 8 and 4 bits, not 3")
+            raise ValueError(f"act: {self.act} has integer products of 8 and 4 bits, not 3; say bits: 4 or 8")
         if widths == (8,) and self.group_size != "channel":
-            raise ValueError(f"act: {self.act} needs group_size: channel for 8 bits (one scale per output channel)")
+            one = "one scale per output channel"
+            raise ValueError(f"act: {self.act} needs group_size: channel for 8 bits ({one}), or bits: 4 in groups")
         if widths == (8,) and self.symmetric is False:
             raise ValueError(f"act: {self.act} has symmetric weights of 8 bits; leave symmetric out")
         return self
