@@ -98,12 +98,13 @@ def check_labels(labels: Tensor | None, label_weight: Tensor | None, tokens: int
             raise ValueError(f"labels must lie in 0…{vocabulary - 1} where they count, got {wrong[0].item()}")
 
 
-def check_top_k(cache: TopK, counts: Tensor, vocabulary: int) -> None:
+def check_top_k(cache: TopK, counts: Tensor, compared: Tensor, vocabulary: int) -> None:
     """Refuse a cache of other shapes, and one that is no part of a distribution over the vocabulary.
 
     Args:
         cache: (T, K).
-        counts: whether each token is read, (T,) bool; any number may stand where none is.
+        counts: whether each token counts for anything, (T,) bool; any number may stand where none does.
+        compared: whether its divergence does, (T,) bool: of a label alone no probability is read.
         vocabulary: V.
     """
     check_matrix("teacher_topk.log_probs", cache.log_probs, len(counts))
@@ -115,7 +116,7 @@ def check_top_k(cache: TopK, counts: Tensor, vocabulary: int) -> None:
         raise ValueError(f"teacher_topk keeps {entries} entries; expected 1 to the vocabulary's {vocabulary}")
     if not _readable(cache.indices) or not bool(counts.any()):
         return
-    indices, log_probs = cache.indices[counts].sort().values, cache.log_probs[counts]
+    indices, log_probs = cache.indices[counts].sort().values, cache.log_probs[compared]
     low, high = indices[:, 0].min().item(), indices[:, -1].max().item()
     if low < 0 or high >= vocabulary:
         raise ValueError(f"teacher_topk.indices must lie in 0…{vocabulary - 1}, got {low if low < 0 else high}")
@@ -125,7 +126,7 @@ def check_top_k(cache: TopK, counts: Tensor, vocabulary: int) -> None:
     wrong = log_probs[~(log_probs <= 0)]
     if len(wrong):
         raise ValueError(f"teacher_topk.log_probs must be at most 0, got {wrong[0].item()}")
-    total = log_probs.exp().sum(-1, dtype=torch.float32).max().item()
+    total = log_probs.exp().sum(-1, dtype=torch.float32).amax().item() if len(log_probs) else 0.0
     if total > 1 + _ROUNDED:
         raise ValueError(f"the probabilities of teacher_topk.log_probs must sum to at most 1, got {total:.4g}")
 

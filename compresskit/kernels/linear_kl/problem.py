@@ -121,7 +121,7 @@ def checked_problem(
     checks.check_labels(labels, label_weight, tokens, vocabulary)
     problem = Problem(hidden, head, teacher, weight, labels, label_weight, divergence, vocabulary)
     if isinstance(teacher, TopK):
-        checks.check_top_k(teacher, problem.counts(), vocabulary)
+        checks.check_top_k(teacher, problem.counts(), weight != 0, vocabulary)
     return problem
 
 
