@@ -90,7 +90,8 @@ def factorise(student: Student, layers: list[tuple[str, ...]], rank: int) -> Non
 
 def quantize_linears(student: Student, names: list[str], **options) -> None:
     old = {name: get_module(student.model, name) for name in names}
-    student.edit(QuantizeLinears(targets=tuple(names), **options))
+    edit = QuantizeLinears(targets=tuple(names), **options)
+    student.edit(edit)
     for name, linear in old.items():
         new = get_module(student.model, name)
         values = quantize_weight(
@@ -99,7 +100,7 @@ def quantize_linears(student: Student, names: list[str], **options) -> None:
             group_size=options["group_size"],
             symmetric=options.get("symmetric"),
             clip_points=1,  # type: ignore[arg-type]
-            whole=options.get("act", "none") != "none" and options["bits"] < 8,
+            whole=edit.whole,
         )
         new.set_codes(values)  # type: ignore[operator]
         if options.get("act") == "int8_static":

@@ -112,9 +112,8 @@ class Int8Linear(LinearStandIn):
         ValueError: bits other than 4 and 8, or 8 bits in groups or with zero points.
     """
 
-    codes: (
-        Tensor  # 8 bits: (in, out) int8 in −127…127, as the operator reads them; 4: (out, groups, ⌈group / 2⌉) packed
-    )
+    # of 8 bits: (in, out) int8 in −127…127, as the operator reads them; of 4: (out, groups, ⌈group / 2⌉) uint8, packed
+    codes: Tensor
     scales: Tensor  # (out,) float32
     factors: Tensor | None  # of 4 bits: (out, ⌈groups / 2⌉) uint8, packed, 1…15
     zeros: Tensor | None  # of 4 bits: likewise, 0…15

@@ -190,15 +190,14 @@ def _form(name: str, wanted: Wanted) -> dict[str, Any]:
     said = wanted.override(name)
     bits = said.bits if isinstance(said.bits, int) else wanted.chosen.get(name, wanted.bits)
     own = said != Override()
-    act = "none" if own else wanted.act
-    return {
+    form: dict[str, Any] = {
         "bits": bits,
-        # 8 bits under integer activations have one scale a row.
-        "group_size": 0 if act != "none" and bits == 8 else _columns(said.group_size, wanted.group_size),
-        "symmetric": None if act != "none" and bits == 8 else wanted.symmetric,
-        "act": act,
+        "group_size": _columns(said.group_size, wanted.group_size),
+        "symmetric": wanted.symmetric,
+        "act": "none" if own else wanted.act,
         "smooth": wanted.smooth and not own,
     }
+    return QuantizeLinears(targets=(name,), **form).at(bits).model_dump(include=set(form))
 
 
 def _columns(said: GroupSize | None, otherwise: int) -> int:
