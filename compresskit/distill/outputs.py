@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from compresskit.data import Batch
 from compresskit.distill.heads import find_head, head_skipped
+from compresskit.distill.parameters import attention_by
 from compresskit.errors import CompressKitError
 from compresskit.kernels.linear_kl import Head, TopK
 from compresskit.models import answer_kind
@@ -181,7 +182,7 @@ def observe(
     with (
         without_cache(model),
         nullcontext([]) if head is None else head_skipped(model) as reached,
-        _eager(model) if maps else nullcontext(),
+        attention_by(model, "eager") if maps else nullcontext(),
         _watched(model, layers) as inner,
         _between_blocks(model, streams) as between,
     ):
@@ -255,17 +256,6 @@ def _between_blocks(model: nn.Module, streams: Iterable[Stream]) -> Iterator[dic
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _eager(model: PreTrainedModel) -> Iterator[None]:
-    """Within it the model computes attention step by step, so that its probabilities can be seen."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before or "eager")
 
 
 def _maps(model: PreTrainedModel, result: Any, maps: Iterable[Maps]) -> dict[Inner | Maps | Stream, Tensor]:

@@ -1,7 +1,7 @@
 """Which of a model's parameters learn, and how its blocks are run meanwhile."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -84,18 +84,33 @@ def only_these_learn(model: nn.Module, chosen: Mapping[str, nn.Parameter], *, dr
         model.eval().requires_grad_(False).zero_grad(set_to_none=True)
 
 
-def _forward_again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+@contextmanager
+def attention_by(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+    """Within it the model computes attention in this way: eager shows the probabilities."""
+    before = model.config._attn_implementation or "eager"
+    if before != implementation:
+        model.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        if before != implementation:
+            model.set_attn_implementation(before)
+
+
+def _forward_again(model: PreTrainedModel, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    # In the backward pass, which runs the block again, the choice of this forward pass is over.
+    again = partial(attention_by, model, model.config._attn_implementation or "eager")
+    return checkpoint(forward, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again()), **kwargs)
 
 
 @contextmanager
-def recomputed_blocks(model: nn.Module) -> Iterator[None]:
+def recomputed_blocks(model: PreTrainedModel) -> Iterator[None]:
     """Within it blocks keep only what they read for the backward pass, and are run again there."""
     blocks = [model.get_submodule(name) for name in find_blocks(model)]
     for block in blocks:
-        block.forward = partial(_forward_again, block.forward)
+        block.forward = partial(_forward_again, model, block.forward)
     try:
         yield
     finally:

@@ -70,9 +70,11 @@ class Processes:
         """Put the sum over all processes into each gradient of a weight that learns in this step."""
         if self.count == 1:
             return
-        for value in learned.values():
-            if not value.requires_grad:
-                continue
+        values = [value for value in learned.values() if value.requires_grad]
+        reached = self.add_up(torch.tensor([float(value.grad is not None) for value in values]))
+        for value, processes in zip(values, reached.tolist(), strict=True):
+            if not processes:
+                continue  # without a gradient the optimiser leaves it alone, as it does in one process
             grad = torch.zeros_like(value) if value.grad is None else value.grad
             value.grad = self.accelerator.reduce(grad, "sum")  # type: ignore[assignment]
 

@@ -117,6 +117,10 @@ def _units(root: nn.Module) -> list[FSDPModule]:
     return [module for module in root.modules() if isinstance(module, FSDPModule)]
 
 
+def _own_rows(value: Tensor) -> Tensor:
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
 def _full(value: Tensor) -> Tensor:
     value = value.detach()
     return value.full_tensor() if isinstance(value, DTensor) else value
@@ -229,8 +233,14 @@ class Sharded(Processes):
         self.run(pass_by)
 
     def add_up_gradients(self, learned: Mapping[str, nn.Parameter]) -> None:
-        """Nothing: each backward pass has."""
-        return
+        """Nothing but this, for each backward pass has: a gradient that is 0 everywhere, as no loss reached it, goes."""
+        values = [value for value in learned.values() if value.grad is not None]
+        if not values:
+            return
+        reached = self.add_up(torch.stack([_own_rows(value.grad).any() for value in values]).float())
+        for value, processes in zip(values, reached.tolist(), strict=True):
+            if not processes:
+                value.grad = None  # the optimiser would shrink the weight by its decay
 
     def shorten_gradients(self, learned: Mapping[str, nn.Parameter], norm: float) -> float:
         """Shorten the gradient to `norm` where it is longer; returns how long it was, over all processes."""

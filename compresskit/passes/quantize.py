@@ -116,7 +116,7 @@ class Quantize(Pass):
 
     adds: ClassVar[frozenset[Trait]] = frozenset({"quantized"})
     refuses: ClassVar[frozenset[Trait]] = frozenset({"quantized"})
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
     needs: ClassVar[frozenset[TextPart]] = frozenset({"calibration"})
 
     @field_validator("widths")
@@ -137,10 +137,13 @@ class Quantize(Pass):
             raise ValueError("bits: auto has no budget; say mean_bits: 5, or budget_bytes")
         elif len(budgets) == 2:
             raise ValueError("mean_bits and budget_bytes are two budgets; leave one of them out")
-        if self.act == "none":
-            self._refuse_idle("smooth", "act: int8 or int8_static")
-            return self
-        return self._consistent_act()
+        if self.act != "none":
+            return self._consistent_act()
+        self._refuse_idle("smooth", "act: int8 or int8_static")
+        idle = next((glob for glob, said in self.overrides.items() if said.act), None)
+        if idle is not None:
+            raise ValueError(f"overrides.{idle}.act: no activation is rounded where act is none; leave it out")
+        return self
 
     def _consistent_act(self) -> "Quantize":
         widths = self.widths if self.bits == "auto" else (self.bits,)

@@ -48,6 +48,9 @@ class Override(Config):
     group_size: GroupSize | None = Field(
         default=None, examples=[32], description="columns that share a scale; channel: a whole row"
     )
+    act: Literal["none"] | None = Field(
+        default=None, description="none: linears multiply float activations where the others round theirs"
+    )
 
 
 @dataclass(frozen=True)
@@ -186,16 +189,26 @@ def refuse_transposed(model: nn.Module, blocks: Sequence[str], *, can_keep: bool
 
 
 def _form(name: str, wanted: Wanted) -> dict[str, Any]:
-    """How a linear in the blocks is held; one with an override multiplies float activations."""
+    """How a linear in the blocks is held.
+
+    Raises:
+        CompressKitError: an override asks for a grid that integer products do not have.
+    """
     said = wanted.override(name)
     bits = said.bits if isinstance(said.bits, int) else wanted.chosen.get(name, wanted.bits)
-    own = said != Override()
+    act = said.act or wanted.act
+    grouped = bits == 8 and isinstance(said.group_size, int) and name not in wanted.chosen
+    if act != "none" and (bits == 3 or grouped):
+        grid = "of 3 bits" if bits == 3 else f"of 8 bits in groups of {said.group_size}"
+        what = f"{name} is to have weights {grid}, and act: {act} multiplies 8 bits by channel, or 4 bits"
+        fix = "say act: none in that override to leave these activations in float, or change its bits or group_size"
+        raise CompressKitError(what, where="overrides", fix=fix)
     form: dict[str, Any] = {
         "bits": bits,
         "group_size": _columns(said.group_size, wanted.group_size),
         "symmetric": wanted.symmetric,
-        "act": "none" if own else wanted.act,
-        "smooth": wanted.smooth and not own,
+        "act": act,
+        "smooth": wanted.smooth and act != "none",
     }
     return QuantizeLinears(targets=(name,), **form).at(bits).model_dump(include=set(form))
 

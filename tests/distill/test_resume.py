@@ -138,7 +138,7 @@ def test_nothing_is_written_before_its_time(tiny_bert, damaged, run_training, tm
 @pytest.mark.parametrize("family", ["tiny_bert", "tiny_llama"])
 def test_blocks_that_are_run_again_give_the_same_bits(family, damaged, run_training, request):
     teacher, ends = request.getfixturevalue(family), []
-    losses = [{"kind": "hidden"}, {"kind": "relation"}]
+    losses = [{"kind": "hidden"}, {"kind": "relation"}, {"kind": "attention"}]
     for recompute in (False, True):
         student = damaged(teacher)
         run_training(student, teacher, losses, recompute=recompute, dropout=True)

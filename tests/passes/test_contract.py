@@ -37,6 +37,7 @@ EXAMPLES: dict[str, list[dict[str, object]]] = {
         {"bits": 8, "group_size": "channel", "symmetric": False, "overrides": {"*0*": {"bits": 4, "group_size": 16}}},
         {"bits": 8, "group_size": "channel", "act": "int8"},
         {"bits": 8, "group_size": "channel", "act": "int8_static", "smooth": 0.25},
+        {"bits": 4, "group_size": 16, "act": "int8", "overrides": {"*0*": {"bits": 8}, "*1*": {"act": "none"}}},
     ],
     "tensor": [{"keep": 0.5}, {"keep": 0.5, "embeddings": "tensor_train"}],
     "low_rank_correction": [{"rank": 4}, {"rank": 2, "anchor": 0.5, "targets": "*0*"}],

@@ -158,7 +158,8 @@ def test_misfits_stay_float_and_are_listed_on_request():
         ({"smooth": 0.4}, "act: int8 or int8_static"),
         ({"act": "int8", "group_size": "channel", "symmetric": False}, "act: int8 has symmetric weights"),
         ({"overrides": {"*key": {"group_size": 24}}}, "24 is not a power of two in 16"),
-        ({"overrides": {"*key": {"act": "int8"}}}, "Extra inputs are not permitted"),
+        ({"overrides": {"*key": {"act": "int8"}}}, "Input should be 'none'"),
+        ({"overrides": {"*key": {"act": "none"}}}, r"overrides\.\*key\.act: no activation is rounded"),
         ({"bits": 5}, "Input should be 3, 4, 8 or 'auto'"),
         ({"bits": "auto"}, "auto has no budget; say mean_bits: 5, or budget_bytes"),
         ({"bits": "auto", "mean_bits": 5.0, "budget_bytes": 9}, "two budgets; leave one of them out"),
@@ -360,14 +361,45 @@ def test_overrides_reach_linears_tables_and_heads_and_the_last_match_counts():
     assert "model.layers.1.mlp.down_proj" not in grids
 
 
-def test_under_integer_activations_an_override_makes_its_layers_weight_only():
+def test_under_integer_activations_an_override_changes_the_weights_and_the_activations_where_it_says_so():
     student = tiny_student("bert")
-    options = {"act": "int8", "group_size": "channel", "overrides": {"*intermediate*": {"bits": 4, "group_size": 16}}}
-    Quantize(**options).apply(student, generator=torch.Generator())
-    layer = student.model.encoder.layer[0]
-    assert isinstance(layer.intermediate.dense, QuantLinear)
-    assert layer.intermediate.dense.bits == 4
-    assert isinstance(layer.output.dense, Int8Linear)
+    overrides = {
+        "*intermediate*": {"bits": 4, "group_size": 16},
+        "*layer.0.output*": {"bits": 3, "group_size": 16, "act": "none"},
+        "*layer.1.output*": {"act": "none"},
+    }
+    Quantize(act="int8_static", group_size="channel", overrides=overrides).apply(student, generator=torch.Generator())
+    first, second = student.model.encoder.layer[:2]
+    assert isinstance(first.intermediate.dense, Int8Linear)
+    assert (first.intermediate.dense.bits, first.intermediate.dense.group_size) == (4, 16)
+    assert isinstance(first.output.dense, QuantLinear)
+    assert first.output.dense.bits == 3
+    assert isinstance(second.output.dense, QuantLinear)
+    assert isinstance(second.attention.self.query, Int8Linear)
+    assert second.attention.self.query.bits == 8
+
+
+@pytest.mark.parametrize(
+    ("override", "grid"),
+    [({"bits": 3}, "of 3 bits"), ({"group_size": 32}, "of 8 bits in groups of 32")],
+)
+def test_an_override_that_no_integer_product_has_names_the_layer_and_the_way_out(
+    override: dict[str, object], grid: str
+):
+    asked = Quantize(act="int8", group_size="channel", overrides={"*key": override})
+    with pytest.raises(CompressKitError, match=rf"attention\.self\.key is to have weights {grid}") as caught:
+        asked.plan(tiny("bert"))
+    assert caught.value.where == "overrides"
+    assert "say act: none" in caught.value.fix
+
+
+def test_groups_that_an_override_names_are_for_the_narrow_of_the_widths_under_integer_activations():
+    options = {"bits": "auto", "mean_bits": 7.9, "group_size": 32, "act": "int8"}
+    student = tiny_student("bert")
+    Quantize(**options, overrides={"*": {"group_size": 16}}).apply(student, generator=torch.Generator())
+    layers = [module for module in student.model.modules() if isinstance(module, Int8Linear)]
+    assert {(one.bits, one.in_features // one.group_size) for one in layers if one.bits == 8} == {(8, 1)}
+    assert {one.group_size for one in layers if one.bits == 4} == {16}
 
 
 def test_overrides_that_match_nothing_and_tables_of_3_bits_are_refused():
