@@ -233,7 +233,7 @@ class Sharded(Processes):
         self.run(pass_by)
 
     def add_up_gradients(self, learned: Mapping[str, nn.Parameter]) -> None:
-        """Nothing but this, for each backward pass has: a gradient that is 0 everywhere, as no loss reached it, goes."""
+        """Drop gradients that are 0 everywhere, which no loss reached; each backward pass has summed the others."""
         values = [value for value in learned.values() if value.grad is not None]
         if not values:
             return

@@ -22,6 +22,8 @@ from onnx_ir.passes.common import (
     RemoveUnusedNodesPass,
 )
 
+from compresskit.export.constants import add_initializer, read_constant
+
 #: Where MatMulNBits takes the order of its columns, counted from its weight.
 _ORDER = 3
 #: Where torch's exporter says which module emitted a node: a list of names, outermost first, the operator's last.
@@ -95,19 +97,6 @@ def split_skip_norms(model: ir.Model) -> None:
         _replace_node(model.graph, node, norm)
 
 
-def _array(value: ir.Value | None) -> np.ndarray:
-    if value is None or value.const_value is None:
-        raise ValueError("expected a constant")
-    return value.const_value.numpy()
-
-
-def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    value = ir.Value(name=name, const_value=ir.tensor(np.ascontiguousarray(array), name=name))
-    value.dtype, value.shape = ir.DataType.from_numpy(array.dtype), ir.Shape(array.shape)
-    graph.register_initializer(value)
-    return value
-
-
 def set_accuracy(model: ir.Model, level: int) -> int:
     """Give every MatMulNBits this accuracy level, and say how many there are."""
     nodes = _nodes(model, "MatMulNBits")
@@ -142,12 +131,14 @@ def _join(graph: ir.Graph, nodes: list[ir.Node]) -> None:
     for slot in range(1, len(nodes[0].inputs)):
         parts = [value for node in nodes if (value := node.inputs[slot]) is not None]
         name = "+".join(str(value.name) for value in parts)
-        inputs.append(_initializer(graph, name, np.concatenate([_array(one) for one in parts])) if parts else None)
+        inputs.append(
+            add_initializer(graph, name, np.concatenate([read_constant(one)[1] for one in parts])) if parts else None
+        )
     attributes = [one for name, one in nodes[0].attributes.items() if name != "N"]
     product = ir.Node(
         nodes[0].domain, "MatMulNBits", inputs, [*attributes, ir.AttrInt64("N", sum(widths))], name=nodes[0].name
     )
-    sizes = _initializer(graph, f"{product.name}.widths", np.array(widths, np.int64))
+    sizes = add_initializer(graph, f"{product.name}.widths", np.array(widths, np.int64))
     split = ir.node("Split", [product.outputs[0], sizes], {"axis": -1}, num_outputs=len(nodes))
     graph.insert_before(nodes[0], [product, split])
     for node, part in zip(nodes, split.outputs, strict=True):
@@ -169,7 +160,9 @@ def share_tables(model: ir.Model) -> None:
     groups: dict[tuple[ir.DataType | None, int, int], list[ir.Value]] = {}
     for value in list(graph.initializers.values()):
         if value.const_value is not None and value.const_value.size >= _SHARED_ELEMENTS:
-            groups.setdefault((value.dtype, value.const_value.size, _bit_sum(_array(value))), []).append(value)
+            groups.setdefault((value.dtype, value.const_value.size, _bit_sum(read_constant(value)[1])), []).append(
+                value
+            )
     for values in groups.values():
         # What is looked up row by row stays as it is; products can read a view.
         values.sort(key=lambda value: not any("Gather" in user.op_type for user, _ in value.uses()))
@@ -191,11 +184,11 @@ def _view(graph: ir.Graph, first: ir.Value, second: ir.Value) -> ir.Node | None:
     """The node that makes `second` of `first`, if one Transpose or Reshape does."""
     if str(first.name) not in graph.initializers:
         return None
-    source, wanted = _array(first), _array(second)
+    source, wanted = read_constant(first)[1], read_constant(second)[1]
     if source.ndim == wanted.ndim == 2 and np.array_equal(source.T, wanted):
         node = ir.node("Transpose", [first], {"perm": [1, 0]})
     elif np.array_equal(source.reshape(-1), wanted.reshape(-1)):
-        shape = _initializer(graph, f"{second.name}.shape", np.array(wanted.shape, np.int64))
+        shape = add_initializer(graph, f"{second.name}.shape", np.array(wanted.shape, np.int64))
         node = ir.node("Reshape", [first, shape])
     else:
         return None

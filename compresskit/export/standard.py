@@ -20,6 +20,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import nn
 
 from compresskit.errors import CompressKitError
+from compresskit.export.constants import add_initializer, drop_unused_initializers, read_constant
 from compresskit.layers import grid
 from compresskit.layers.bitsandbytes_linear import Bnb4Linear
 from compresskit.layers.int8_linear import Int8Linear
@@ -96,38 +97,8 @@ def has_blocks(model: ir.Model) -> bool:
     return any(node.op_type == "DequantizeLinear" for node in model.graph)
 
 
-def drop_unused_initializers(graph: ir.Graph) -> None:
-    """Remove what no node reads any more."""
-    for name, value in list(graph.initializers.items()):
-        if not value.uses() and not value.is_graph_output():
-            del graph.initializers[name]
-
-
-def read_constant(value: ir.Value | None) -> tuple[str, np.ndarray]:
-    """The initializer behind a value and its name, read through a tied head's view and a row's repeated scale."""
-    node = value.producer() if value is not None else None
-    if node is not None and node.op_type in ("Reshape", "Expand", "Mul"):
-        (name, array), (_, other) = (read_constant(one) for one in node.inputs[:2])
-        if node.op_type == "Reshape":
-            return name, array.reshape(other)
-        return name, np.broadcast_to(array, other) if node.op_type == "Expand" else array * other
-    if value is None or value.const_value is None:
-        raise ValueError("expected a constant")
-    return str(value.name), value.const_value.numpy()
-
-
 def _input(node: ir.Node, index: int) -> ir.Value | None:
     return node.inputs[index] if index < len(node.inputs) else None
-
-
-def add_initializer(graph: ir.Graph, name: str, array: np.ndarray, dtype: ir.DataType) -> ir.Value:
-    """An initializer, or the one that has this name already."""
-    if name in graph.initializers:
-        return graph.initializers[name]
-    value = ir.Value(name=name, const_value=ir.Tensor(array, dtype=dtype, name=name))
-    value.dtype, value.shape = dtype, ir.Shape(array.shape)
-    graph.register_initializer(value)
-    return value
 
 
 def _integers(packed: np.ndarray, columns: int, bits: int, *, unsigned: bool) -> np.ndarray:

@@ -15,7 +15,8 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import nn
 
 from compresskit.errors import CompressKitError
-from compresskit.export.standard import IR_VERSION, OPSET, add_initializer, drop_unused_initializers, read_constant
+from compresskit.export.constants import add_initializer, drop_unused_initializers, read_constant
+from compresskit.export.standard import IR_VERSION, OPSET
 from compresskit.layers import grid
 from compresskit.layers.int8_linear import Int8Linear
 from compresskit.layers.operators import WIDENING
@@ -76,7 +77,7 @@ def _spell_out(graph: ir.Graph, node: ir.Node) -> None:
 
     def constant(what: str, *values: int, dtype: type = np.int64) -> ir.Value:
         array = np.array(values, dtype)
-        return add_initializer(graph, f"{old.name}.{what}", array, ir.DataType.from_numpy(array.dtype))
+        return add_initializer(graph, f"{old.name}.{what}", array)
 
     middle = constant("middle", 8, dtype=np.float32) if zeros is None else decoded(zeros, groups, 1)
     steps = emit("Mul", emit("Sub", decoded(packed, size, size), middle), decoded(factors, groups, 1))

@@ -90,8 +90,8 @@ class Quantize(Pass):
         default_factory=dict,
         examples=[{"*": {"bits": 4}}],
         description="other bits (or float) and group_size by glob over names, tables' too; the last match "
-        "alone counts: what it leaves out is the pass's own, not an earlier match's; layers with one keep float "
-        "activations",
+        "alone counts: what it leaves out is the pass's own, not an earlier match's; act: none leaves what a layer "
+        "multiplies in float",
     )
     act: Literal["none", "int8", "int8_static"] = Field(
         default="none",
