@@ -137,6 +137,10 @@ class Quantize(Pass):
             raise ValueError("bits: auto has no budget; say mean_bits: 5, or budget_bytes")
         elif len(budgets) == 2:
             raise ValueError("mean_bits and budget_bytes are two budgets; leave one of them out")
+        elif self.mean_bits is not None and self.mean_bits < (least := min(self.widths)):
+            raise ValueError(
+                f"mean_bits {self.mean_bits:g} is below the least of widths; say mean_bits: {least} or more"
+            )
         if self.act != "none":
             return self._consistent_act()
         self._refuse_idle("smooth", "act: int8 or int8_static")
@@ -210,7 +214,7 @@ class Quantize(Pass):
             return Budget(mean_bits=self.mean_bits)
         # File headers differ with the width (4 bits have zero points to name): the longest counts.
         rest = max(self._rest_bytes(model, plan, bits, types) for bits in self.widths)
-        return Budget(size_bytes=self.budget_bytes - rest)
+        return Budget(size_bytes=self.budget_bytes - rest, rest_bytes=rest)
 
     def _rest_bytes(self, model: nn.Module, plan: Plan, bits: int, types: FloatTypes) -> int:
         """Bytes of the student but for the linears of the open sites, which hold `bits`."""

@@ -39,10 +39,12 @@ class Budget:
     Attributes:
         mean_bits: bits of a code, on average over weights; or
         size_bytes: bytes of codes, scales and zeros.
+        rest_bytes: what else of the student counts against the budget that the user gave.
     """
 
     mean_bits: float | None = None
     size_bytes: int | None = None
+    rest_bytes: int = 0
 
     def cost(self, model: nn.Module, edits: Sequence[QuantizeLinears], bits: int) -> int:
         """What the layers of a site cost at one width, in code bits or in bytes."""
@@ -86,11 +88,11 @@ def choose_by_shape(model: nn.Module, sites: SiteEdits, widths: Sequence[int], b
     costs = {site: budget.cost(model, edits, least) for site, edits in sites.items()}
     spent = sum(costs.values())
     if spent > limit:
-        unit = "code bits" if budget.size_bytes is None else "bytes"
+        needed = spent + budget.rest_bytes
         raise CompressKitError(
-            f"the linears in the blocks take {spent} {unit} at {least} bits; the budget leaves {limit}",
-            where="mean_bits" if budget.size_bytes is None else "budget_bytes",
-            fix="raise the budget, add a smaller width to widths, or use larger groups",
+            f"the linears in the blocks take {spent} bytes at {least} bits; the budget leaves {limit}",
+            where="budget_bytes",
+            fix=f"say budget_bytes: {needed} or more, add a smaller width to widths, or use larger groups",
         )
     for bits in wider:
         for site, edits in sites.items():
