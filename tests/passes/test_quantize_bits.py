@@ -141,7 +141,7 @@ def test_another_budget_needs_no_other_trial(monkeypatch):
 
 
 def test_budgets_that_the_smallest_width_exceeds_are_refused_from_shapes_alone():
-    with pytest.raises(ValidationError, match="mean_bits 3.5 is below the least of widths; say mean_bits: 4 or more"):
+    with pytest.raises(ValidationError, match=r"mean_bits 3\.5 is below the least of widths; say mean_bits: 4 or more"):
         Quantize.model_validate(AUTO | {"mean_bits": 3.5})
     edits = Quantize.model_validate(AUTO | {"mean_bits": 3.5, "widths": [3, 4]}).plan(tiny("llama"))
     assert {edit.bits for edit in edits} == {3, 4}
