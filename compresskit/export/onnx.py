@@ -193,7 +193,7 @@ class OnnxExport(Exporter):
             compared = self._compare(student, scratch / MODEL_FILE, batch, threads)
             write_companions(student, scratch)
             write_readme(scratch, student.task, _example(student, facts, self._sizes))
-            layers = integer_layers(student.model)
+            layers = {name: bits for name, bits in integer_layers(student.model).items() if name not in prediction.idle}
             write_manifest(scratch, {"task": student.task, **facts, "integer_layers": layers, "parity": found})
             entry = {
                 "kind": self.kind,

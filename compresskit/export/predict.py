@@ -32,10 +32,11 @@ TOLERANCE = 0.03
 
 
 class Prediction(NamedTuple):
-    """Bytes of a file: its tensors, and about what the graph takes up beside them."""
+    """Bytes of a file: its tensors, about what the graph takes up beside them, and the layers that it leaves out."""
 
     weights: int
     graph: int
+    idle: frozenset[str] = frozenset()
 
     @property
     def size_bytes(self) -> int:
@@ -116,7 +117,7 @@ def predict_bytes(model: PreTrainedModel, task: str) -> Prediction:
         for name, module in layers.items():
             if name not in idle:
                 found |= {id(tensor): tensor.nbytes for tensor in _own_tensors(module)}
-    return Prediction(sum(found.values()), _LAYER_BYTES * (len(layers) - len(idle)))
+    return Prediction(sum(found.values()), _LAYER_BYTES * (len(layers) - len(idle)), frozenset(idle))
 
 
 def judge_bytes(prediction: Prediction, size_bytes: int, *, tolerance: float, where: str) -> None:

@@ -317,10 +317,14 @@ def _embedding(model: PreTrainedModel, sentence: SentenceEmbedding) -> Iterator[
 
 
 def _name_axes(model: ir.Model, names: list[str], sizes: Sizes) -> None:
-    """Call the free axes of the inputs `batch` and, of text, `sequence`; keep the order of `names`."""
+    """Call the free axes `batch` and, of text, `sequence`; keep the order of `names`."""
     by_name = {value.name: value for value in model.graph.inputs}
-    batch, length = sizes.batch or "batch", sizes.length or "sequence"
+    called: dict[str, str | int] = {}
     for value in by_name.values():
-        fixed = list(value.shape or ())[1:]
-        value.shape = ir.Shape([batch, length] if "input_ids" in by_name else [batch, *fixed])
+        traced = list(value.shape or ())
+        own = [sizes.batch or "batch", *(traced[1:] if "input_ids" not in by_name else [sizes.length or "sequence"])]
+        called |= {str(old): new for old, new in zip(traced, own, strict=True) if isinstance(new, str | int)}
+        value.shape = ir.Shape(own)
+    for value in model.graph.outputs:
+        value.shape = ir.Shape([called.get(str(size), size) for size in value.shape or ()])
     model.graph.inputs[:] = [by_name[name] for name in names if name in by_name]

@@ -32,7 +32,7 @@ def _told(poolings: tuple[str, ...], parts: tuple[str, ...] = PARTS) -> Sentence
 def embedder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Student, Path, dict[str, Any]]:
     """A BERT in integers that pools in two ways and normalises, and its export; read only."""
     student = make_student("feature-extraction")
-    quantize_linears(student, linears(student), bits=8, group_size=0, act="int8")
+    quantize_linears(student, [*linears(student), "pooler.dense"], bits=8, group_size=0, act="int8")
     student.sentence = _told(("cls", "mean"))
     folder = tmp_path_factory.mktemp("embedder") / "onnx"
     return student, folder, OnnxExport(**FAST).write(student, folder)  # type: ignore[arg-type]
@@ -84,11 +84,13 @@ def test_the_manifest_tells_the_graph_its_proof_and_every_file(
     manifest = read_exported(folder)
     assert manifest["task"] == "feature-extraction"
     assert manifest["inputs"]["input_ids"] == {"dtype": "int64", "shape": ["batch", "sequence"]}
-    assert manifest["outputs"]["last_hidden_state"]["shape"][2] == 32
+    assert manifest["outputs"]["last_hidden_state"]["shape"] == ["batch", "sequence", 32]
+    assert manifest["outputs"]["sentence_embedding"]["shape"] == ["batch", 64]
     assert manifest["operators"] == entry["operators"]
     assert manifest["opset"][""] == 23
     rounding = [name for name, module in student.model.named_modules() if isinstance(module, Int8Linear)]
-    assert manifest["integer_layers"] == dict.fromkeys(rounding, 8) != {}
+    assert "pooler.dense" in rounding, "the file has no use for it"
+    assert manifest["integer_layers"] == dict.fromkeys([name for name in rounding if name != "pooler.dense"], 8) != {}
     assert manifest["parity"] == entry["parity"]
     assert {"compresskit", "onnxruntime", "torch"} <= set(manifest["versions"])
     assert set(manifest["files"]) == {path.name for path in folder.iterdir()} - {MANIFEST_FILE}
