@@ -214,7 +214,20 @@ def _compare(entry: dict[str, Any], base: dict[str, Any], name: str) -> tuple[st
     pace = f"{speed:.2f} times as fast" if faster else f"takes {1 / speed:.2f} times as long"
     tie = "and" if smaller == faster else "but"
     sentence = f"{head} than the {name}: the {entry['kind']} student has {share:.1%} of the bytes {tie} "
-    return sentence + (f"is {pace}." if faster else f"{pace}."), smaller and faster
+    sentence += f"is {pace}." if faster else f"{pace}."
+    likeness, as_like = _compare_likeness(entry.get("fidelity"), base.get("fidelity"))
+    return sentence + likeness, smaller and faster and as_like
+
+
+def _compare_likeness(own: dict[str, float] | None, other: dict[str, float] | None) -> tuple[str, bool]:
+    """How near each file's embeddings are to the original's, and whether the other's are no nearer."""
+    ours, theirs = ((said or {}).get("mean_cosine") for said in (own, other))
+    if ours is None:
+        return "", True
+    sentence = f" Its embeddings' mean cosine to the original's is {ours:.4f}"
+    if theirs is None:
+        return f"{sentence}.", True
+    return f"{sentence}, {'less than ' if theirs > ours else ''}that one's {theirs:.4f}.", ours >= theirs
 
 
 def _times_as_fast(own: dict[str, Any], other: dict[str, Any]) -> float:

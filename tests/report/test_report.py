@@ -201,6 +201,17 @@ def test_smaller_but_slower_is_said_first(report):
         assert places[-1] < text.index("low_rank")
 
 
+def test_a_file_less_like_the_original_than_the_stock_one_is_said_first(report):
+    entry = report["export"][0]
+    entry["fidelity"], entry["stock_int8"]["fidelity"] = {"mean_cosine": 0.9}, {"mean_cosine": 0.99}
+    found = verdicts(report)
+    assert found[0].endswith("Its embeddings' mean cosine to the original's is 0.9000, less than that one's 0.9900.")
+    assert found[1].startswith("Smaller and faster than the original, float ONNX")
+    assert found[1].endswith("Its embeddings' mean cosine to the original's is 0.9000.")
+    entry["fidelity"]["mean_cosine"] = 0.995
+    assert verdicts(report)[1].endswith("is 0.9950, that one's 0.9900.")
+
+
 def test_a_larger_or_slower_export_is_never_called_smaller_and_faster(report):
     report["export"][0]["size_bytes"] = 95_000_000
     assert verdicts(report)[0].startswith("Faster but larger")
