@@ -164,6 +164,10 @@ class Sharded(Processes):
         for name, value in self.shards.items():
             if name in own:
                 own[name].copy_(_full(value))
+        if self.root is not None:
+            kept = dict(self.root.student.named_buffers())  # what BatchNorm, say, counted
+            for name, value in student.named_buffers():
+                value.copy_(kept[name])
 
     def share(
         self,

@@ -314,3 +314,11 @@ def test_blocks_that_share_weights_are_sharded_with_the_rest(one_shard, tiny_lla
         assert second.mlp.up_proj.weight is first.mlp.up_proj.weight
         ends.append(dict(student.named_parameters()))
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+def test_what_a_student_counts_while_it_learns_is_brought_back(one_shard, tiny_llama, damaged, run_training):
+    student = damaged(tiny_llama)
+    student.model.register_buffer("runs", torch.tensor(0.0))
+    student.model.register_forward_pre_hook(lambda module, _: module.runs.add_(1) and None)
+    run_training(student, tiny_llama, [{"kind": "kl"}])
+    assert student.model.runs > 0
