@@ -17,6 +17,7 @@ errors closer than its rounding count as equal; codes are then chosen in float64
 so they are nearest for that scale.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -104,7 +105,8 @@ def find_scales(
         column_weight: (I,), the weight of each column's squared error, not negative; None weighs all alike.
         clip_points: shrink factors tried from 1 down to 0.5, 1 first; 1 is no search. A factor wins only where its
             error is strictly less, so the result is never worse than no clip.
-        whole: whether the scales of a row are then moved to whole multiples of one (`whole_factors`).
+        whole: whether the scales of a row are then moved to whole multiples of one (`whole_factors`), and from there,
+            with the zeros, by one where that lowers the error.
 
     Returns:
         scales (O, G) float32 and zeros (O, G) uint8, or None for the symmetric grid.
@@ -112,7 +114,7 @@ def find_scales(
     Raises:
         ValueError: shapes or sizes that do not agree.
 
-    Cost: `clip_points` roundings of the matrix.
+    Cost: `clip_points` roundings of the matrix, and ten more for `whole`.
     """
     rows, columns = weight.shape
     groups = count_groups(columns, group_size)
@@ -127,14 +129,10 @@ def find_scales(
     for start in range(0, rows, step):
         chunk = _grouped(weight[start : start + step].detach().float(), groups, group_size)
         part = _search(chunk, importance, bits, with_zeros, clip_points)
+        if whole:
+            part = _whole_scales(chunk, importance, *part, bits, with_zeros)
         scales[start : start + step], zeros[start : start + step] = part
-        if whole:  # groups of zeros, whose scale says nothing, have no part in the row's step
-            idle = chunk.abs().amax(-1) < torch.finfo(torch.float32).tiny * 2**bits
-            scales[start : start + step].masked_fill_(idle, 0)
-    if not whole:
-        return scales, zeros if with_zeros else None
-    steps, factors = whole_factors(scales, zeros if with_zeros else None, bits=bits)
-    return steps * factors, zeros if with_zeros else None
+    return scales, zeros if with_zeros else None
 
 
 def whole_factors(scales: Tensor, zeros: Tensor | None, *, bits: int) -> tuple[Tensor, Tensor]:
@@ -152,12 +150,39 @@ def whole_factors(scales: Tensor, zeros: Tensor | None, *, bits: int) -> tuple[T
 
     Source: progressive group quantisation, QServe (arXiv:2405.04532), section 4.1.
     """
-    top, middle = 2**bits - 1, 2.0 ** (bits - 1)
-    zero = torch.full_like(scales, middle) if zeros is None else zeros.float()
-    most = (127 / torch.maximum(zero, top - zero)).floor()
+    most = _greatest_factors(torch.full_like(scales, 2 ** (bits - 1)) if zeros is None else zeros.float(), bits)
     steps = (scales / most).amax(1, keepdim=True)
     steps = torch.where(steps == 0, 1.0, steps)
     return steps, (scales / steps).round().clamp(min=1).to(torch.uint8)
+
+
+def _greatest_factors(zeros: Tensor, bits: int) -> Tensor:
+    """The most by which codes around these zeros may be multiplied within −127…127, (O, G) float."""
+    return (127 / torch.maximum(zeros, 2**bits - 1 - zeros)).floor()
+
+
+def _whole_scales(
+    weight: Tensor, importance: Tensor, scales: Tensor, zeros: Tensor, bits: int, with_zeros: bool
+) -> tuple[Tensor, Tensor]:
+    """The scales (O, G) of groups of `weight` (O, G, S) as whole multiples of one a row, and their zeros.
+
+    The group that the step of its row follows from keeps both, so that `whole_factors` finds that step again.
+    """
+    # Groups of zeros, whose scale says nothing, have no part in the step.
+    scales = scales.masked_fill(weight.abs().amax(-1) < torch.finfo(torch.float32).tiny * 2**bits, 0)
+    steps, factors = whole_factors(scales, zeros if with_zeros else None, bits=bits)
+    start, zero = factors.float(), zeros.float()
+    leads = torch.zeros_like(scales, dtype=torch.bool)
+    leads.scatter_(1, (scales / _greatest_factors(zero, bits)).argmax(1, keepdim=True), True)
+    best = _group_error(weight, importance, start * steps, zero, bits, with_zeros)
+    best_factor, best_zero = start, zero
+    for by, shift in itertools.product((-1, 0, 1), (-1, 0, 1) if with_zeros else (0,)):
+        factor, moved = start + by, (zero + shift).clamp(0, 2**bits - 1)
+        error = _group_error(weight, importance, factor * steps, moved, bits, with_zeros)
+        better = (error < best) & (factor >= 1) & (factor <= _greatest_factors(moved, bits)) & ~leads
+        best = torch.where(better, error, best)
+        best_factor, best_zero = torch.where(better, factor, best_factor), torch.where(better, moved, best_zero)
+    return best_factor * steps, best_zero.to(torch.uint8)
 
 
 def _grouped(matrix: Tensor, groups: int, group_size: int) -> Tensor:

@@ -27,7 +27,7 @@ from compresskit.surgery.edits import QuantizeLinears
 from compresskit.surgery.sites import Site
 
 #: Raised by one whenever the same model and text would give other losses.
-_VERSION = 2
+_VERSION = 3
 
 SiteEdits = Mapping[Site, tuple[QuantizeLinears, ...]]
 
