@@ -14,7 +14,7 @@ from compresskit.errors import CompressKitError, ManyErrors
 from compresskit.evaluate import Fidelity
 from compresskit.evaluate import evaluate as evaluate_model
 from compresskit.export import Exporter
-from compresskit.export.folder import MANIFEST_FILE, load_exported_tokenizer, read_exported
+from compresskit.export.folder import is_exported, load_exported_tokenizer, read_exported
 from compresskit.export.runtime import default_threads
 from compresskit.export.scored import exported_figures, fixed_length
 from compresskit.models import find_model, guess_task, load_config, load_model
@@ -167,7 +167,7 @@ def measure(
     Raises:
         CompressKitError: no student there, nothing says what it was made from, or a task that they lack.
     """
-    exported = read_exported(Path(folder)) if (Path(folder) / MANIFEST_FILE).is_file() else None
+    exported = read_exported(Path(folder)) if is_exported(Path(folder)) else None
     student = Path(folder).resolve() if exported else _student_folder(Path(folder))
     beside = student.parent
     facts = Store(beside).read_run() if (beside / RUN_FILE).is_file() else {}

@@ -18,7 +18,7 @@ from rich.table import Table
 from compresskit.api import measure, read_data_option, read_report
 from compresskit.engine import run as run_recipe
 from compresskit.errors import CompressKitError
-from compresskit.export.folder import MANIFEST_FILE
+from compresskit.export.folder import is_exported
 from compresskit.export.generate import generate as generate_text
 from compresskit.export.runtime import default_threads
 from compresskit.job import prepare
@@ -108,7 +108,7 @@ def evaluate(
 ) -> None:
     """Measure a student, or the very file that was exported, against its original on held-out text."""
     figures = measure(folder, data=read_data_option(data), original=original, task=task)
-    runs_in = "ONNX Runtime" if (folder / MANIFEST_FILE).is_file() else "torch"
+    runs_in = "ONNX Runtime" if is_exported(folder) else "torch"
     columns = ("figure", *(f"{name} ({runtime})" for name, runtime in zip(figures, ("torch", runs_in), strict=True)))
     names = list(dict.fromkeys(name for entry in figures.values() for name in entry))
     rows: list[Row] = [(name, *(_figure(entry.get(name)) for entry in figures.values())) for name in names]

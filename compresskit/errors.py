@@ -41,3 +41,8 @@ class RunFailedError(CompressKitError):
     """The run stopped for a reason that is not in the recipe: a bug, no disk space, a failed parity check."""
 
     exit_code = 1
+
+
+def first_of(names: Sequence[str]) -> str:
+    """The first of some names, and how many more there are."""
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

@@ -26,7 +26,7 @@ from compresskit.distill.outputs import Outputs, StepWeights, Stream, Wanted, ca
 from compresskit.errors import CompressKitError
 from compresskit.sentence import SentenceEmbedding
 from compresskit.surgery.depth_edits import find_stack, get_stack
-from compresskit.surgery.sites import without_cache
+from compresskit.surgery.modes import without_cache
 
 
 class Goal(Protocol):

@@ -12,13 +12,12 @@ from transformers import PreTrainedModel
 
 from compresskit.data import Batch
 from compresskit.distill.heads import find_head, head_skipped
-from compresskit.distill.parameters import attention_by
 from compresskit.errors import CompressKitError
 from compresskit.kernels.linear_kl import Head, TopK
 from compresskit.models import answer_kind
 from compresskit.sentence import MEAN_POOLED, SentenceEmbedding
 from compresskit.surgery.depth_edits import get_stack
-from compresskit.surgery.sites import without_cache
+from compresskit.surgery.modes import attention_by, without_cache
 
 # B sequences, L tokens (padded), H hidden size, V classes or vocabulary
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from compresskit.config import did_you_mean
 from compresskit.errors import CompressKitError
 from compresskit.layers.low_rank import LowRankLinear
+from compresskit.surgery.modes import attention_by
 from compresskit.surgery.sites import find_blocks
 
 
@@ -82,19 +83,6 @@ def only_these_learn(model: nn.Module, chosen: Mapping[str, nn.Parameter], *, dr
         yield
     finally:
         model.eval().requires_grad_(False).zero_grad(set_to_none=True)
-
-
-@contextmanager
-def attention_by(model: PreTrainedModel, implementation: str) -> Iterator[None]:
-    """Within it the model computes attention in this way: eager shows the probabilities."""
-    before = model.config._attn_implementation or "eager"
-    if before != implementation:
-        model.set_attn_implementation(implementation)
-    try:
-        yield
-    finally:
-        if before != implementation:
-            model.set_attn_implementation(before)
 
 
 def _forward_again(model: PreTrainedModel, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -117,10 +117,6 @@ def _units(root: nn.Module) -> list[FSDPModule]:
     return [module for module in root.modules() if isinstance(module, FSDPModule)]
 
 
-def _own_rows(value: Tensor) -> Tensor:
-    return value.to_local() if isinstance(value, DTensor) else value
-
-
 def _full(value: Tensor) -> Tensor:
     value = value.detach()
     return value.full_tensor() if isinstance(value, DTensor) else value
@@ -237,14 +233,8 @@ class Sharded(Processes):
         self.run(pass_by)
 
     def add_up_gradients(self, learned: Mapping[str, nn.Parameter]) -> None:
-        """Drop gradients that are 0 everywhere, which no loss reached; each backward pass has summed the others."""
-        values = [value for value in learned.values() if value.grad is not None]
-        if not values:
-            return
-        reached = self.add_up(torch.stack([_own_rows(value.grad).any() for value in values]).float())
-        for value, processes in zip(values, reached.tolist(), strict=True):
-            if not processes:
-                value.grad = None  # the optimiser would shrink the weight by its decay
+        """Nothing: each backward pass has; of weights that no loss reaches too, whose 0 weight decay goes with."""
+        return
 
     def shorten_gradients(self, learned: Mapping[str, nn.Parameter], norm: float) -> float:
         """Shorten the gradient to `norm` where it is longer; returns how long it was, over all processes."""

@@ -8,15 +8,15 @@ def add_initializer(graph: ir.Graph, name: str, array: np.ndarray, dtype: ir.Dat
     """An initializer, or the one that has this name already (a tied weight is written once).
 
     Raises:
-        ValueError: that one is of another shape or type.
+        ValueError: that one holds something else.
     """
     dtype = ir.DataType.from_numpy(array.dtype) if dtype is None else dtype
     if name in graph.initializers:
         found = graph.initializers[name]
-        if found.dtype != dtype or found.shape != ir.Shape(array.shape):
-            raise ValueError(f"{name} is {found.dtype} {found.shape} in the graph, and {dtype} {array.shape} here")
+        if found.dtype != dtype or not np.array_equal(read_constant(found)[1], array):
+            raise ValueError(f"the graph has another constant {name!r}, {found.dtype} {found.shape}")
         return found
-    value = ir.Value(name=name, const_value=ir.Tensor(np.ascontiguousarray(array), dtype=dtype, name=name))
+    value = ir.Value(name=name, const_value=ir.Tensor(np.asarray(array, order="C"), dtype=dtype, name=name))
     value.dtype, value.shape = dtype, ir.Shape(array.shape)
     graph.register_initializer(value)
     return value

@@ -56,6 +56,11 @@ def describe_graph(graph: ir.Model) -> dict[str, Any]:
     }
 
 
+def is_exported(folder: Path) -> bool:
+    """Whether an exporter wrote this folder."""
+    return (folder / MANIFEST_FILE).is_file()
+
+
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     """Write `manifest.json` about all files that are there.
 

@@ -77,7 +77,7 @@ from compresskit.whole import whole_folder
 class OnnxExport(Exporter):
     """Write ONNX for ONNX Runtime on a CPU."""
 
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
 
     kind: Literal["onnx"] = "onnx"  # pyright: ignore[reportIncompatibleVariableOverride]
     #: ort: ONNX Runtime's own operators; standard: ONNX's alone, integer weights as blocked DequantizeLinear

@@ -32,7 +32,10 @@ TOLERANCE = 0.03
 
 
 class Prediction(NamedTuple):
-    """Bytes of a file: its tensors, about what the graph takes up beside them, and the layers that it leaves out."""
+    """Bytes of a file: its tensors, and about what the graph takes up beside them.
+
+    `idle` are layers that run and do not matter for the output, as far as the empty model tells; the file has none.
+    """
 
     weights: int
     graph: int

@@ -19,7 +19,7 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import nn
 
-from compresskit.errors import CompressKitError
+from compresskit.errors import CompressKitError, first_of
 from compresskit.export.constants import add_initializer, drop_unused_initializers, read_constant
 from compresskit.layers import grid
 from compresskit.layers.bitsandbytes_linear import Bnb4Linear
@@ -50,12 +50,8 @@ def refuse_layers(model: nn.Module) -> None:
         if operator := _WITHOUT_FORM.get(type(module)):
             found.setdefault(operator, []).append(name)
     if found:
-        said = [f"com.microsoft::{operator} ({_first_of(names)})" for operator, names in found.items()]
+        said = [f"com.microsoft::{operator} ({first_of(names)})" for operator, names in found.items()]
         raise _foreign_error(", ".join(said))
-
-
-def _first_of(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def _foreign_error(operators: str) -> CompressKitError:
@@ -125,7 +121,7 @@ def _weight(
     dtypes = [_DTYPES[bits, unsigned][0], ir.DataType.FLOAT, _DTYPES[bits, True][0]]
     suffix = ".columns" if transpose else ".rows"
     return [
-        add_initializer(graph, name + suffix, np.ascontiguousarray(array.T if transpose else array), dtype)
+        add_initializer(graph, name + suffix, array.T if transpose else array, dtype)
         for (name, array), dtype in zip(arrays, dtypes, strict=False)
     ], block
 

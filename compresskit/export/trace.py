@@ -53,6 +53,7 @@ from compresskit.layers.int8_linear import Int8Linear
 from compresskit.layers.operators import emit_operators
 from compresskit.progress import working
 from compresskit.sentence import SentenceEmbedding
+from compresskit.surgery.modes import attention_by
 
 OUTPUTS = {
     "feature-extraction": "last_hidden_state",
@@ -126,16 +127,6 @@ def computes_in_integers(model: nn.Module) -> bool:
 
 def _looks_both_ways(model: nn.Module) -> bool:
     return not any(getattr(module, "is_causal", False) for module in model.modules())
-
-
-@contextlib.contextmanager
-def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
-    before = model.config._attn_implementation or "eager"
-    model.set_attn_implementation(name)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
 
 
 @contextlib.contextmanager
@@ -260,7 +251,7 @@ def _tracing(model: PreTrainedModel, attention: str) -> Iterator[None]:
     with (
         working("tracing the graph"),
         quiet_exporters(),
-        _attention(model, attention),
+        attention_by(model, attention),
         swapped(model, onnx_forms(model)),
         emit_operators(),
     ):

@@ -114,7 +114,7 @@ def find_scales(
     Raises:
         ValueError: shapes or sizes that do not agree.
 
-    Cost: `clip_points` roundings of the matrix, and ten more for `whole`.
+    Cost: `clip_points` roundings of the matrix, and for `whole` nine more, or three of a symmetric grid.
     """
     rows, columns = weight.shape
     groups = count_groups(columns, group_size)
@@ -176,7 +176,8 @@ def _whole_scales(
     leads.scatter_(1, (scales / _greatest_factors(zero, bits)).argmax(1, keepdim=True), True)
     best = _group_error(weight, importance, start * steps, zero, bits, with_zeros)
     best_factor, best_zero = start, zero
-    for by, shift in itertools.product((-1, 0, 1), (-1, 0, 1) if with_zeros else (0,)):
+    around = itertools.product((-1, 0, 1), (-1, 0, 1) if with_zeros else (0,))
+    for by, shift in (move for move in around if any(move)):
         factor, moved = start + by, (zero + shift).clamp(0, 2**bits - 1)
         error = _group_error(weight, importance, factor * steps, moved, bits, with_zeros)
         better = (error < best) & (factor >= 1) & (factor <= _greatest_factors(moved, bits)) & ~leads

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from compresskit.data import Batch
 from compresskit.errors import CompressKitError
-from compresskit.surgery.sites import without_cache
+from compresskit.surgery.modes import without_cache
 
 
 class _SeenError(Exception):

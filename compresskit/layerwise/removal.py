@@ -27,7 +27,7 @@ from compresskit.layerwise.chain import hidden_of, real_tokens
 from compresskit.layerwise.trials import Trials
 from compresskit.layerwise.watch import replaced_forwards
 from compresskit.progress import track
-from compresskit.surgery.sites import without_cache
+from compresskit.surgery.modes import without_cache
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ from compresskit.layerwise.ranks import Group
 from compresskit.layerwise.watch import check_token_rows
 from compresskit.layerwise.weights import stacked_weight
 from compresskit.models import answer_kind
-from compresskit.surgery.sites import find_blocks, without_cache
+from compresskit.surgery.modes import without_cache
+from compresskit.surgery.sites import find_blocks
 
 #: What every direction counts beside what was measured, in units of the mean: few tokens leave some at zero. Of 0.01
 #: and 0.1 the latter left 5 % less KL on both texts (SmolLM2-135M, keep 0.8, 4096 tokens, one seed).

@@ -18,7 +18,8 @@ from compresskit.layers.linear import layer_widths
 from compresskit.layerwise.answer import divergence, read_answer
 from compresskit.layerwise.watch import replaced_forwards
 from compresskit.models import answer_kind
-from compresskit.surgery.sites import find_blocks, without_cache
+from compresskit.surgery.modes import without_cache
+from compresskit.surgery.sites import find_blocks
 
 
 class Trials:

@@ -33,8 +33,9 @@ from compresskit.layerwise.watch import AllSeenError, Watch, check_token_rows, r
 from compresskit.layerwise.weights import stacked_weight
 from compresskit.progress import track
 from compresskit.student import Student
+from compresskit.surgery.modes import without_cache
 from compresskit.surgery.provenance import Provenance
-from compresskit.surgery.sites import Site, find_blocks, without_cache
+from compresskit.surgery.sites import Site, find_blocks
 
 #: Sequences without which nothing can be kept apart to choose the shrinkage by.
 LEAST_CALIBRATION = 2

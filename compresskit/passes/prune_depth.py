@@ -38,7 +38,8 @@ from compresskit.passes.base import PASSES, Pass, TextPart, Trait
 from compresskit.student import Student
 from compresskit.surgery.depth_edits import DropBlocks, EmptyLinears, find_stack, get_stack
 from compresskit.surgery.edits import Edit, write_ranges
-from compresskit.surgery.sites import LinearLike, find_anatomy, obstacle, without_cache
+from compresskit.surgery.modes import without_cache
+from compresskit.surgery.sites import LinearLike, find_anatomy, obstacle
 
 #: Calibration tokens, or images, that each score reads.
 SCORE_TOKENS = {"influence": 4096, "kl": 1024}

@@ -43,13 +43,14 @@ from compresskit.layerwise.walk import Walk
 from compresskit.layerwise.weights import layer_bias, require_finite, stacked_weight
 from compresskit.passes.base import PASSES, Pass, TextPart, Trait
 from compresskit.passes.quantize_bits import Budget, choose_bits, choose_by_shape, held_bytes
-from compresskit.passes.quantize_grids import GroupSize, Override, Plan, Wanted, plan_grids
+from compresskit.passes.quantize_grids import Plan, plan_grids
 from compresskit.passes.quantize_rounding import (
     RoundingProblem,
     round_outside,
     round_site,
     round_table,
 )
+from compresskit.passes.quantize_wanted import GroupSize, Override, Wanted
 from compresskit.progress import working
 from compresskit.student import Student
 from compresskit.surgery.edits import Edit, QuantizeLinears, replay

@@ -92,7 +92,7 @@ def choose_by_shape(model: nn.Module, sites: SiteEdits, widths: Sequence[int], b
         raise CompressKitError(
             f"the linears in the blocks take {spent} bytes at {least} bits; the budget leaves {limit}",
             where="budget_bytes",
-            fix=f"say budget_bytes: {needed} or more, add a smaller width to widths, or use larger groups",
+            fix=f"say budget_bytes: {needed} or more",
         )
     for bits in wider:
         for site, edits in sites.items():

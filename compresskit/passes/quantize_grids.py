@@ -8,22 +8,20 @@ All from names and shapes; the answer is edits, and the names of what stays floa
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
-from pydantic import Field
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from compresskit.config import Config
 from compresskit.errors import CompressKitError
 from compresskit.layers.bitsandbytes_linear import Bnb4Linear, Bnb8Linear
 from compresskit.layers.int8_linear import Int8Linear
 from compresskit.layers.operators import BLOCK_SIZES
 from compresskit.layers.quant_embedding import QuantEmbedding
 from compresskit.layers.quant_linear import QuantLinear
+from compresskit.passes.quantize_wanted import GroupSize, Wanted, require_products
 from compresskit.surgery.edits import Edit, QuantizeEmbedding, QuantizeLinears, table_multiplier
 from compresskit.surgery.sites import Anatomy, Site, find_anatomy, select, tied_heads, tied_modules
 
@@ -34,54 +32,8 @@ _SMALLEST_MATRIX = 4096
 _SMALLEST_SHARE = 0.05
 # Of linears outside the blocks; the first that divides their columns.
 _OUTSIDE_GROUPS = (32, 16)
-
-GroupSize = int | Literal["channel"]
 #: The group size that fits every linear.
 _WHOLE_ROW = "channel"
-Misfit = Literal["error", "keep", "pad"]
-
-
-class Override(Config):
-    """What matrices of some names get instead of what the others get."""
-
-    bits: Literal[3, 4, 8, "float"] | None = Field(default=None, description="float: the matrix stays as it is")
-    group_size: GroupSize | None = Field(
-        default=None, examples=[32], description="columns that share a scale; channel: a whole row"
-    )
-    act: Literal["none"] | None = Field(
-        default=None, description="none: linears multiply float activations where the others round theirs"
-    )
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What a user asks for.
-
-    Attributes:
-        bits, group_size, symmetric: of linears in the blocks; a group size of 0 is the row, symmetric None the usual.
-        targets: glob over linears.
-        tables: bits of tables; None leaves them float.
-        overrides: by glob over linears and tables; of several that match a name the last counts.
-        act, smooth: of linears in the blocks, as in `QuantizeLinears`.
-        on_misfit: what becomes of columns that no group divides.
-        chosen: bits of linears in the blocks, by name, where an allocation has chosen them.
-    """
-
-    bits: int
-    group_size: int
-    symmetric: bool | None
-    targets: str
-    tables: int | None
-    overrides: Mapping[str, Override]
-    act: Literal["none", "int8", "int8_static"]
-    smooth: bool
-    on_misfit: Misfit
-    chosen: Mapping[str, int] = field(default_factory=dict)
-
-    def override(self, name: str) -> Override:
-        """What is said of one name; empty where nothing is."""
-        said = [override for glob, override in self.overrides.items() if fnmatchcase(name, glob)]
-        return said[-1] if said else Override()
 
 
 @dataclass(frozen=True)
@@ -123,6 +75,7 @@ def plan_grids(model: PreTrainedModel, wanted: Wanted) -> Plan:
         _require_targeted(glob, select([*linears, *tables], glob, where="overrides"), [*targeted, *tables], wanted)
     chosen = [name for name in targeted if wanted.override(name).bits != "float"]
     within = set(anatomy.linears())
+    require_products([name for name in chosen if name in within], wanted)
     misfits = _Misfits(wanted)
     inside = [
         name
@@ -189,20 +142,10 @@ def refuse_transposed(model: nn.Module, blocks: Sequence[str], *, can_keep: bool
 
 
 def _form(name: str, wanted: Wanted) -> dict[str, Any]:
-    """How a linear in the blocks is held.
-
-    Raises:
-        CompressKitError: an override asks for a grid that integer products do not have.
-    """
+    """How a linear in the blocks is held."""
     said = wanted.override(name)
     bits = said.bits if isinstance(said.bits, int) else wanted.chosen.get(name, wanted.bits)
     act = said.act or wanted.act
-    grouped = bits == 8 and isinstance(said.group_size, int) and name not in wanted.chosen
-    if act != "none" and (bits == 3 or grouped):
-        grid = "of 3 bits" if bits == 3 else f"of 8 bits in groups of {said.group_size}"
-        what = f"{name} is to have weights {grid}, and act: {act} multiplies 8 bits by channel, or 4 bits"
-        fix = "say act: none in that override to leave these activations in float, or change its bits or group_size"
-        raise CompressKitError(what, where="overrides", fix=fix)
     form: dict[str, Any] = {
         "bits": bits,
         "group_size": _columns(said.group_size, wanted.group_size),

@@ -219,15 +219,22 @@ def _compare(entry: dict[str, Any], base: dict[str, Any], name: str) -> tuple[st
     return sentence + likeness, smaller and faster and as_like
 
 
-def _compare_likeness(own: dict[str, float] | None, other: dict[str, float] | None) -> tuple[str, bool]:
+def _compare_likeness(own: dict[str, Any] | None, other: dict[str, Any] | None) -> tuple[str, bool]:
     """How near each file's embeddings are to the original's, and whether the other's are no nearer."""
-    ours, theirs = ((said or {}).get("mean_cosine") for said in (own, other))
-    if ours is None:
+    if not own or "mean_cosine" not in own:
         return "", True
-    sentence = f" Its embeddings' mean cosine to the original's is {ours:.4f}"
-    if theirs is None:
-        return f"{sentence}.", True
-    return f"{sentence}, {'less than ' if theirs > ours else ''}that one's {theirs:.4f}.", ours >= theirs
+    ours = own["mean_cosine"]
+    sentence = f" Its embeddings' mean cosine to the original's is {_four_digits(ours)}"
+    if not other or "mean_cosine" not in other:
+        return f"{sentence}.", _is_finite(ours)
+    theirs = other["mean_cosine"]
+    less = _is_finite(ours) and _is_finite(theirs) and round(ours, 4) < round(theirs, 4)
+    sentence += f", {'less than ' if less else ''}that one's {_four_digits(theirs)}"
+    return f"{sentence}.", _is_finite(ours) and not less
+
+
+def _four_digits(figure: float | None) -> str:
+    return f"{figure:.4f}" if figure is not None and _is_finite(figure) else "not finite"
 
 
 def _times_as_fast(own: dict[str, Any], other: dict[str, Any]) -> float:

@@ -150,20 +150,6 @@ def find_anatomy(model: PreTrainedModel, *, factors: bool = False) -> Anatomy:
     return Anatomy(blocks, sites, tuple(attentions), tuple(feed_forwards))
 
 
-@contextmanager
-def without_cache(model: PreTrainedModel) -> Iterator[None]:
-    """Run a decoder without filling its key/value cache."""
-    config = model.config.get_text_config()
-    had = getattr(config, "use_cache", None)
-    if had is not None:
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        if had is not None:
-            config.use_cache = had
-
-
 def blank_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     """(2, 4) token ids or two blank images, on the model's device."""
     if model.main_input_name == "pixel_values":

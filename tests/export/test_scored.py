@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 import compresskit
 from compresskit import OnnxExport, PruneVocab, Quantize
+from compresskit.cli import app
 from compresskit.errors import CompressKitError
 from compresskit.export.folder import MANIFEST_FILE, MODEL_FILE, read_exported, write_manifest
 
@@ -35,6 +37,14 @@ def test_the_file_scores_what_the_student_scores(run: Path) -> None:
         assert file["onnx"][name] == pytest.approx(student["student"][name], rel=1e-4)
     assert file["onnx"]["size_bytes"] == (run / "onnx" / MODEL_FILE).stat().st_size
     assert 0 < file["onnx"]["p50_ms"] <= file["onnx"]["p95_ms"]
+
+
+@pytest.mark.parametrize(("folder", "column"), [("", "student (torch)"), ("onnx", "onnx (ONNX Runtime)")])
+def test_the_command_says_which_runtime_each_column_is_of(run: Path, folder: str, column: str) -> None:
+    result = CliRunner().invoke(app, ["eval", str(run / folder)])
+    assert result.exit_code == 0
+    assert "original (torch)" in result.output
+    assert column in result.output
 
 
 @pytest.fixture

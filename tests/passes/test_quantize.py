@@ -379,18 +379,33 @@ def test_under_integer_activations_an_override_changes_the_weights_and_the_activ
     assert second.attention.self.query.bits == 8
 
 
-@pytest.mark.parametrize(
-    ("override", "grid"),
-    [({"bits": 3}, "of 3 bits"), ({"group_size": 32}, "of 8 bits in groups of 32")],
-)
-def test_an_override_that_no_integer_product_has_names_the_layer_and_the_way_out(
-    override: dict[str, object], grid: str
-):
-    asked = Quantize(act="int8", group_size="channel", overrides={"*key": override})
-    with pytest.raises(CompressKitError, match=rf"attention\.self\.key is to have weights {grid}") as caught:
+def test_overrides_that_no_integer_product_has_are_listed_with_their_globs():
+    overrides = {"*": {"bits": 8}, "*key": {"bits": 3}, "*query": {"group_size": 32}, "*value": {"act": "none"}}
+    asked = Quantize(act="int8", group_size="channel", overrides=overrides)
+    with pytest.raises(CompressKitError) as caught:
         asked.plan(tiny("bert"))
+    assert "'*key' gives encoder.layer.0.attention.self.key and 1 more weights of 3 bits" in caught.value.what
+    assert (
+        "'*query' gives encoder.layer.0.attention.self.query and 1 more weights of 8 bits in groups"
+        in caught.value.what
+    )
     assert caught.value.where == "overrides"
     assert "say act: none" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        {"*word_embeddings": {"act": "none"}},
+        {"pooler.dense": {"act": "none"}},
+        {"*key": {"bits": "float", "act": "none"}},
+    ],
+)
+def test_an_override_of_activations_that_nobody_rounds_is_refused(override: dict[str, dict[str, str]]):
+    asked = Quantize(act="int8", group_size="channel", overrides=override)
+    with pytest.raises(CompressKitError, match="is read by no linear in the blocks that gets integers") as caught:
+        asked.plan(tiny("bert"))
+    assert repr(next(iter(override))) in str(caught.value)
 
 
 def test_groups_that_an_override_names_are_for_the_narrow_of_the_widths_under_integer_activations():

@@ -208,8 +208,13 @@ def test_a_file_less_like_the_original_than_the_stock_one_is_said_first(report):
     assert found[0].endswith("Its embeddings' mean cosine to the original's is 0.9000, less than that one's 0.9900.")
     assert found[1].startswith("Smaller and faster than the original, float ONNX")
     assert found[1].endswith("Its embeddings' mean cosine to the original's is 0.9000.")
-    entry["fidelity"]["mean_cosine"] = 0.995
-    assert verdicts(report)[1].endswith("is 0.9950, that one's 0.9900.")
+    for ours, said in ((0.995, "0.9950"), (0.98998, "0.9900")):
+        entry["fidelity"]["mean_cosine"] = ours
+        assert verdicts(report)[1].endswith(f"is {said}, that one's 0.9900.")
+        assert verdicts(report)[1].startswith("Smaller and faster than the original, onnxruntime's stock")
+    for ours in (None, float("nan")):
+        entry["fidelity"]["mean_cosine"] = ours
+        assert all(one.endswith(("is not finite.", "is not finite, that one's 0.9900.")) for one in verdicts(report))
 
 
 def test_a_larger_or_slower_export_is_never_called_smaller_and_faster(report):
