@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compresskit.data import Corpus, DataSource, prepare_examples
+from compresskit.data import Corpus, DataSource, prepare_examples, token_positions
 from compresskit.engine import LOG, Progress, run
 from compresskit.errors import CompressKitError, ManyErrors
 from compresskit.evaluate import Fidelity
@@ -191,7 +191,9 @@ def measure(
     fidelity = Fidelity(teacher, corpus.evaluation, task=task, sentence=read_sentence_embedding(source.folder))
     if exported:
         held_out = _reading(student, teacher, processor, task, corpus)
-        name, own = student.name, exported_figures(student, exported, fidelity, held_out, threads=default_threads())
+        length = min(64, token_positions(teacher) or 64)  # as the original is timed
+        own = exported_figures(student, exported, fidelity, held_out, threads=default_threads(), length=length)
+        name = student.name
     else:
         model, edits = load_student_model(student, task)
         made = Student(model, teacher, processor, task, corpus).with_edits(edits)

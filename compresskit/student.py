@@ -5,6 +5,7 @@ measured (`round_to_stored`), so what is measured, exported and stored is one mo
 """
 
 import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -209,6 +210,7 @@ def save_student(student: Student, folder: Path) -> None:
     config.architectures = [type(student.model).__name__]
     config.dtype = _loaded_dtype(student)
     config.save_pretrained(folder)
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors lets its owner alone read it
     if student.model.can_generate() and student.model.generation_config is not None:
         student.model.generation_config.save_pretrained(folder)
     student.tokenizer.save_pretrained(folder)

@@ -97,6 +97,8 @@ def test_the_student_loads_and_answers_as_the_saved_step(make: Any, tmp_path: Pa
     answer = model(**tokenizer("the model keeps every layer", return_tensors="pt"))[0]
     assert torch.isfinite(answer).all()
     assert set(weights(tmp_path / "out")) == set(model.state_dict())
+    modes = {path.stat().st_mode for path in (tmp_path / "out" / "student").iterdir() if path.is_file()}
+    assert len(modes) == 1, "whoever may read one of them may read all"
 
 
 def test_a_finished_run_does_nothing_again(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

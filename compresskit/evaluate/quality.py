@@ -253,7 +253,11 @@ class Fidelity:
 
     def _embedding_fidelity(self, model: PreTrainedModel, held_out: HeldOut | None) -> dict[str, float]:
         assert self._embeddings is not None
-        return compare_embeddings(self._embeddings, self._embed(model, self._sides(held_out).student_given))
+        theirs, ours = self._embeddings, self._embed(model, self._sides(held_out).student_given)
+        if theirs.shape[1] != ours.shape[1]:
+            what = f"its embeddings have {theirs.shape[1]} numbers, and those that are compared {ours.shape[1]}"
+            raise CompressKitError(what, where="original", fix="name the model that the student was made from")
+        return compare_embeddings(theirs, ours)
 
     def _language_fidelity(self, model: PreTrainedModel, held_out: HeldOut | None) -> dict[str, float]:
         sums = self._compare_logits(model, self._sides(held_out), next_token=True)

@@ -85,7 +85,9 @@ def read_exported(folder: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         fix = "name the onnx folder of a run's output; older exports have to be made again"
         raise CompressKitError(f"no {MANIFEST_FILE}: this is no exported folder", where=str(folder), fix=fix) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
+        raise CompressKitError("is not what an export writes", where=str(path), fix=_ANEW) from error
+    except (OSError, ValueError) as error:
         raise CompressKitError(f"cannot be read: {error!r}", where=str(path), fix=_ANEW) from error
     if form != FORMAT:
         raise CompressKitError(

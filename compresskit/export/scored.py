@@ -1,5 +1,6 @@
 """An exported file measured as a student is: the same texts, the same figures, from the very file that is shipped."""
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from compresskit.data import Sequences
 from compresskit.errors import CompressKitError
 from compresskit.evaluate import Fidelity, measure_latency
 from compresskit.export.files import model_bytes
@@ -50,6 +52,7 @@ def exported_figures(
     held_out: HeldOut | None,
     *,
     threads: int,
+    length: int = 64,
     rounds: int = 30,
 ) -> dict[str, int | float]:
     """What the file in `folder` costs and how true it is to the original.
@@ -60,11 +63,12 @@ def exported_figures(
         fidelity: the original on held-out text.
         held_out: that text as the student reads it, where that is not how the original does.
         threads: of ONNX Runtime.
-        rounds: timed runs of one example.
+        length: tokens of the timed text.
+        rounds: how often it is timed.
 
     Returns:
-        `size_bytes`, `p50_ms` and `p95_ms` of the first example in ONNX Runtime (of a file of fixed sizes, of the batch
-        that it takes), and the figures of `fidelity.measure`.
+        `size_bytes`, `p50_ms` and `p95_ms` in ONNX Runtime (of one text of `length` tokens, or the first image; of a
+        file of fixed sizes, of the batch that it takes), and the figures of `fidelity.measure`.
 
     Raises:
         CompressKitError: a file that does another task, or that gives the last token's logits alone.
@@ -80,8 +84,15 @@ def exported_figures(
             fix="export with 'logits: all' to measure, or measure the student",
         )
     given = held_out.sequences if held_out else fidelity.sequences
-    feed = session_feeds(session, next(given.batches(1)))[0]
+    timed = _of_length(given, length) if isinstance(given, Sequences) else given
+    feed = session_feeds(session, next(timed.batches(1)))[0]
     found = measure_latency({"file": lambda: session.run(None, feed)}, rounds=rounds)["file"]
     # It answers all that Fidelity asks of a model.
     figures = fidelity.measure(cast(PreTrainedModel, SessionModel(session)), held_out)
     return {"size_bytes": model_bytes(folder / MODEL_FILE), **found, **figures}
+
+
+def _of_length(texts: Sequences, length: int) -> Sequences:
+    """One text of so many tokens, from those of `texts`, all of which the file knows."""
+    tokens = itertools.chain.from_iterable(itertools.repeat(list(itertools.chain.from_iterable(texts.rows))))
+    return Sequences([list(itertools.islice(tokens, length))], texts.pad_token_id)

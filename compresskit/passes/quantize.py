@@ -153,7 +153,8 @@ class Quantize(Pass):
     def _consistent_act(self) -> "Quantize":
         widths = self.widths if self.bits == "auto" else (self.bits,)
         if 3 in widths:
-            raise ValueError(f"act: {self.act} has integer products of 8 and 4 bits, not 3; say bits: 4 or 8")
+            fix = "leave 3 out of widths" if self.bits == "auto" else "say bits: 4 or 8"
+            raise ValueError(f"act: {self.act} has integer products of 8 and 4 bits, not 3; {fix}")
         if widths == (8,) and self.group_size != "channel":
             one = "one scale per output channel"
             raise ValueError(f"act: {self.act} needs group_size: channel for 8 bits ({one}), or bits: 4 in groups")

@@ -90,7 +90,7 @@ def choose_by_shape(model: nn.Module, sites: SiteEdits, widths: Sequence[int], b
     if spent > limit:
         needed = spent + budget.rest_bytes
         raise CompressKitError(
-            f"the linears in the blocks take {spent} bytes at {least} bits; the budget leaves {limit}",
+            f"the linears in the blocks take {spent} bytes at {least} bits, and all else {budget.rest_bytes}",
             where="budget_bytes",
             fix=f"say budget_bytes: {needed} or more",
         )

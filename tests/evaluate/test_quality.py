@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from compresskit.data import DataSource, Sequences, prepare_corpus
+from compresskit.errors import CompressKitError
 from compresskit.evaluate import Fidelity, evaluate
 from compresskit.evaluate.quality import (
     LogitComparison,
@@ -77,6 +78,16 @@ def test_the_original_and_its_copy_get_exactly_the_best_figures(task_and_model, 
     for same in (model, copy.deepcopy(model)):
         found = fidelity.measure(same)
         assert BEST[task].items() <= found.items()
+
+
+def test_embeddings_of_another_width_are_no_students(tiny_bert_folder, texts):
+    original = AutoModel.from_pretrained(tiny_bert_folder).eval()
+    config = BertConfig.from_pretrained(tiny_bert_folder, hidden_size=48, num_attention_heads=4)
+    with pytest.raises(
+        CompressKitError, match="its embeddings have 32 numbers, and those that are compared 48"
+    ) as caught:
+        Fidelity(original, texts, task="feature-extraction").measure(AutoModel.from_config(config).eval())
+    assert "name the model that the student was made from" in str(caught.value)
 
 
 def test_every_figure_falls_with_damage(task_and_model, texts):

@@ -109,6 +109,7 @@ DAMAGES = {
     r"tokenizer\.json has \d+ bytes instead of \d+": lambda folder: (folder / "tokenizer.json").write_text("{}"),
     r"config\.json is missing": lambda folder: (folder / "config.json").unlink(),
     r"no manifest\.json: this is no exported folder": lambda folder: (folder / MANIFEST_FILE).unlink(),
+    r"manifest\.json: is not what an export writes": lambda folder: (folder / MANIFEST_FILE).write_text("{}"),
     r"manifest\.json: cannot be read": lambda folder: (folder / MANIFEST_FILE).write_text("{"),
     r"is of format 99; this compresskit reads 1": lambda folder: (folder / MANIFEST_FILE).write_text(
         '{"format": 99, "files": {}}'

@@ -3,14 +3,21 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnxruntime as ort
 import pytest
+from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
 import compresskit
 from compresskit import OnnxExport, PruneVocab, Quantize
 from compresskit.cli import app
+from compresskit.data import Batch
 from compresskit.errors import CompressKitError
+from compresskit.evaluate import latency
+from compresskit.export import scored
 from compresskit.export.folder import MANIFEST_FILE, MODEL_FILE, read_exported, write_manifest
+from compresskit.export.runtime import session_feeds
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +44,25 @@ def test_the_file_scores_what_the_student_scores(run: Path) -> None:
         assert file["onnx"][name] == pytest.approx(student["student"][name], rel=1e-4)
     assert file["onnx"]["size_bytes"] == (run / "onnx" / MODEL_FILE).stat().st_size
     assert 0 < file["onnx"]["p50_ms"] <= file["onnx"]["p95_ms"]
+
+
+def test_both_are_timed_on_a_text_of_one_length(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[list[int]] = []
+
+    def first_feed(session: ort.InferenceSession, batch: Batch) -> list[dict[str, np.ndarray]]:
+        feeds = session_feeds(session, batch)
+        timed.append(list(feeds[0]["input_ids"].shape))
+        return feeds
+
+    def lasting(model: PreTrainedModel, inputs: Batch, **options: Any) -> dict[str, float]:
+        timed.append(list(inputs["input_ids"].shape))
+        return {"p50_ms": 1.0, "p95_ms": 1.0}
+
+    monkeypatch.setattr(scored, "session_feeds", first_feed)
+    monkeypatch.setattr(latency, "batch_latency", lasting)
+    compresskit.measure(run / "onnx")
+    assert len(timed) == 2
+    assert timed[0] == timed[1]
 
 
 @pytest.mark.parametrize(("folder", "column"), [("", "student (torch)"), ("onnx", "onnx (ONNX Runtime)")])

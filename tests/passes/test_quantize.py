@@ -152,7 +152,7 @@ def test_misfits_stay_float_and_are_listed_on_request():
         ({"group_size": 100}, "100 is not a power of two in 16"),
         ({"act": "int8"}, "act: int8 needs group_size: channel for 8 bits"),
         ({"act": "int8", "bits": 3}, "act: int8 has integer products of 8 and 4 bits, not 3"),
-        ({"act": "int8", "bits": "auto", "widths": [3, 8], "mean_bits": 5}, "of 8 and 4 bits, not 3"),
+        ({"act": "int8", "bits": "auto", "widths": [3, 8], "mean_bits": 5}, "of 8 and 4 bits, not 3; leave 3 out"),
         ({"act": "int8_static", "group_size": 32}, "act: int8_static needs group_size: channel for 8 bits"),
         ({"act": "static"}, "Input should be 'none', 'int8' or 'int8_static'"),
         ({"smooth": 0.4}, "act: int8 or int8_static"),
