@@ -8,10 +8,10 @@ from typing import Any, Literal
 from pydantic import ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compresskit.data import Corpus, DataSource, prepare_examples, token_positions
+from compresskit.data import Corpus, DataSource, prepare_examples
 from compresskit.engine import LOG, Progress, run
 from compresskit.errors import CompressKitError, ManyErrors
-from compresskit.evaluate import Fidelity
+from compresskit.evaluate import Fidelity, timed_length
 from compresskit.evaluate import evaluate as evaluate_model
 from compresskit.export import Exporter
 from compresskit.export.folder import is_exported, load_exported_tokenizer, read_exported
@@ -191,7 +191,7 @@ def measure(
     fidelity = Fidelity(teacher, corpus.evaluation, task=task, sentence=read_sentence_embedding(source.folder))
     if exported:
         held_out = _reading(student, teacher, processor, task, corpus)
-        length = min(64, token_positions(teacher) or 64)  # as the original is timed
+        length = timed_length(teacher)  # as the original is timed
         own = exported_figures(student, exported, fidelity, held_out, threads=default_threads(), length=length)
         name = student.name
     else:

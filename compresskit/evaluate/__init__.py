@@ -2,8 +2,8 @@
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compresskit.data import Sequences, token_positions
-from compresskit.evaluate.latency import batch_latency, measure_latency, model_latency
+from compresskit.data import Sequences
+from compresskit.evaluate.latency import batch_latency, measure_latency, model_latency, timed_length
 from compresskit.evaluate.quality import Fidelity
 from compresskit.evaluate.size import checkpoint_bytes, count_parameters, state_dict_bytes
 from compresskit.float_types import float_types
@@ -18,6 +18,7 @@ __all__ = [
     "measure_latency",
     "model_latency",
     "state_dict_bytes",
+    "timed_length",
 ]
 
 
@@ -51,6 +52,5 @@ def evaluate(
         figures |= batch_latency(model, next(fidelity.sequences.batches(batch)), rounds=rounds)
     elif rounds:
         assert isinstance(tokenizer, PreTrainedTokenizerBase)
-        positions = token_positions(model) or length
-        figures |= model_latency(model, tokenizer, batch=batch, length=min(length, positions), rounds=rounds)
+        figures |= model_latency(model, tokenizer, batch=batch, length=timed_length(model, length), rounds=rounds)
     return figures | fidelity.measure(model, held_out)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compresskit.data import Batch
+from compresskit.data import Batch, token_positions
 from compresskit.evaluate.quality import evaluating, on_device
 from compresskit.progress import track
 
@@ -50,6 +50,11 @@ def measure_latency(
         name: {"p50_ms": float(np.percentile(own, 50)) / 1e6, "p95_ms": float(np.percentile(own, 95)) / 1e6}
         for name, own in times.items()
     }
+
+
+def timed_length(model: PreTrainedModel, length: int = 64) -> int:
+    """Tokens of the text that a model is timed on: `length`, cut to the positions that it has."""
+    return min(length, token_positions(model) or length)
 
 
 def random_batch(tokenizer: PreTrainedTokenizerBase, batch: int, length: int) -> Batch:

@@ -233,8 +233,8 @@ def _compare_likeness(own: dict[str, Any] | None, other: dict[str, Any] | None) 
     return f"{sentence}.", _is_finite(ours) and not less
 
 
-def _four_digits(figure: float | None) -> str:
-    return f"{figure:.4f}" if figure is not None and _is_finite(figure) else "not finite"
+def _four_digits(figure: Any) -> str:
+    return f"{figure:.4f}" if _is_finite(figure) else "not finite"
 
 
 def _times_as_fast(own: dict[str, Any], other: dict[str, Any]) -> float:
