@@ -24,7 +24,6 @@ from compresskit.export.runtime import default_threads
 from compresskit.job import prepare
 from compresskit.listing import Listing, Row, describe_pass, list_modules, list_passes
 from compresskit.models import TASKS, find_model, guess_task, load_empty
-from compresskit.recipe import load_recipe
 from compresskit.report import loading, render_table
 
 #: Environment variable: any value lets unforeseen errors through with their traceback.
@@ -55,9 +54,8 @@ def run(
     fresh: Annotated[bool, typer.Option("--fresh", help="delete what an earlier run left in DIR first")] = False,
 ) -> None:
     """Do what RECIPE says; a run that was stopped goes on from its last finished step."""
-    loaded = load_recipe(recipe, settings=settings or ())
     try:
-        report = run_recipe(loaded, output, fresh=fresh, progress=_say)
+        report = run_recipe(recipe, output, settings=settings or (), fresh=fresh, progress=_say)
     except KeyboardInterrupt:
         _say(f"interrupted; finished steps are kept in {output / 'steps'}: the same command goes on from there")
         raise typer.Exit(130) from None
@@ -68,7 +66,7 @@ def run(
 @app.command()
 def check(recipe: RecipePath, settings: Settings = None) -> None:
     """Find every mistake of RECIPE and foretell its result from shapes alone; no weight is read."""
-    job = prepare(load_recipe(recipe, settings=settings or ()))
+    job = prepare(recipe, settings=settings or ())
     forecast = job.forecast
     original = forecast.steps[0]
     rows: list[Row] = [

@@ -24,7 +24,7 @@ from compresskit.export import EXPORTERS
 from compresskit.job import Job, Prints, prepare, take_prints
 from compresskit.models import ModelSource, load_empty, load_model
 from compresskit.progress import working
-from compresskit.recipe import Recipe, dump_recipe, load_recipe
+from compresskit.recipe import Recipe, dump_recipe
 from compresskit.report import SCHEMA_VERSION, write_report
 from compresskit.store import FAILURE_LOG, Step, Store, opened, refuse_foreign, write_json
 from compresskit.student import Student, load_student_model, loads_with, save_student
@@ -35,13 +35,19 @@ Progress = Callable[[str], None]
 
 
 def run(
-    recipe: Recipe | str | Path, output: str | Path, *, fresh: bool = False, progress: Progress = LOG.info
+    recipe: Recipe | str | Path,
+    output: str | Path,
+    *,
+    settings: Sequence[str] = (),
+    fresh: bool = False,
+    progress: Progress = LOG.info,
 ) -> dict[str, Any]:
     """Do what the recipe says, going on where an earlier run of it stopped.
 
     Args:
         recipe: a Recipe, or the path of its YAML.
         output: the folder of the run: new, empty, or holding this run.
+        settings: `key=value` on top of a YAML, as `--set` takes them.
         fresh: delete what an earlier run left there first.
         progress: is told, in words, what happens.
 
@@ -51,10 +57,9 @@ def run(
     Raises:
         CompressKitError: the user's mistake. RunFailedError: anything else; the steps before it are kept.
     """
-    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     output = Path(output)
     refuse_foreign(output)
-    job = prepare(recipe)
+    job = prepare(recipe, settings=settings)
     prints = take_prints(job)
     for warning in job.forecast.warnings:
         progress(f"warning: {warning}")

@@ -23,6 +23,11 @@ class CompressKitError(Exception):
         head = f"{self.where}: {self.what}" if self.where else self.what
         return f"{head}\n  fix: {self.fix}" if self.fix else head
 
+    @property
+    def each(self) -> "tuple[CompressKitError, ...]":
+        """The mistakes alone: this one, or those that are reported together."""
+        return (self,)
+
     def at(self, where: str) -> "CompressKitError":
         """Return the same error, of the same class, placed inside `where` (outer places come first)."""
         self.where = f"{where}: {self.where}" if self.where else where
@@ -35,6 +40,11 @@ class ManyErrors(CompressKitError):
     def __init__(self, errors: Sequence[CompressKitError]) -> None:
         self.errors = tuple(errors)
         super().__init__("\n".join(str(error) for error in errors))
+
+    @property
+    def each(self) -> tuple[CompressKitError, ...]:
+        """The mistakes alone."""
+        return self.errors
 
 
 class RunFailedError(CompressKitError):

@@ -93,7 +93,7 @@ def foretell(recipe: Recipe, source: ModelSource, task: str) -> Forecast:
             edits, kept = one.plan(model), one.keeps(model)
             _replay_and_run(edits, model, one.kind)
         except CompressKitError as error:
-            mistakes += _each(error, f"passes[{index}] ({one.kind})")
+            mistakes += [mistake.at(f"passes[{index}] ({one.kind})") for mistake in error.each]
             continue
         left += [f"passes[{index}] ({one.kind}): matrices left as they are: {_named(kept)}"] if kept else []
         at_most = steps[-1].at_most or one.plans_at_most
@@ -102,7 +102,7 @@ def foretell(recipe: Recipe, source: ModelSource, task: str) -> Forecast:
         try:
             exporter.check(model, task)
         except CompressKitError as error:
-            mistakes += _each(error, f"export[{index}] ({exporter.kind})")
+            mistakes += [mistake.at(f"export[{index}] ({exporter.kind})") for mistake in error.each]
     if mistakes:
         raise ManyErrors(mistakes)
     edits = _edits(steps)
@@ -169,12 +169,6 @@ def _runs_after(model: PreTrainedModel, edits: list[Edit]) -> bool:
     changed = copy.deepcopy(model)
     replay(edits, changed)
     return obstacle(changed) is None
-
-
-def _each(error: CompressKitError, where: str) -> list[CompressKitError]:
-    if isinstance(error, ManyErrors):
-        return [one.at(where) for one in error.errors]
-    return [error.at(where)]
 
 
 def _activation_bytes(recipe: Recipe, model: PreTrainedModel) -> int:

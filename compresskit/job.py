@@ -1,6 +1,8 @@
 """A recipe made ready: its model and text found, every pass planned, all of it fingerprinted."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from compresskit.data import Corpus, check_max_length, prepare_examples
@@ -21,7 +23,7 @@ from compresskit.models import (
     load_empty,
 )
 from compresskit.processors import Processor, load_processor
-from compresskit.recipe import Recipe
+from compresskit.recipe import Recipe, reading
 from compresskit.sentence import SentenceEmbedding, read_sentence_embedding
 from compresskit.store import chain, digest
 
@@ -51,12 +53,25 @@ class Prints:
     identity: dict[str, Any]  # what run.json says of it
 
 
-def prepare(recipe: Recipe) -> Job:
+def prepare(recipe: Recipe | str | Path, *, settings: Sequence[str] = ()) -> Job:
     """Find the model and its text, and plan every pass. No weight is read, nothing is written but caches.
+
+    Args:
+        recipe: a Recipe, or the path of its YAML, whose lines are then told with mistakes.
+        settings: `--set` values on top of that YAML.
 
     Raises:
         CompressKitError: whatever the recipe names and is not there, or does not fit; each pass's misfits at once.
     """
+    if isinstance(recipe, Recipe):
+        if settings:
+            raise CompressKitError("settings change a YAML, and this is a Recipe", fix="change the Recipe, or its YAML")
+        return _prepared(recipe)
+    with reading(recipe, settings=settings) as read:
+        return _prepared(read)
+
+
+def _prepared(recipe: Recipe) -> Job:
     source = find_model(recipe.model, gguf_file=recipe.gguf_file)
     task = recipe.task or guess_task(source)
     check_max_length(load_empty(source, task), recipe.data.max_length)
@@ -112,7 +127,7 @@ def _check_text(recipe: Recipe, processor: Processor, corpus: Corpus) -> None:
         try:
             one.check_text(processor, corpus)
         except CompressKitError as error:
-            found.append(error.at(f"passes[{index}] ({one.kind})"))
+            found += [mistake.at(f"passes[{index}] ({one.kind})") for mistake in error.each]
     if found:
         raise ManyErrors(found)
 

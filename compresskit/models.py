@@ -7,7 +7,6 @@ that bring their own code are refused.
 import hashlib
 import importlib.util
 import inspect
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -343,18 +342,6 @@ def _refuse_misfits(source: ModelSource, task: str, info: dict[str, Any]) -> Non
         raise CompressKitError(
             f"{source.name} has no weights for {names}", where="model", fix=f"task {task!r} may be the wrong one"
         )
-
-
-def model_fingerprint(model: PreTrainedModel) -> str:
-    """sha256 over a model's weights and config."""
-    config = {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
-        digest.update(
-            value.detach().cpu().contiguous().view(torch.uint8).numpy() if value.ndim else str(value).encode()
-        )
-    return digest.hexdigest()
 
 
 def task_of(model: PreTrainedModel) -> str:

@@ -1,11 +1,13 @@
 """A recipe: which model, which text, which passes in which order, what to write.
 
 file.yaml ──load_recipe──► Recipe          all mistakes at once, with file:line
+file.yaml ──reading──────► Recipe          the same, and mistakes that only its model shows get their line too
 Recipe    ──dump_recipe──► YAML            parses back to an equal Recipe
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -108,6 +110,31 @@ def load_recipe(path: str | Path, *, settings: Iterable[str] = ()) -> Recipe:
     Raises:
         CompressKitError: no such file. ManyErrors: all mistakes of the text.
     """
+    return _checked(_read(path, settings))
+
+
+@contextmanager
+def reading(path: str | Path, *, settings: Iterable[str] = ()) -> Iterator[Recipe]:
+    """The recipe in a YAML file; mistakes raised inside the block are told with the line of what they name.
+
+    Raises:
+        as `load_recipe`.
+    """
+    text = _read(path, settings)
+    recipe = _checked(text)
+    try:
+        yield recipe
+    except CompressKitError as error:
+        for mistake in error.each:
+            line = text.line_of(mistake.where or "")
+            if line is not None:
+                mistake.at(line)
+        if isinstance(error, ManyErrors):
+            raise ManyErrors(sorted(error.errors, key=_line)) from None
+        raise
+
+
+def _read(path: str | Path, settings: Iterable[str]) -> RecipeText:
     try:
         written = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -118,7 +145,7 @@ def load_recipe(path: str | Path, *, settings: Iterable[str] = ()) -> Recipe:
     elif text.value is not None:
         for setting in settings:
             override(text, setting)
-    return _checked(text)
+    return text
 
 
 def parse_recipe(value: Any, *, name: str = "recipe") -> Recipe:

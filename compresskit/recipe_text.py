@@ -15,6 +15,8 @@ from compresskit.errors import CompressKitError
 
 Path = tuple[str | int, ...]
 _MAX_DIGITS = 40
+#: One part of a place that an error names: `passes[1] (quantize)`, `keep.ffn`, `losses[0]`.
+_NAMED = re.compile(r"([a-z_]\w*(?:\[\d+\])?(?:\.[a-z_]\w*(?:\[\d+\])?)*)(?: \(\w+\))?")
 
 
 class _Loader(yaml.SafeLoader):
@@ -91,6 +93,25 @@ class RecipeText:
         if origin.startswith("--set") and known == path:
             return origin
         return f"{origin}: {write_path(path)}" if path else origin
+
+    def line_of(self, place: str) -> str | None:
+        """Where the nearest thing was said that `place` names, as errors that a model shows write it.
+
+        `passes[1] (distill): losses[0] (hidden): hidden.layers` is found by what of it are keys and entries here. None
+        where it does not begin with a key of the recipe: a file, a module.
+        """
+        path: Path = ()
+        for named in place.split(": "):
+            found = _NAMED.fullmatch(named)
+            if found is None:
+                break
+            for part in re.split(r"\W+", found[1].rstrip("]")):
+                below = (*path, int(part) if part.isdigit() else part)
+                if below in self.origins:
+                    path = below
+                elif not path:
+                    return None
+        return self.origins[path] if path else None
 
 
 def parse_yaml(text: str, name: str) -> RecipeText:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskit.data import Corpus, Sequences, token_rows
 from compresskit.errors import CompressKitError
+from compresskit.fingerprint import model_fingerprint
 from compresskit.float_types import FloatTypes, float_types
 from compresskit.layers.stored import holds, round_weights, stored_form, weights_of
 from compresskit.model_folder import BITSANDBYTES_METHOD, STUDENT_METHOD, quant_method
@@ -117,6 +118,10 @@ class Student:
     def float_types(self) -> FloatTypes:
         """The original's: those of the student's checkpoint too."""
         return float_types(self.original)
+
+    def fingerprint(self) -> str:
+        """sha256 of its weights and the original's config: the same once it is stored and read again."""
+        return model_fingerprint(self.model, self.original.config)
 
     def round_to_stored(self) -> list[str]:
         """Round the model's weights to what its checkpoint holds; the names of those that stay float32 for their size.

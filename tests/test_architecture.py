@@ -17,6 +17,7 @@ SHARED = {
     "progress": "errors",
     "whole": "errors",
     "cache": "models",
+    "fingerprint": "models",
     "float_types": "models",
     "model_folder": "models",
     "sentence": "models",

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from compresskit import cli
+from compresskit import CompressKitError, cli, load_recipe, run
 from compresskit.passes import PASSES
 
 ROOT = Path(__file__).parent.parent
@@ -115,6 +115,31 @@ def test_check_foretells_the_bytes_of_an_export_and_refuses_a_length_without_pla
     status, _, err = call("check", recipe, "--set", "export=[{kind: onnx, length: 65}]")
     assert status == 2
     assert "export[0] (onnx): length: 65 is more than the model's 64 positions" in err
+
+
+def test_mistakes_that_only_the_model_shows_are_told_with_their_lines(call: Any, recipe: Path, tmp_path: Path) -> None:
+    written = recipe.read_text() + "export:\n  - kind: onnx\n    length: 65\n"
+    recipe.write_text(written)
+    line = written.splitlines().index("    length: 65") + 1
+    for command in (["check", recipe], ["run", recipe, "--output", tmp_path / "out"]):
+        status, _, err = call(*command)
+        assert status == 2
+        assert err.startswith(f"{recipe}:{line}: export[0] (onnx): length: 65 is more than the model's 64 positions")
+    setting = "passes.0={kind: low_rank, keep: 0.5, targets: nowhere}"
+    status, _, err = call("check", recipe, "--set", setting, "--set", "export=[]")
+    assert status == 2
+    assert err.startswith(f"--set {setting}: passes[0] (low_rank): targets: 'nowhere' matches no module")
+    teacher = "passes.0={kind: distill, teacher: ./nowhere}"
+    status, _, err = call("check", recipe, "--set", teacher, "--set", "export=[]")
+    assert status == 2
+    assert err.startswith(f"--set {teacher}: passes[0] (distill): teacher: no folder './nowhere'")
+
+
+def test_settings_change_a_yaml_and_no_recipe(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(CompressKitError, match=r"passes\[0\] \(prune_width\)"):
+        run(recipe, tmp_path / "out", settings=["passes.0.keep=0.0001"])
+    with pytest.raises(CompressKitError, match="settings change a YAML"):
+        run(load_recipe(recipe), tmp_path / "out", settings=["seed=1"])
 
 
 def test_check_says_when_the_plug_in_is_needed(call: Any, recipe: Path) -> None:

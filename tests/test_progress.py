@@ -3,6 +3,9 @@
 import io
 import sys
 
+from rich.console import Console
+
+from compresskit.distill import progress
 from compresskit.progress import track, working
 
 
@@ -42,3 +45,16 @@ def test_one_long_step_is_named_while_it_runs_and_wiped_afterwards(monkeypatch, 
     with working("tracing"):
         assert "tracing" in screen.getvalue()
     assert screen.getvalue().endswith("\r\x1b[2K")
+
+
+def test_training_on_a_terminal_shows_each_loss_the_speed_and_the_time_left(monkeypatch):
+    screen = io.StringIO()
+    wide = Console(file=screen, force_terminal=True, width=160)
+    monkeypatch.setattr(progress, "Console", lambda stderr: wide)
+    with progress.TrainingBar("distill", 4) as bar:
+        bar.advance({"kl": 2.0, "hidden": 0.5}, 1234.4)
+        bar.advance({"kl": 1.0, "hidden": 0.5}, 1234.4)
+    shown = screen.getvalue()
+    assert "2/4" in shown
+    assert "kl 1.9000 hidden 0.5000 · 1234 tokens/s" in shown
+    assert "0:00:" in shown

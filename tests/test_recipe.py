@@ -7,8 +7,8 @@ from compresskit import ManyErrors, Recipe, dump_recipe, load_recipe
 from compresskit.config import Config
 from compresskit.errors import CompressKitError
 from compresskit.passes import PASSES, LowRank, PruneWidth
-from compresskit.recipe import parse_recipe
-from compresskit.recipe_text import parse_yaml
+from compresskit.recipe import parse_recipe, reading
+from compresskit.recipe_text import override, parse_yaml
 from tests.small_passes import ALL
 
 
@@ -343,3 +343,73 @@ def test_passes_that_must_not_meet_are_refused_with_what_to_do():
 )
 def test_an_option_that_nothing_reads_is_a_mistake(tmp_path: Path, options: str, idle: str) -> None:
     assert idle in only(tmp_path, f"{START}- {options}\n")
+
+
+WRITTEN = """\
+model: data/bert
+data:
+  path: a.txt
+passes:
+  - kind: prune_width
+    keep:
+      ffn: 0.5
+  - kind: distill
+    losses:
+      - kind: kl
+      - kind: hidden
+        layers: [9]
+    other_text: {source: text,
+      path: b.txt}
+export:
+  - kind: onnx
+    length: 65
+"""
+
+
+@pytest.mark.parametrize(
+    ("place", "line"),
+    [
+        ("model", 1),
+        ("data.path", 3),
+        ("data.calibration", 2),
+        ("passes[0]", 5),
+        ("passes[0] (prune_width)", 5),
+        ("passes[0] (prune_width): keep.ffn: 0.0001", 7),
+        ("passes[0] (prune_width): keep.heads", 6),
+        ("passes[0] (prune_width): encoder.layer.0.output", 5),
+        ("passes[1] (distill): losses[1]: hidden.layers", 12),
+        ("passes[1] (distill): losses[1] (hidden)", 11),
+        ("passes[1] (distill): other_text.path", 14),
+        ("passes[1] (distill): steps", 8),
+        ("export[0] (onnx): length", 17),
+        ("data/bert/config.json", None),
+        ("model/weights.safetensors", None),
+        ("encoder.layer.0", None),
+        ("", None),
+    ],
+)
+def test_a_place_that_an_error_names_has_the_line_of_what_was_said_there(place: str, line: int | None) -> None:
+    assert parse_yaml(WRITTEN, "r.yaml").line_of(place) == (None if line is None else f"r.yaml:{line}")
+
+
+def test_a_setting_is_named_where_it_said_what_an_error_names() -> None:
+    text = parse_yaml(WRITTEN, "r.yaml")
+    override(text, "passes.0.keep.ffn=0.0001")
+    override(text, "export=[{kind: onnx, length: 65}]")
+    assert text.line_of("passes[0] (prune_width): keep.ffn") == "--set passes.0.keep.ffn=0.0001"
+    assert text.line_of("passes[0] (prune_width): keep") == "r.yaml:6"
+    assert text.line_of("export[0] (onnx): length") == "--set export=[{kind: onnx, length: 65}]"
+
+
+def test_mistakes_of_a_block_are_told_in_the_order_of_the_text(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(START + "  - {kind: halve}\n  - {kind: halve}\n", encoding="utf-8")
+    found = [
+        CompressKitError(what, where=where, fix="f") for what, where in [("b", "passes[1] (halve)"), ("a", "model")]
+    ]
+    with pytest.raises(ManyErrors) as caught, reading(path):
+        raise ManyErrors(found)
+    assert str(caught.value) == f"{path}:1: model: a\n  fix: f\n{path}:4: passes[1] (halve): b\n  fix: f"
+    with pytest.raises(CompressKitError) as alone, reading(path):
+        raise CompressKitError("is broken", where="weights.bin", fix="f")
+    assert str(alone.value) == "weights.bin: is broken\n  fix: f"

@@ -1,6 +1,8 @@
 """Saving: tied tensors once, edits in config.json, stock where a stock config can say the shapes."""
 
+import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -76,6 +78,19 @@ def test_passes_can_start_from_a_stock_student(tmp_path):
     empty = load_empty(find_model(tmp_path), student.task)
     shapes = {name: tensor.shape for name, tensor in student.model.state_dict().items()}
     assert {name: tensor.shape for name, tensor in empty.state_dict().items()} == shapes
+
+
+def test_a_student_has_one_fingerprint_before_it_is_stored_and_after_and_another_when_it_changes(tmp_path):
+    student = tiny_student("bert")
+    whole = student.fingerprint()
+    PruneWidth.model_validate({"keep": {"ffn": 0.5, "heads": 0.5}}).apply(student, generator=torch.Generator())
+    save_student(student, tmp_path)
+    model, _ = load_student_model(tmp_path, student.task)
+    assert model.config.to_dict() != student.model.config.to_dict()
+    assert replace(student, model=model).fingerprint() == student.fingerprint() != whole
+    original = copy.deepcopy(student.original)
+    original.config.layer_norm_eps = 0.5
+    assert replace(student, original=original).fingerprint() != student.fingerprint()
 
 
 @pytest.mark.parametrize("edits", [5, [{"kind": "nope"}], [{"kind": "prune_neurons", "keep": "0-99999999999"}]])

@@ -1,9 +1,10 @@
 """What `bench_distill.py` compares: losses and ways to train, for equal steps and tokens.
 
 A method is a row of `distill` passes, each with its share of the steps. `none` is the student before, `default` is
-what `distill` does by itself: in decoders forward KL with a little cross-entropy, and the head rests; `kl-alone` is it
-without labels. In the controls everything learns: `cross-entropy` learns the text and never asks the original, `kl` is
-plain forward KL; `kl-slow` and `hidden-slow` train at lower rates.
+what `distill` does by itself: in decoders forward KL with a little cross-entropy, and the head rests, in encoders
+`hidden-cosine`; `kl-alone` is the first without labels. In the controls everything learns: `cross-entropy` learns the
+text and never asks the original, `kl` is plain forward KL; `kl-slow`, `hidden-slow` (`hidden-mse`) and
+`hidden-cosine-half` train at lower rates.
 `sampled` replaces half of the training windows by text that the original wrote (it continues their first tokens),
 `cached` keeps what the original says on the disk (making it is in the seconds, not in tokens/s), `fading` lets the
 hidden loss beside kl end at 0, `hidden-then-kl` gives the first third of the steps to hidden states, `blocks-first`
@@ -19,12 +20,14 @@ from transformers import PreTrainedModel
 
 from compresskit.data import Sequences
 from compresskit.passes.distill import Distill
+from compresskit.passes.distill_options import LABELS
 
 #: Below the default rate, of decoders and of encoders.
 SLOW, SLOW_ENCODER = {"learning_rate": 1e-4}, {"learning_rate": 3e-5}
 #: Tokens of a window that the original continues.
 _PROMPT = 16
 _KL = {"kind": "kl"}
+_DEFAULT = {"kind": "kl", "alpha": LABELS}
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,8 @@ DECODER: dict[str, Method] = _BOTH | {
     "kl-tsld": _with(_KL, token_weight="tsld"),
     "kl-entropy": _with(_KL, token_weight="entropy"),
     **{f"kl+hidden-{measure}": _with(_KL, _hidden(measure)) for measure in ("mse", "cosine", "normalised")},
+    "default+hidden-cosine": _with(_DEFAULT, _hidden("cosine")),
+    "default+relation": _with(_DEFAULT, {"kind": "relation"}),
     "kl+hidden-fading": _with(_KL, _hidden("mse", weight_end=0.0)),
     "kl+relation": _with(_KL, {"kind": "relation"}),
     "kl+attention": _with(_KL, {"kind": "attention"}),
@@ -109,6 +114,9 @@ ENCODER: dict[str, Method] = _BOTH | {
     "hidden+relation": _with(_hidden("mse"), {"kind": "relation"}),
     "contrastive+embedding": _with({"kind": "contrastive"}, {"kind": "embedding"}),
     "hidden-slow": _with(_hidden("mse"), **SLOW_ENCODER),
+    "hidden-cosine-half": _with(_hidden("cosine"), learning_rate=5e-5),
+    "hidden-cosine+attention": _with(_hidden("cosine"), {"kind": "attention"}),
+    "hidden-cosine+relation": _with(_hidden("cosine"), {"kind": "relation"}),
 }
 QUICK = ("none", "cross-entropy", "default", "hidden-then-kl", "hidden+embedding")
 

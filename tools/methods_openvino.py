@@ -27,7 +27,7 @@ from compresskit.data import Batch
 from compresskit.export.files import save_graph
 from compresskit.export.onnx import complete_batch, sample_batch
 from compresskit.export.trace import OUTPUTS, trace, trace_cached
-from compresskit.models import model_fingerprint
+from compresskit.fingerprint import model_fingerprint
 from compresskit.student import Student
 from compresskit.whole import whole_folder
 

@@ -152,7 +152,7 @@ def step_weights(
     rows = [(token.amax(1) > 0).float() for token in tokens]
     follows = [token[:, :-1] * mask[:, 1:] for token, mask in zip(tokens, masks, strict=True)]
     parts = (tokens, rows, follows)
-    sums = [sum(float(one.double().sum()) for one in part) for part in parts]
+    sums = [sum(float(one.cpu().double().sum()) for one in part) for part in parts]  # Apple GPUs have no float64
     totals = [total if total > 0 else 1.0 for total in add_up(torch.tensor(sums, dtype=torch.float64)).tolist()]
     return [
         StepWeights(*(one / total for one, total in zip(three, totals, strict=True)))

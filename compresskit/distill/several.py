@@ -123,7 +123,7 @@ def _chosen(mixed: Tensor, given: Tensor, belief: Tensor, score: Tensor, rule: R
 class Tally:
     """Scores of the items of each text of the training part, held out or not, the first time that it is read.
 
-    Kept as a histogram of fixed size.
+    Items are kept as a histogram of fixed size, texts as the mean score of their items.
 
     Args:
         teachers: how many there are.
@@ -131,26 +131,31 @@ class Tally:
     """
 
     def __init__(self, teachers: int, threshold: float) -> None:
-        self.threshold, self.seen = threshold, set[int]()
+        self.threshold, self.texts = threshold, dict[int, float]()
         self.histogram = torch.zeros(_BINS, dtype=torch.int64)
         self.sums = torch.zeros(2, dtype=torch.float64)  # of scores, of conflicts
         self.trusted = torch.zeros(teachers, dtype=torch.int64)
 
     def add(self, rows: Sequence[int], mask: Tensor, settled: Settled) -> None:
         """Items of a batch, (B · items): those of new texts count where `mask` (B, items) is not 0."""
+        read = mask > 0
+        means = (settled.score.view(mask.shape) * read).sum(1) / read.sum(1).clamp_min(1)
         fresh = []
-        for row in rows:  # a batch may hold a text twice
-            fresh.append(row >= 0 and row not in self.seen)
-            self.seen.update([row] if row >= 0 else [])
-        new = torch.tensor(fresh, device=mask.device)
-        kept = ((mask > 0) & new[:, None]).flatten()
-        scores, trusted = settled.score[kept].double().cpu(), settled.trusted[kept].cpu()
+        for row, mean in zip(rows, means.tolist(), strict=True):  # a batch may hold a text twice
+            fresh.append(row >= 0 and row not in self.texts)
+            if fresh[-1]:
+                self.texts[row] = mean
+        kept = (read & torch.tensor(fresh, device=mask.device)[:, None]).flatten()
+        scores, trusted = settled.score[kept].cpu().double(), settled.trusted[kept].cpu()
         self.histogram += torch.bincount((scores * _BINS).long().clamp_max(_BINS - 1), minlength=_BINS)
         self.sums += torch.stack([scores.sum(), (scores > self.threshold).sum().double()])
         self.trusted += torch.bincount(trusted[trusted >= 0], minlength=len(self.trusted))
 
     def summary(self, names: Sequence[str]) -> dict[str, Any]:
-        """For the report: items, mean, the share above the threshold, quantiles (to 1/1000), and who was trusted."""
+        """For the report: items, mean, the share above the threshold, quantiles (to 1/1000), and who was trusted.
+
+        `texts` is the mean score of each text's items, by the text's number in the training part.
+        """
         items = int(self.histogram.sum())
         below = self.histogram.cumsum(0)
         reached = {q: int((below < q * items).sum()) + 1 for q in _QUANTILES}
@@ -161,16 +166,24 @@ class Tally:
             "share_above": float(self.sums[1]) / max(items, 1),
             "quantiles": {f"{q:g}": min(place, _BINS) / _BINS if items else 0.0 for q, place in reached.items()},
             "trusted_items": dict(zip(names, self.trusted.tolist(), strict=True)),
+            "texts": {str(row): round(mean, 4) for row, mean in sorted(self.texts.items())},
         }
 
     def state(self) -> dict[str, Tensor]:
         """All of it."""
-        rows = torch.tensor(sorted(self.seen), dtype=torch.int64)
-        return {"rows": rows, "histogram": self.histogram, "sums": self.sums, "trusted": self.trusted}
+        rows = torch.tensor(list(self.texts), dtype=torch.int64)
+        means = torch.tensor(list(self.texts.values()), dtype=torch.float64)
+        return {
+            "rows": rows,
+            "means": means,
+            "histogram": self.histogram,
+            "sums": self.sums,
+            "trusted": self.trusted,
+        }
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on from it."""
-        self.seen = set(state["rows"].tolist())
+        self.texts = dict(zip(state["rows"].tolist(), state["means"].tolist(), strict=True))
         self.histogram, self.sums, self.trusted = state["histogram"], state["sums"], state["trusted"]
 
 

@@ -19,7 +19,7 @@ from compresskit.data import Batch
 from compresskit.export.files import save_graph
 from compresskit.export.fusion import share_tables
 from compresskit.export.trace import cached_form, fuse_float, trace, trace_cached
-from compresskit.models import model_fingerprint
+from compresskit.fingerprint import model_fingerprint
 from compresskit.progress import working
 from compresskit.whole import whole_folder
 

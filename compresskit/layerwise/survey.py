@@ -25,7 +25,6 @@ from compresskit.layerwise.sensitivity import Fisher, collect_fisher
 from compresskit.layerwise.trials import Trials, trial_weight
 from compresskit.layerwise.walk import Walk
 from compresskit.layerwise.weights import layer_bias, row_indices, stacked_weight
-from compresskit.models import model_fingerprint
 from compresskit.progress import track
 from compresskit.student import Student
 from compresskit.surgery.sites import Site
@@ -106,7 +105,7 @@ def survey_fingerprint(student: Student, options: str) -> str:
     """sha256 of the model, the calibration tokens and the options: the name under which a survey is kept."""
     digest = hashlib.sha256(options.encode())
     digest.update(repr(token_sequences(student).rows).encode())
-    digest.update(model_fingerprint(student.model).encode())
+    digest.update(student.fingerprint().encode())
     return digest.hexdigest()
 
 

@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compresskit.cache import cache_folder
-from compresskit.data import Corpus, DataSource, Sequences, prepare_corpus
+from compresskit.data import Corpus, DataSource, Sequences, check_max_length, prepare_corpus
 from compresskit.data.source import called, open_source
 from compresskit.distill.cached import CachedTeacher, CacheIdentity, write_cache
 from compresskit.distill.checkpoint import forget_old_states, forget_state
@@ -35,7 +35,8 @@ from compresskit.distill.teachers import Teacher
 from compresskit.distill.tracking import tracked
 from compresskit.distill.trainer import train
 from compresskit.errors import CompressKitError, RunFailedError
-from compresskit.models import model_fingerprint, task_of
+from compresskit.fingerprint import model_fingerprint
+from compresskit.models import task_of
 from compresskit.passes.base import PASSES, Pass, TextPart, Trait
 from compresskit.passes.distill_options import AVERAGE, ORIGINAL, DistillOptions
 from compresskit.passes.distill_teachers import (
@@ -93,7 +94,7 @@ class Distill(DistillOptions, Pass):
 
     kind: Literal["distill"] = "distill"
     refuses: ClassVar[frozenset[Trait]] = frozenset({"quantized"})
-    version: ClassVar[int] = 6
+    version: ClassVar[int] = 7
     needs: ClassVar[frozenset[TextPart]] = frozenset({"training"})
     inert: ClassVar[frozenset[str]] = frozenset({"checkpoint_minutes", "tracker", "tracker_folder"})
     learns: ClassVar[bool] = True
@@ -104,10 +105,12 @@ class Distill(DistillOptions, Pass):
         if model.main_input_name != "input_ids":
             what = f"training needs token sequences, and {type(model).__name__} reads {model.main_input_name!r}"
             raise CompressKitError(what, where=self.kind, fix="leave distill out")
-        self.check(model, [shape_of(name, model, task_of(model)) for name in self.names])
+        named = zip(self.names, self.places, strict=True)
+        self.check(model, [shape_of(name, model, task_of(model), where=place) for name, place in named])
         if self.other_text is not None:
             with called("other_text"):
                 open_source(self.other_text)
+                check_max_length(model, self.other_text.max_length)
         return []
 
     def check_text(self, processor: Processor, corpus: Corpus) -> None:
@@ -210,7 +213,7 @@ class Distill(DistillOptions, Pass):
             self.deciding_options(),
             student.corpus.fingerprint,
             student.original_corpus.fingerprint,
-            model_fingerprint(student.model),
+            student.fingerprint(),
             [model_fingerprint(one.model) for one in loaded],
             [open_source(text).digest for text in self.texts_read()],
         ]

@@ -21,13 +21,19 @@ from compresskit.surgery.plugin import edits_of
 from compresskit.surgery.vocabulary_edits import PruneVocabulary, narrowed
 
 
-def shape_of(name: str, model: PreTrainedModel, task: str) -> PreTrainedModel:
+def shape_of(name: str, model: PreTrainedModel, task: str, *, where: str) -> PreTrainedModel:
     """A model of the teacher's shapes, where the student-to-be is `model`; perhaps without weights.
 
     Raises:
-        CompressKitError: it is not there.
+        CompressKitError: it is not there; said of `where` in the recipe.
     """
-    return model if name in (ORIGINAL, AVERAGE) else load_shapes(find_model(name), task)
+    if name in (ORIGINAL, AVERAGE):
+        return model
+    try:
+        return load_shapes(find_model(name), task)
+    except CompressKitError as error:
+        error.where = where if error.where in (None, "model") else f"{where}: {error.where}"
+        raise
 
 
 def check_ids(name: str, processor: Processor) -> None:

@@ -26,6 +26,8 @@ __all__ = ["SCHEMA_VERSION", "loading", "render_html", "render_table", "write_re
 
 SCHEMA_VERSION = 1
 _TEMPLATE = "report.html.j2"
+#: A mapping or list of more (one of every text) is for programs; the page says where it is.
+_MOST_VALUES = 500
 
 
 def write_report(report: dict[str, Any], folder: Path) -> None:
@@ -69,6 +71,8 @@ def _plain(value: Any) -> str:
     """A value of an option or a note, short: text as it is, numbers to five digits, mappings and lists with commas."""
     if isinstance(value, str):
         return value
+    if isinstance(value, dict | list | tuple) and len(value) > _MOST_VALUES:
+        return f"{len(value):,} values, in report.json"
     if isinstance(value, dict):
         return ", ".join(f"{key} {_plain(inner)}" for key, inner in value.items())
     if isinstance(value, list | tuple):

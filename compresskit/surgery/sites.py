@@ -369,11 +369,13 @@ def select(names: list[str], pattern: str, *, where: str = "targets") -> list[st
     chosen = [name for name in names if fnmatchcase(name, pattern)]
     if not chosen:
         if not names:
-            what = f"{where} {pattern!r} match no module: the model has no layer of a kind that this pass works on"
-            raise CompressKitError(what, fix="leave this pass out; `compresskit modules MODEL` lists the layers")
+            what = f"{pattern!r} matches no module: the model has no layer of a kind that this pass works on"
+            fix = "leave this pass out; `compresskit modules MODEL` lists the layers"
+            raise CompressKitError(what, where=where, fix=fix)
         near = did_you_mean(pattern.strip("*."), names) or names[0]
         raise CompressKitError(
-            f"{where} {pattern!r} match no module of the {len(names)} that this pass works on",
+            f"{pattern!r} matches no module of the {len(names)} that this pass works on",
+            where=where,
             fix=f"their names look like {near!r}; `compresskit modules MODEL` lists all",
         )
     return chosen

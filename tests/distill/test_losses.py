@@ -342,7 +342,7 @@ def test_modules_are_matched_instead_of_hidden_states(tiny_bert, damaged):
     ours, theirs = (observe(model, batch, wants) for model in (student, tiny_bert))
     errors = [(weights.token * relative_error(ours.inner[one], theirs.inner[one])).sum() for one in wants]
     torch.testing.assert_close(loss(ours, theirs, batch, weights), torch.stack(errors).mean())
-    with pytest.raises(CompressKitError, match="match no module"):
+    with pytest.raises(CompressKitError, match="matches no module"):
         Hidden(modules="*quary").check(student, tiny_bert)
     with pytest.raises(CompressKitError, match="two hidden losses"):
         Hidden(modules="*query", layers=(1,)).check(student, tiny_bert)
@@ -407,7 +407,7 @@ def test_relation_heads_that_do_not_divide_and_layers_without_attention_are_refu
     (weights,) = step_weights([batch["attention_mask"]])
     loss = Relation(heads=3)
     outputs = observe(tiny_bert, batch, loss.wants(tiny_bert))
-    with pytest.raises(CompressKitError, match="3 heads divide not both"):
+    with pytest.raises(CompressKitError, match="3 heads do not divide both"):
         loss(outputs, outputs, batch, weights)
     with pytest.raises(CompressKitError, match=r"no attention in block 3 \(there are some in: 1, 2\)"):
         Relation(layer=3).check(tiny_bert, tiny_bert)
@@ -440,3 +440,10 @@ def test_tsld_counts_surprise_and_entropy_doubt(tiny_llama):
     torch.testing.assert_close(weights.token[1, :3] / weights.token[0, 0], tsld[1, :3] / tsld[0, 0])
     assert float(weights.token.sum()) == pytest.approx(1)
     assert float(weights.next_token.sum()) == pytest.approx(1)
+
+
+def test_relation_heads_that_no_width_can_be_cut_into_are_refused_before_any_weight_is_read(tiny_bert):
+    width = tiny_bert.config.hidden_size
+    Relation(heads=2).check(tiny_bert, tiny_bert)
+    with pytest.raises(CompressKitError, match=f"relation.heads: 7 heads do not divide the {width} query channels"):
+        Relation(heads=7).check(tiny_bert, tiny_bert)

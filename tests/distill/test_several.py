@@ -94,6 +94,7 @@ def test_a_tally_counts_each_text_once_and_goes_on_where_it_was():
     assert summary["quantiles"]["0.5"] == pytest.approx(0.5, abs=2e-3)
     assert summary["quantiles"]["0.99"] == pytest.approx(1.0)
     assert summary["trusted_items"] == {"a": 1, "b": 2}
+    assert summary["texts"] == {"7": 0.5, "8": 0.5, "9": 0.0}
 
 
 def test_logits_in_parts_are_those_of_one_piece(tiny_llama, damaged, sequences, monkeypatch):

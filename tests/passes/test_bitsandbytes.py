@@ -355,7 +355,7 @@ def test_a_mixtures_experts_are_named_or_stay_float() -> None:
 
 
 def test_patterns_conv1d_and_weights_that_no_code_stands_for_are_refused() -> None:
-    with pytest.raises(CompressKitError, match="'lm_head' match no module"):
+    with pytest.raises(CompressKitError, match="'lm_head' matches no module"):
         BitsAndBytes(targets="lm_head", format="int8").plan(tiny("llama"))
     with pytest.raises(CompressKitError, match="Conv1D"):
         BitsAndBytes().plan(tiny("gpt2"))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -25,6 +26,7 @@ from transformers import (
 
 from compresskit.api import load
 from compresskit.cache import cache_folder
+from compresskit.data import DataSource
 from compresskit.data.sequences import Corpus, Sequences
 from compresskit.distill.learner import Learner
 from compresskit.distill.losses import KL, Contrastive, Embedding, Hidden
@@ -51,10 +53,10 @@ TINY = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "int
         (LlamaForCausalLM, LlamaConfig, KL(alpha=LABELS)),
         (BertForMaskedLM, BertConfig, KL()),
         (BertForSequenceClassification, BertConfig, KL()),
-        (BertModel, BertConfig, Hidden()),
+        (BertModel, BertConfig, Hidden(measure="cosine")),
     ],
 )
-def test_language_models_alone_learn_labels_by_default(model, config, expected):
+def test_the_default_losses_follow_what_a_model_gives(model, config, expected):
     assert 0 < LABELS < 0.5
     with torch.device("meta"):
         assert default_losses(model(config(**TINY))) == (expected,)
@@ -332,6 +334,14 @@ def test_another_text_is_read_as_the_student_reads_and_measured(bert_student, ti
     assert 0 < notes["elsewhere_after"] < notes["elsewhere_before"]
 
 
+def test_another_text_in_sequences_that_the_model_has_no_positions_for_is_refused(tiny_bert_folder):
+    with torch.device("meta"):
+        model = AutoModel.from_config(AutoConfig.from_pretrained(tiny_bert_folder))
+    step = Distill(other_text=DataSource(source="python-docs", max_length=4096))
+    with pytest.raises(CompressKitError, match=r"other_text.max_length: 4096 is more than the model's \d+ positions"):
+        step.plan(model)
+
+
 @pytest.mark.parametrize(("rule", "said"), [("tsld", "next token"), ("entropy", "predictions for each token")])
 def test_weighing_tokens_by_what_a_model_does_not_say_is_refused(rule, said, bert_student, llama_student):
     with pytest.raises(CompressKitError, match=said):
@@ -397,6 +407,28 @@ def test_several_hops_of_pruning_and_recovery_in_one_recipe(tiny_llama_folder, t
     model, _ = load(tmp_path / "out")
     assert model.config.num_hidden_layers == 1
     assert report["passes"][4]["params"] < report["passes"][2]["params"] < report["passes"][0]["params"]
+
+
+def test_a_killed_recipe_goes_on_inside_a_pass_that_follows_others(tiny_llama_folder, tiny_data, tmp_path, monkeypatch):
+    recovery = {"kind": "distill", "steps": 6, "batch_size": 8, "held_out_every": 2, "checkpoint_minutes": 0.0}
+    passes = [{"kind": "prune_width", "keep": {"ffn": 0.5, "heads": 0.5}}, {"kind": "low_rank", "keep": 0.8}, recovery]
+    said = {"model": str(tiny_llama_folder), "task": "text-generation", "data": tiny_data, "passes": passes}
+    recipe, numbers, step = parse_recipe({**said, "evaluate": "never"}, name="killed"), [], Learner.step
+
+    def noted(self, number, batches):
+        numbers.append(number)
+        if numbers == [0, 1, 2, 3, 4]:
+            raise KeyboardInterrupt
+        return step(self, number, batches)
+
+    monkeypatch.setattr(Learner, "step", noted)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, tmp_path / "out")
+    run(recipe, tmp_path / "out")  # the student is read from the step before
+    assert numbers == [0, 1, 2, 3, 4, 4, 5]
+    run(recipe, tmp_path / "whole")
+    stored = [tmp_path / name / "student" / "model.safetensors" for name in ("out", "whole")]
+    assert stored[0].read_bytes() == stored[1].read_bytes()
 
 
 def test_prompts_of_a_recipe_count_nothing(tiny_llama_folder, tmp_path, monkeypatch):

@@ -147,7 +147,7 @@ def test_either_keep_or_rank_must_be_said():
 
 
 def test_targets_that_match_nothing_are_refused():
-    with pytest.raises(CompressKitError, match="match no module"):
+    with pytest.raises(CompressKitError, match="matches no module"):
         LowRank(keep=0.5, targets="*attn*").plan(tiny("bert"))
 
 

@@ -174,7 +174,7 @@ def test_options_that_do_not_go_together_are_refused(options, match):
 
 
 def test_targets_that_match_nothing_are_refused():
-    with pytest.raises(CompressKitError, match="match no module"):
+    with pytest.raises(CompressKitError, match="matches no module"):
         Quantize(targets="*mlp*").plan(tiny("bert"))
 
 
@@ -418,7 +418,7 @@ def test_groups_that_an_override_names_are_for_the_narrow_of_the_widths_under_in
 
 
 def test_overrides_that_match_nothing_and_tables_of_3_bits_are_refused():
-    with pytest.raises(CompressKitError, match=r"overrides '\*mlp\*' match no module"):
+    with pytest.raises(CompressKitError, match=r"overrides: '\*mlp\*' matches no module"):
         Quantize(overrides={"*mlp*": {"bits": 4}}).plan(tiny("bert"))
     with pytest.raises(CompressKitError, match="3 bits are asked for"):
         Quantize(overrides={"*word_embeddings": {"bits": 3}}).plan(tiny("bert"))

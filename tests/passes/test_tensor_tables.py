@@ -289,7 +289,7 @@ def test_keep_one_changes_nothing():
         ("gemma3", {}, "does more than look rows up"),
         ("bert", {"round_to": 30}, r"embeddings.word_embeddings \(96x32\): rank 30 saves nothing above 23"),
         ("bert", {"keep": 0.01}, r"the smallest rank, 8, holds \d+\.\d% of it"),
-        ("bert", {"targets": "*position*"}, r"targets '\*position\*' match no module"),
+        ("bert", {"targets": "*position*"}, r"targets: '\*position\*' matches no module"),
     ],
 )
 def test_tables_that_cannot_be_factorised_are_named(family, options, words):

@@ -146,6 +146,16 @@ def test_the_page_shows_every_pass_with_its_cost_and_gain(report):
     assert "2.13.0" in text
 
 
+def test_the_page_leaves_a_figure_of_every_text_to_programs(report):
+    report["passes"][1]["notes"] = {
+        "disagreement": {"mean": 0.25, "texts": {str(row): 0.125 for row in range(1200)}},
+        "ranks": {f"layer.{i}": i for i in range(200)},
+    }
+    text = render_html(report)
+    assert "mean 0.25, texts 1,200 values, in report.json" in text
+    assert "layer.199 199" in text
+
+
 def test_the_page_escapes_all_text(report):
     evil = "<script>alert('x')</script>&"
     report["model"] = evil

@@ -60,7 +60,7 @@ def test_factors_are_sites_of_their_own_and_the_last_one_writes_the_stream():
 
 def test_a_glob_that_matches_nothing_names_a_close_one():
     names = find_anatomy(tiny("llama")).linears()
-    with pytest.raises(CompressKitError, match="match no module") as caught:
+    with pytest.raises(CompressKitError, match="matches no module") as caught:
         select(names, "model.layers.*.mpl.*")
     assert "mlp" in str(caught.value.fix)
 

@@ -88,8 +88,15 @@ class Relation(Loss):
         return frozenset(Inner(getattr(attention, kind), self._role(kind)) for kind in self.of)
 
     def check(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-        """Refuse a layer without an attention."""
-        self._attention(student)
+        """Refuse a layer without an attention, and relation heads that its widths cannot be cut into."""
+        attention = self._attention(student)
+        if self.heads is None or attention.fused:
+            return
+        for kind in self.of:
+            width = getattr(student.get_submodule(getattr(attention, kind)), "out_features", None)
+            if width is not None and width % self.heads:
+                what = f"{self.heads} heads do not divide the {width} {kind} channels of the student"
+                raise CompressKitError(what, where="relation.heads", fix=f"use a divisor of {width}, or leave it out")
 
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch, weights: StepWeights) -> Tensor:
         """The mean over kinds."""
@@ -113,6 +120,6 @@ class Relation(Loss):
         if self.heads is None:
             return max(count for count in range(1, _MOST_HEADS + 1) if shared % count == 0)
         if shared % self.heads:
-            what = f"{self.heads} heads divide not both widths, {ours} of the student and {theirs} of the teacher"
+            what = f"{self.heads} heads do not divide both widths, {ours} of the student and {theirs} of the teacher"
             raise CompressKitError(what, where="relation.heads", fix=f"use a divisor of {shared}, or leave it out")
         return self.heads

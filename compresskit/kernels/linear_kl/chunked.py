@@ -186,6 +186,7 @@ class _Slabs:
         self.quick = (
             wants_grad
             and slab_loss is slab_loss_
+            and memory.device.type != "mps"  # it adds up in float64, which these lack
             and isinstance(teacher, Projected)  # logits that a teacher gives as they are may hold −∞
             and forward_kl.serves(self.dtypes, self.divergence, self.readouts, labels=problem.labels is not None)
         )
