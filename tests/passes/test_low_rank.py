@@ -232,11 +232,12 @@ def test_a_survey_from_the_disk_makes_the_same_student_bit_for_bit():
 def test_a_survey_is_not_that_of_equal_weights_under_another_config():
     found = []
     for eps in (1e-6, 1.0):
-        student = student_of(tiny("llama", seed=8))
-        student.model.config.rms_norm_eps = eps
-        for module in student.model.modules():
+        original = tiny("llama", seed=8)
+        original.config.rms_norm_eps = eps
+        for module in original.modules():
             if hasattr(module, "variance_epsilon"):
                 module.variance_epsilon = eps
+        student = student_of(original)
         sites = list(find_anatomy(student.model).sites)
         survey = take_survey(student, sites, weighted=True, measured=False, bias=True, seed=0)
         found.append(survey.curves[sites[0].linears].shared)
