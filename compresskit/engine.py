@@ -24,7 +24,7 @@ from compresskit.export import EXPORTERS
 from compresskit.job import Job, Prints, prepare, take_prints
 from compresskit.models import ModelSource, load_empty, load_model
 from compresskit.progress import working
-from compresskit.recipe import Recipe, dump_recipe
+from compresskit.recipe import Recipe, dump_recipe, reading
 from compresskit.report import SCHEMA_VERSION, write_report
 from compresskit.store import FAILURE_LOG, Step, Store, opened, refuse_foreign, write_json
 from compresskit.student import Student, load_student_model, loads_with, save_student
@@ -59,7 +59,11 @@ def run(
     """
     output = Path(output)
     refuse_foreign(output)
-    job = prepare(recipe, settings=settings)
+    with reading(recipe, settings=settings) as read:
+        return _finished(prepare(read), output, fresh=fresh, progress=progress)
+
+
+def _finished(job: Job, output: Path, *, fresh: bool, progress: Progress) -> dict[str, Any]:
     prints = take_prints(job)
     for warning in job.forecast.warnings:
         progress(f"warning: {warning}")

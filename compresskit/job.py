@@ -63,10 +63,6 @@ def prepare(recipe: Recipe | str | Path, *, settings: Sequence[str] = ()) -> Job
     Raises:
         CompressKitError: whatever the recipe names and is not there, or does not fit; each pass's misfits at once.
     """
-    if isinstance(recipe, Recipe):
-        if settings:
-            raise CompressKitError("settings change a YAML, and this is a Recipe", fix="change the Recipe, or its YAML")
-        return _prepared(recipe)
     with reading(recipe, settings=settings) as read:
         return _prepared(read)
 

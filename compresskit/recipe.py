@@ -1,7 +1,7 @@
 """A recipe: which model, which text, which passes in which order, what to write.
 
 file.yaml ──load_recipe──► Recipe          all mistakes at once, with file:line
-file.yaml ──reading──────► Recipe          the same, and mistakes that only its model shows get their line too
+file.yaml ──reading──────► Recipe          the same; mistakes of planning and running get their line too
 Recipe    ──dump_recipe──► YAML            parses back to an equal Recipe
 """
 
@@ -114,16 +114,23 @@ def load_recipe(path: str | Path, *, settings: Iterable[str] = ()) -> Recipe:
 
 
 @contextmanager
-def reading(path: str | Path, *, settings: Iterable[str] = ()) -> Iterator[Recipe]:
+def reading(recipe: Recipe | str | Path, *, settings: Sequence[str] = ()) -> Iterator[Recipe]:
     """The recipe in a YAML file; mistakes raised inside the block are told with the line of what they name.
 
+    A Recipe is itself, and its mistakes have no line.
+
     Raises:
-        as `load_recipe`.
+        as `load_recipe`. CompressKitError: settings on top of a Recipe.
     """
-    text = _read(path, settings)
-    recipe = _checked(text)
-    try:
+    if isinstance(recipe, Recipe):
+        if settings:
+            raise CompressKitError("settings change a YAML, and this is a Recipe", fix="change the Recipe, or its YAML")
         yield recipe
+        return
+    text = _read(recipe, settings)
+    checked = _checked(text)
+    try:
+        yield checked
     except CompressKitError as error:
         for mistake in error.each:
             line = text.line_of(mistake.where or "")

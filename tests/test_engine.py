@@ -289,6 +289,15 @@ def test_a_mistake_found_by_a_pass_stays_the_users(make: Any, tmp_path: Path) ->
     assert caught.value.exit_code == 2
 
 
+def test_what_fails_while_a_pass_works_is_told_with_the_line_of_the_pass(make: Any, tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(dump_recipe(make(Shake(), Fail(how="mistake"))), encoding="utf-8")
+    line = next(i for i, text in enumerate(path.read_text().splitlines(), 1) if "kind: fail" in text)
+    with pytest.raises(CompressKitError) as caught:
+        run(path, tmp_path / "out")
+    assert str(caught.value).startswith(f"{path}:{line}: passes[1] (fail): the calibration text is too short")
+
+
 @pytest.mark.parametrize(
     ("how", "said"),
     [("nan", "is not finite"), ("unrecorded", "encoder.layer.0.output.extra.bias has shape (2,)")],

@@ -40,7 +40,7 @@ def choose_parameters(
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in named):
                 near = did_you_mean(pattern, named)
-                fix = f"did you mean {near!r}?" if near else "`compresskit modules MODEL` lists the names"
+                fix = f"did you mean {near!r}?" if near else f"names look like {next(iter(named))!r}"
                 raise CompressKitError(f"{pattern!r} matches no parameter", where=field, fix=fix)
     chosen = {
         name: value

@@ -125,6 +125,33 @@ def test_what_loads_the_student_and_what_serves_it_differently_is_said(report, n
         assert "with bitsandbytes' own kernels, which moved its answer by 0.61% in the run." in text
 
 
+@pytest.mark.parametrize(
+    ("notes", "said"),
+    [
+        ({}, "its held-out loss went from 0.5123 to 0.4, best after step 80 of 100."),
+        ({"best_step": 0}, "no step had a lower held-out loss than 0.5123, so the student stayed as it was."),
+        (
+            {"elsewhere_before": 0.7, "elsewhere_after": 0.75},
+            "its held-out loss went from 0.5123 to 0.4, best after step 80 of 100, on the other text from 0.7 to 0.75.",
+        ),
+    ],
+)
+def test_how_training_went_is_said(report, notes, said):
+    notes = {
+        "held_out_loss_before": 0.51234,
+        "held_out_loss_after": 0.4,
+        "elsewhere_before": None,
+        "elsewhere_after": None,
+        "best_step": 80,
+        "tokens": 51_200,
+        "tokens_per_s": 1234.4,
+        **notes,
+    }
+    report["passes"].insert(3, entry("distill", 19_000_000, 76_000_000, None, 9.0, options={"steps": 100}, notes=notes))
+    for text in (render_table(report), render_html(report)):
+        assert f"Pass 3, distill, read 51,200 tokens (1,234 a second): {said}" in text
+
+
 def test_the_page_is_well_formed_and_loads_nothing(report):
     page = Page(render_html(report))
     assert page.open == []
