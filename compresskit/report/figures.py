@@ -179,11 +179,13 @@ def background(report: dict[str, Any]) -> list[str]:
     found: list[str] = []
     if report.get("loads_with"):
         found.append(f"The checkpoint loads with {loading(report['loads_with'])}.")
-    for record in report["passes"]:
-        if apart := (record.get("notes") or {}).get("served_difference"):
+    for index, record in enumerate(report["passes"]):
+        notes = record.get("notes") or {}
+        if apart := notes.get("served_difference"):
             served = "transformers serves it with bitsandbytes' own kernels, which moved its answer by"
             found.append(f"compresskit.load gives the student that was measured; {served} {apart:.2%} in the run.")
-    found += [_how_training_went(i, one) for i, one in enumerate(report["passes"]) if _trained(one)]
+        if "held_out_loss_before" in notes:
+            found.append(_how_training_went(index, record))
     data = dict(report.get("data") or {})
     if data:
         origin = data.pop("origin")
@@ -191,21 +193,22 @@ def background(report: dict[str, Any]) -> list[str]:
     return found
 
 
-def _trained(record: dict[str, Any]) -> bool:
-    return "held_out_loss_before" in (record.get("notes") or {})
-
-
 def _how_training_went(index: int, record: dict[str, Any]) -> str:
     """The held-out losses of a training and its best step, of the pass at `index` among those of the report."""
     notes, steps = record["notes"], record["options"]["steps"]
-    before, after = (f"{notes[f'held_out_loss_{when}']:.4g}" for when in ("before", "after"))
+    before, after = (_write_loss(notes[f"held_out_loss_{when}"]) for when in ("before", "after"))
     told = f"Pass {index}, {record['kind']}, read {notes['tokens']:,} tokens ({notes['tokens_per_s']:,.0f} a second): "
     if not notes["best_step"]:
         return f"{told}no step had a lower held-out loss than {before}, so the student stayed as it was."
     told += f"its held-out loss went from {before} to {after}, best after step {notes['best_step']} of {steps}"
     if notes["elsewhere_before"] is not None:
-        told += f", on the other text from {notes['elsewhere_before']:.4g} to {notes['elsewhere_after']:.4g}"
+        elsewhere = (_write_loss(notes[f"elsewhere_{when}"]) for when in ("before", "after"))
+        told += f", on the other text from {' to '.join(elsewhere)}"
     return f"{told}."
+
+
+def _write_loss(loss: Any) -> str:
+    return f"{loss:.4g}" if _is_finite(loss) else "not finite"
 
 
 def verdicts(report: dict[str, Any]) -> list[str]:

@@ -134,6 +134,11 @@ def test_what_loads_the_student_and_what_serves_it_differently_is_said(report, n
             {"elsewhere_before": 0.7, "elsewhere_after": 0.75},
             "its held-out loss went from 0.5123 to 0.4, best after step 80 of 100, on the other text from 0.7 to 0.75.",
         ),
+        (
+            {"elsewhere_before": 0.7, "elsewhere_after": None},
+            "its held-out loss went from 0.5123 to 0.4, best after step 80 of 100, "
+            "on the other text from 0.7 to not finite.",
+        ),
     ],
 )
 def test_how_training_went_is_said(report, notes, said):
